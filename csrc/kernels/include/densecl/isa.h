@@ -1,0 +1,20 @@
+// CPU instruction sets: which are built, which this machine has, which one runs.
+#pragma once
+
+#include "densecl/types.h"
+
+namespace densecl {
+
+// In rising order of preference.
+enum class Isa : int32_t { serial, avx2, avx512, count };
+
+const char* name(Isa isa);
+
+bool available(Isa isa);  // built into this library and present on this machine
+
+// The best available set, or the one that the environment variable DENSECL_CPU_ISA names. The
+// variable is read at every call, so a test can change it; reading it costs well below a
+// microsecond.
+Status selected_isa(Isa* isa);
+
+}  // namespace densecl
