@@ -1,0 +1,141 @@
+"""What a build of densecl_ext consists of, decided without importing torch or compiling anything.
+
+Pure functions and small data, so that the tests can ask for every answer. ``setup.py`` carries the plan out and
+``densecl_build.py`` (the PEP 517 backend) asks where a torch is.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import site
+import sys
+import sysconfig
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import distributions
+from pathlib import Path
+
+MINIMUM_TORCH = (2, 10)
+TARGET_ABI = "2.10"
+TORCH_REQUIREMENT = f"torch>={TARGET_ABI}"
+
+CXX_FLAGS = ("-std=c++20", "-O3", "-fvisibility=hidden")
+# Major and minor of the oldest torch that may load the module; torch's own headers then hide whatever is newer, and
+# refuse every header outside the stable ABI.
+STABLE_ABI_FLAGS = ("-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY")
+
+CUDA_SETTINGS = ("auto", "0", "1")
+
+
+class BuildError(RuntimeError):
+    """The build cannot go on; the message says what to do about it."""
+
+
+@dataclass(frozen=True)
+class CudaDecision:
+    """Whether the CUDA kernels are built, and the sentence that says why or why not."""
+
+    build: bool
+    reason: str
+
+
+def cuda_decision(
+    setting: str, sources: Sequence[str], torch_cuda: str | None, nvcc: str | None
+) -> CudaDecision:
+    """Decides whether the CUDA kernels are built.
+
+    A GPU in the building machine plays no part: a machine without one builds for machines with one.
+
+    Args:
+        setting: The value of ``DENSECL_CUDA``: "auto" builds where it can, "1" insists, "0" leaves it.
+        sources: The ``.cu`` files of this version.
+        torch_cuda: The CUDA version torch was built with, None for a CPU build.
+        nvcc: Path of the CUDA compiler, None where there is none.
+
+    Raises:
+        ValueError: ``setting`` is none of the three.
+        BuildError: ``setting`` is "1" and something is missing.
+    """
+    if setting not in CUDA_SETTINGS:
+        raise ValueError(f"DENSECL_CUDA must be one of auto, 0, 1; got {setting!r}")
+    if setting == "0":
+        return CudaDecision(False, "switched off by DENSECL_CUDA=0")
+    missing = None
+    if not sources:
+        missing = "no CUDA sources in this version"
+    elif torch_cuda is None:
+        missing = "the torch built against has no CUDA"
+    elif nvcc is None:
+        missing = "no nvcc found (set CUDA_HOME to the CUDA toolkit)"
+    if missing is None:
+        return CudaDecision(True, f"nvcc {nvcc}, torch for CUDA {torch_cuda}")
+    if setting == "1":
+        raise BuildError(f"DENSECL_CUDA=1, but the CUDA kernels cannot be built: {missing}")
+    return CudaDecision(False, missing)
+
+
+def sources(root: Path, *patterns: str) -> list[str]:
+    """Source files below ``root`` that match, sorted, as paths relative to it (setuptools wants them so)."""
+    found = {path.relative_to(root).as_posix() for pattern in patterns for path in root.glob(pattern)}
+    return sorted(found)
+
+
+def release(version: str) -> tuple[int, int]:
+    """Major and minor of a version such as "2.11.0+cu130"; (0, 0) where it has none."""
+    match = re.match(r"(\d+)\.(\d+)", version)
+    return (int(match[1]), int(match[2])) if match else (0, 0)
+
+
+def environment_paths() -> list[str]:
+    """The site-packages folders of the environment that asked for the build.
+
+    Inside pip's isolated build ``sys.path`` no longer holds them, while ``sysconfig`` still names them.
+    """
+    folders = [sysconfig.get_path("platlib"), sysconfig.get_path("purelib")]
+    if sys.prefix == sys.base_prefix and site.ENABLE_USER_SITE:
+        folders.append(site.getusersitepackages())
+    return list(dict.fromkeys(folders))
+
+
+def torch_version(paths: Iterable[str]) -> str | None:
+    """Version of the torch installed in one of ``paths``, read from its metadata: importing it takes seconds."""
+    for found in distributions(name="torch", path=list(paths)):
+        return found.version
+    return None
+
+
+def toolchain_problem(cxx: str, python_header: Path) -> str | None:
+    """What is missing for compiling a Python extension, with the Debian package that brings it; None if nothing is."""
+    if shutil.which(cxx) is None:
+        return (
+            f"no C++ compiler: {cxx!r} was not found. Install one (Debian, Ubuntu: apt-get install g++) or name it "
+            "in the environment variable CXX"
+        )
+    if not python_header.is_file():
+        version = f"{sys.version_info.major}.{sys.version_info.minor}"
+        return (
+            f"no Python headers: {python_header} does not exist. Install them (Debian, Ubuntu: apt-get install "
+            f"python3-dev, or python{version}-dev where several Pythons are installed)"
+        )
+    return None
+
+
+def summary(info: Mapping[str, object], seconds: float) -> str:
+    """The lines printed at the end of a build, from what is recorded in ``_build_info.json``."""
+    cuda = info["cuda"]
+    assert isinstance(cuda, Mapping)
+    kernels = "built" if cuda["built"] else "not built"
+    rows = {
+        "built against": f"torch {info['torch']}",
+        "runs under": f"torch >= {info['target_abi']} (stable ABI)",
+        "compiler": info["cxx"],
+        "flags": info["flags"],
+        "ops and CPU kernels": "built (densecl_ext._C)",
+        "host module": "built (densecl_ext._host)",
+        "CUDA kernels": f"{kernels}: {cuda['reason']}",
+        "compile time": f"{seconds:.0f} s",
+    }
+    width = max(map(len, rows))
+    lines = [f"  {name + ':':<{width + 1}} {value}" for name, value in rows.items()]
+    return "\n".join([f"densecl_ext {info['version']}: build summary", *lines])

@@ -1,0 +1,151 @@
+"""Builds the extension modules; everything about the package itself is in pyproject.toml.
+
+densecl_ext._C     the ops: torch stable ABI, bindings (csrc/ops) and CPU kernels (csrc/kernels/cpu)
+densecl_ext._host  what the machine can do: pybind11, without torch (csrc/host and the same kernels)
+
+Environment: DENSECL_CUDA=auto|0|1, MAX_JOBS, CXX.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+from typing import Any
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "build_backend"))
+
+import build_plan  # noqa: E402
+
+KERNELS = build_plan.sources(ROOT, "csrc/kernels/cpu/*.cpp")
+CUDA_SOURCES = build_plan.sources(ROOT, "csrc/kernels/cuda/**/*.cu", "csrc/ops/cuda/*.cu")
+INCLUDE_DIRS = [str(ROOT / "csrc" / "kernels" / "include"), str(ROOT / "csrc")]
+HEADERS = build_plan.sources(ROOT, "csrc/**/*.h", "csrc/**/*.hpp", "csrc/**/*.inc")
+
+
+def extensions() -> list[Extension]:
+    """The modules, as far as they can be described without torch."""
+    ops = Extension(
+        "densecl_ext._C",
+        build_plan.sources(ROOT, "csrc/ops/*.cpp") + KERNELS,
+        include_dirs=[*INCLUDE_DIRS],
+        depends=HEADERS,
+        extra_compile_args=[*build_plan.CXX_FLAGS, *build_plan.STABLE_ABI_FLAGS],
+        libraries=["torch_cpu"],  # loaded by `import torch` under this very name, hence no rpath
+        language="c++",
+        py_limited_api=True,
+    )
+    host = Extension(
+        "densecl_ext._host",
+        build_plan.sources(ROOT, "csrc/host/*.cpp"),
+        include_dirs=[*INCLUDE_DIRS],
+        depends=HEADERS,
+        extra_compile_args=[*build_plan.CXX_FLAGS],
+        language="c++",
+    )
+    return [ops, host]
+
+
+class BuildModules(build_ext):
+    """Compiles with torch's BuildExtension (ninja) and records what was built.
+
+    torch is imported only when there is something to compile: metadata and source distributions do without.
+    """
+
+    def run(self) -> None:
+        """Builds, then writes _build_info.json beside the modules and prints the summary."""
+        started = time.perf_counter()
+        super().run()
+        folder = ROOT if self.inplace else Path(self.build_lib)
+        target = folder / "densecl_ext" / "_build_info.json"
+        target.write_text(json.dumps(self.info, indent=2) + "\n", encoding="utf-8")
+        print(build_plan.summary(self.info, time.perf_counter() - started), flush=True)
+
+    def build_extensions(self) -> None:
+        """Hands the compilation to torch's BuildExtension."""
+        cxx = shlex.split(os.environ.get("CXX", "c++"))[0]
+        problem = build_plan.toolchain_problem(cxx, Path(sysconfig.get_path("include")) / "Python.h")
+        if problem is not None:
+            raise build_plan.BuildError(problem)
+        torch, cpp_extension = import_torch()
+        decision = build_plan.cuda_decision(
+            os.environ.get("DENSECL_CUDA", "auto"), CUDA_SOURCES, torch.version.cuda, find_nvcc(cpp_extension)
+        )
+
+        ops, host = self.extensions
+        ops.include_dirs += cpp_extension.include_paths()
+        ops.library_dirs += cpp_extension.library_paths()
+        host.include_dirs.append(pybind11_include(cpp_extension))
+
+        compile_command = cpp_extension.BuildExtension(self.distribution)
+        ninja = compile_command.use_ninja
+        vars(compile_command).update(vars(self))
+        compile_command.force = compile_command.force or ninja  # ninja knows better what is up to date
+        compile_command.extensions = [ops]
+        compile_command.build_extensions()
+        # The kernels' objects serve both modules.
+        host.extra_objects = self.compiler.object_filenames(KERNELS, output_dir=self.build_temp)
+        compile_command.extensions = [host]
+        compile_command.build_extensions()
+
+        self.info = {
+            "version": self.distribution.get_version(),
+            "torch": torch.__version__,
+            "target_abi": build_plan.TARGET_ABI,
+            "cxx": compiler_line(cxx),
+            "flags": " ".join([*build_plan.CXX_FLAGS, *build_plan.STABLE_ABI_FLAGS]),
+            "cuda": {"built": decision.build, "reason": decision.reason},
+        }
+
+
+def import_torch() -> tuple[Any, Any]:
+    """Torch and its cpp_extension, or a sentence that says how to get them."""
+    try:
+        import torch
+        from torch.utils import cpp_extension
+    except ImportError as error:
+        raise build_plan.BuildError(
+            f"densecl_ext is built against torch >= {build_plan.TARGET_ABI}, which could not be imported ({error}). "
+            "Install torch first, or build without --no-build-isolation, which fetches one"
+        ) from error
+    if build_plan.release(torch.__version__) < build_plan.MINIMUM_TORCH:
+        raise build_plan.BuildError(
+            f"densecl_ext needs torch >= {build_plan.TARGET_ABI}, found {torch.__version__}; "
+            "update torch, or build without --no-build-isolation"
+        )
+    return torch, cpp_extension
+
+
+def find_nvcc(cpp_extension: Any) -> str | None:
+    """Path of nvcc in the CUDA toolkit that torch found; a CPU-only torch finds none."""
+    if cpp_extension.CUDA_HOME is None:
+        return None
+    nvcc = Path(cpp_extension.CUDA_HOME) / "bin" / "nvcc"
+    return str(nvcc) if nvcc.is_file() else None
+
+
+def pybind11_include(cpp_extension: Any) -> str:
+    """Folder of pybind11's headers: its own package's, or else the copy that torch ships."""
+    try:
+        import pybind11
+    except ImportError:
+        return str(cpp_extension.include_paths()[0])
+    return str(pybind11.get_include())
+
+
+def compiler_line(cxx: str) -> str:
+    """First line that the compiler prints about itself."""
+    printed = subprocess.run([cxx, "--version"], capture_output=True, text=True, check=True).stdout
+    return printed.splitlines()[0]
+
+
+setup(ext_modules=extensions(), cmdclass={"build_ext": BuildModules})
