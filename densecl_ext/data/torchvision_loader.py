@@ -1,0 +1,193 @@
+"""The portable loader: Pillow decodes, torchvision augments, worker processes of torch's DataLoader do both."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from densecl_ext.data.augmentation import (
+    BRIGHTNESS,
+    CONTRAST,
+    KEY_VIEW,
+    QUERY_VIEW,
+    SATURATION,
+    Augmentation,
+    ViewParameters,
+    draw_parameters,
+)
+from densecl_ext.data.folder import decode_rgb, reason_of
+from densecl_ext.data.loader import EpochLoader, TwoViews, candidates, normalisation
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+class _Sample(NamedTuple):
+    views: np.ndarray  # uint8 (2, 3, size, size)
+    crops: np.ndarray  # float32 (2, 5)
+    index: int
+    unreadable: list[tuple[int, str]]
+
+
+class _Batch(NamedTuple):
+    views: Tensor  # uint8 (N, 2, 3, size, size)
+    crops: Tensor  # float32 (N, 2, 5)
+    index: Tensor  # int64 (N,)
+    unreadable: list[tuple[int, str]]
+
+
+def render_view(image: Image.Image, parameters: ViewParameters, size: int) -> np.ndarray:
+    """Turn a decoded image into one view, in Pillow's 8-bit arithmetic as MoCo v2 does.
+
+    Args:
+        image: Decoded image, mode RGB.
+        parameters: What to do.
+        size: Height and width of the view in pixels.
+
+    Returns:
+        uint8 (3, size, size).
+    """
+    from PIL import ImageFilter
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms import functional as F
+
+    x0, y0, x1, y1 = parameters.box
+    view = F.resized_crop(image, y0, x0, y1 - y0, x1 - x0, [size, size], InterpolationMode.BILINEAR)
+    for operation in parameters.order:
+        if operation == BRIGHTNESS:
+            view = F.adjust_brightness(view, parameters.brightness)
+        elif operation == CONTRAST:
+            view = F.adjust_contrast(view, parameters.contrast)
+        elif operation == SATURATION:
+            view = F.adjust_saturation(view, parameters.saturation)
+        else:
+            view = F.adjust_hue(view, parameters.hue)
+    if parameters.gray:
+        view = F.rgb_to_grayscale(view, num_output_channels=3)
+    if parameters.blur_sigma > 0:
+        view = view.filter(ImageFilter.GaussianBlur(parameters.blur_sigma))
+    if parameters.flip:
+        view = F.hflip(view)
+    return np.asarray(view).transpose(2, 0, 1)
+
+
+class TwoViewDataset(Dataset[_Sample]):
+    """Maps a request (epoch, file index) to two views; holds no state that could change them."""
+
+    def __init__(self, files: list[Path], size: int, seed: int, augmentation: Augmentation) -> None:
+        self.files = files
+        self.size = size
+        self.seed = seed
+        self.augmentation = augmentation
+        # Only spares this process a second attempt at a file that is known not to read.
+        self._unreadable: dict[int, str] = {}
+
+    def __getitem__(self, request: tuple[int, int]) -> _Sample:
+        epoch, sample = request
+        unreadable: list[tuple[int, str]] = []
+        for index in candidates(self.seed, epoch, sample, len(self.files)):
+            if index not in self._unreadable:
+                try:
+                    image = decode_rgb(self.files[index].read_bytes())
+                    break
+                except MemoryError:
+                    raise
+                except Exception as error:
+                    self._unreadable[index] = reason_of(error)
+            unreadable.append((index, self._unreadable[index]))
+        else:
+            raise ValueError(f"none of the {len(self.files)} image files can be read any more")
+        parameters = [
+            draw_parameters(
+                self.augmentation,
+                seed=self.seed,
+                epoch=epoch,
+                sample=sample,
+                view=view,
+                width=image.width,
+                height=image.height,
+            )
+            for view in (QUERY_VIEW, KEY_VIEW)
+        ]
+        views = np.stack([render_view(image, drawn, self.size) for drawn in parameters])
+        crops = np.array([(*drawn.box, drawn.flip) for drawn in parameters], dtype=np.float32)
+        return _Sample(views, crops, index, unreadable)
+
+
+def _collate(samples: list[_Sample]) -> _Batch:
+    return _Batch(
+        torch.from_numpy(np.stack([sample.views for sample in samples])),
+        torch.from_numpy(np.stack([sample.crops for sample in samples])),
+        torch.tensor([sample.index for sample in samples], dtype=torch.int64),
+        [entry for sample in samples for entry in sample.unreadable],
+    )
+
+
+class _Requests:
+    """The DataLoader's batch sampler: whatever the loader put into it last."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[tuple[int, int]]] = []
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+class TorchvisionLoader(EpochLoader):
+    """Views from Pillow and torchvision; see :func:`densecl_ext.data.build_loader`.
+
+    The workers hand over 8-bit pixels and the main process normalises them on the target device: a quarter of the bytes to move
+    between processes and to the GPU.
+    """
+
+    backend = "torchvision"
+
+    def __init__(self, files: list[Path], *, workers: int, **settings: Any) -> None:
+        super().__init__(files, **settings)
+        self._requested = _Requests()
+        self._loader: DataLoader[_Sample] | None = None
+        self._workers = workers
+        self._scale, self._offset = normalisation(self.augmentation, self.device)
+
+    def _data_loader(self) -> DataLoader[_Sample]:
+        if self._loader is None:
+            self._loader = DataLoader(
+                TwoViewDataset(self.files, self.size, self.seed, self.augmentation),
+                batch_sampler=self._requested,
+                num_workers=self._workers,
+                collate_fn=_collate,
+                pin_memory=self.device.type == "cuda",
+                persistent_workers=self._workers > 0,
+            )
+        return self._loader
+
+    def _batches(self, epoch: int, requests: list[list[int]]) -> Iterator[TwoViews]:
+        self._requested.batches = [[(epoch, index) for index in batch] for batch in requests]
+        for batch in self._data_loader():
+            for index, reason in batch.unreadable:
+                self._skip(index, reason)
+            crops = batch.crops.to(self.device, non_blocking=True)
+            yield TwoViews(
+                self._normalised(batch.views[:, 0]),
+                self._normalised(batch.views[:, 1]),
+                crops[:, 0].contiguous(),
+                crops[:, 1].contiguous(),
+                batch.index,
+            )
+
+    def _normalised(self, pixels: Tensor) -> Tensor:
+        pixels = pixels.to(self.device, non_blocking=True)
+        return torch.addcmul(self._offset, pixels.float(), self._scale)
+
+    def close(self) -> None:
+        """End the worker processes."""
+        self._loader = None
