@@ -1,0 +1,68 @@
+#include "densecl/isa.h"
+
+#include <cstdlib>
+#include <cstring>
+
+namespace densecl {
+
+const char* name(Isa isa) {
+  switch (isa) {
+    case Isa::serial:
+      return "serial";
+    case Isa::avx2:
+      return "avx2";
+    case Isa::avx512:
+      return "avx512";
+    case Isa::count:
+      break;
+  }
+  return "unknown";
+}
+
+bool available(Isa isa) {
+  if (isa == Isa::serial) return true;
+#if defined(__x86_64__)
+  if (isa == Isa::avx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (isa == Isa::avx512) {
+    return available(Isa::avx2) && __builtin_cpu_supports("avx512f") &&
+           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vl");
+  }
+#endif
+  return false;
+}
+
+Status selected_isa(Isa* isa) {
+  const char* forced = std::getenv("DENSECL_CPU_ISA");
+  if (forced == nullptr || *forced == '\0') {
+    static const Isa best = [] {
+      int candidate = static_cast<int>(Isa::count) - 1;
+      while (!available(static_cast<Isa>(candidate))) --candidate;
+      return static_cast<Isa>(candidate);
+    }();
+    *isa = best;
+    return Status::ok;
+  }
+  for (int candidate = 0; candidate < static_cast<int>(Isa::count); ++candidate) {
+    if (std::strcmp(forced, name(static_cast<Isa>(candidate))) != 0) continue;
+    *isa = static_cast<Isa>(candidate);
+    return available(*isa) ? Status::ok : Status::isa_unavailable;
+  }
+  return Status::isa_unknown;
+}
+
+const char* message(Status status) {
+  switch (status) {
+    case Status::ok:
+      return "ok";
+    case Status::isa_unknown:
+      return "DENSECL_CPU_ISA names no instruction set, expected serial, avx2 or avx512";
+    case Status::isa_unavailable:
+      return "DENSECL_CPU_ISA names an instruction set that this machine lacks";
+    case Status::match_out_of_range:
+      return "match must lie in [-1, key positions)";
+  }
+  return "unknown status";
+}
+
+}  // namespace densecl

@@ -1,0 +1,44 @@
+// Eight float lanes, AVX2 and FMA. Include after the target pragma.
+#pragma once
+
+#include <immintrin.h>
+
+namespace densecl::avx2 {
+
+struct Vec {
+  using reg = __m256;
+  static constexpr int width = 8;
+  static constexpr int tile_rows = 6;  // 12 sums + 2 columns + 1 broadcast of 16 registers
+  static constexpr int panel_vectors = 2;
+
+  static reg zero() { return _mm256_setzero_ps(); }
+  static reg broadcast(float x) { return _mm256_set1_ps(x); }
+  static reg load(const float* p) { return _mm256_loadu_ps(p); }
+  static void store(float* p, reg a) { _mm256_storeu_ps(p, a); }
+  static reg add(reg a, reg b) { return _mm256_add_ps(a, b); }
+  static reg sub(reg a, reg b) { return _mm256_sub_ps(a, b); }
+  static reg mul(reg a, reg b) { return _mm256_mul_ps(a, b); }
+  static reg fma(reg a, reg b, reg c) { return _mm256_fmadd_ps(a, b, c); }
+  // maxps hands back its second operand when one is NaN, so x stands second.
+  static reg at_least(reg x, float bound) { return _mm256_max_ps(broadcast(bound), x); }
+  static reg max(reg a, reg b) { return _mm256_max_ps(a, b); }
+  static reg round(reg x) {
+    return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
+  static reg scale(reg p, reg n) {
+    const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+    return _mm256_mul_ps(p, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
+  }
+  static float sum(reg a) {
+    __m128 x = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_add_ss(x, _mm_shuffle_ps(x, x, 1)));
+  }
+  static float largest(reg a) {
+    __m128 x = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_max_ss(x, _mm_shuffle_ps(x, x, 1)));
+  }
+};
+
+}  // namespace densecl::avx2

@@ -1,0 +1,33 @@
+// Sixteen float lanes, AVX-512F. Include after the target pragma.
+#pragma once
+
+#include <immintrin.h>
+
+namespace densecl::avx512 {
+
+struct Vec {
+  using reg = __m512;
+  static constexpr int width = 16;
+  static constexpr int tile_rows = 12;  // 24 sums + 2 columns + 1 broadcast of 32 registers
+  static constexpr int panel_vectors = 2;
+
+  static reg zero() { return _mm512_setzero_ps(); }
+  static reg broadcast(float x) { return _mm512_set1_ps(x); }
+  static reg load(const float* p) { return _mm512_loadu_ps(p); }
+  static void store(float* p, reg a) { _mm512_storeu_ps(p, a); }
+  static reg add(reg a, reg b) { return _mm512_add_ps(a, b); }
+  static reg sub(reg a, reg b) { return _mm512_sub_ps(a, b); }
+  static reg mul(reg a, reg b) { return _mm512_mul_ps(a, b); }
+  static reg fma(reg a, reg b, reg c) { return _mm512_fmadd_ps(a, b, c); }
+  // maxps hands back its second operand when one is NaN, so x stands second.
+  static reg at_least(reg x, float bound) { return _mm512_max_ps(broadcast(bound), x); }
+  static reg max(reg a, reg b) { return _mm512_max_ps(a, b); }
+  static reg round(reg x) {
+    return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
+  static reg scale(reg p, reg n) { return _mm512_scalef_ps(p, n); }
+  static float sum(reg a) { return _mm512_reduce_add_ps(a); }
+  static float largest(reg a) { return _mm512_reduce_max_ps(a); }
+};
+
+}  // namespace densecl::avx512
