@@ -28,7 +28,7 @@ import build_plan  # noqa: E402
 
 KERNELS = build_plan.sources(ROOT, "csrc/kernels/cpu/*.cpp")
 CUDA_SOURCES = build_plan.sources(ROOT, "csrc/kernels/cuda/**/*.cu", "csrc/ops/cuda/*.cu")
-INCLUDE_DIRS = [str(ROOT / "csrc" / "kernels" / "include"), str(ROOT / "csrc")]
+INCLUDE_DIRS = [str(ROOT / "csrc" / "kernels" / "include"), str(ROOT / "csrc" / "kernels"), str(ROOT / "csrc")]
 HEADERS = build_plan.sources(ROOT, "csrc/**/*.h", "csrc/**/*.hpp", "csrc/**/*.inc")
 
 
@@ -81,6 +81,7 @@ class BuildModules(build_ext):
             os.environ.get("DENSECL_CUDA", "auto"), CUDA_SOURCES, torch.version.cuda, find_nvcc(cpp_extension)
         )
 
+        drop_rpaths(self.compiler)
         ops, host = self.extensions
         ops.include_dirs += cpp_extension.include_paths()
         ops.library_dirs += cpp_extension.library_paths()
@@ -105,6 +106,14 @@ class BuildModules(build_ext):
             "flags": " ".join([*build_plan.CXX_FLAGS, *build_plan.STABLE_ABI_FLAGS]),
             "cuda": {"built": decision.build, "reason": decision.reason},
         }
+
+
+def drop_rpaths(compiler: Any) -> None:
+    """Takes out the run paths that some Pythons were configured with: the modules must not name this machine."""
+    for name in ("linker_so", "linker_so_cxx"):
+        if hasattr(compiler, name):
+            command = [part for part in getattr(compiler, name) if not part.startswith("-Wl,-rpath")]
+            setattr(compiler, name, command)
 
 
 def import_torch() -> tuple[Any, Any]:
@@ -148,4 +157,5 @@ def compiler_line(cxx: str) -> str:
     return printed.splitlines()[0]
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": BuildModules})
+# The licence is told here because setuptools before 77 and after 2026 read different spellings in pyproject.toml.
+setup(license="Apache-2.0", ext_modules=extensions(), cmdclass={"build_ext": BuildModules})

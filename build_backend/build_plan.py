@@ -20,7 +20,7 @@ MINIMUM_TORCH = (2, 10)
 TARGET_ABI = "2.10"
 TORCH_REQUIREMENT = f"torch>={TARGET_ABI}"
 
-CXX_FLAGS = ("-std=c++20", "-O3", "-fvisibility=hidden")
+CXX_FLAGS = ("-std=c++20", "-O3", "-g0", "-fvisibility=hidden")
 # Major and minor of the oldest torch that may load the module; torch's own headers then hide whatever is newer, and
 # refuse every header outside the stable ABI.
 STABLE_ABI_FLAGS = ("-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY")

@@ -13,7 +13,14 @@ from importlib.util import find_spec
 from setuptools import build_meta
 from setuptools.build_meta import build_sdist as build_sdist
 
-from build_plan import MINIMUM_TORCH, TORCH_REQUIREMENT, environment_paths, release, torch_version
+from build_plan import (
+    MINIMUM_TORCH,
+    TORCH_REQUIREMENT,
+    BuildError,
+    environment_paths,
+    release,
+    torch_version,
+)
 
 Settings = Mapping[str, object] | None
 
@@ -28,8 +35,6 @@ __all__ = [
     "prepare_metadata_for_build_wheel",
 ]
 
-prepare_metadata_for_build_wheel = build_meta.prepare_metadata_for_build_wheel
-prepare_metadata_for_build_editable = build_meta.prepare_metadata_for_build_editable
 get_requires_for_build_sdist = build_meta.get_requires_for_build_sdist
 
 
@@ -41,6 +46,22 @@ def get_requires_for_build_wheel(config_settings: Settings = None) -> list[str]:
 def get_requires_for_build_editable(config_settings: Settings = None) -> list[str]:
     """As for a wheel."""
     return build_meta.get_requires_for_build_editable(config_settings) + _torch_requirement()
+
+
+def prepare_metadata_for_build_wheel(
+    metadata_directory: str, config_settings: Settings = None
+) -> str:
+    """Writes the metadata; needs no torch."""
+    _check_bdist_wheel()
+    return build_meta.prepare_metadata_for_build_wheel(metadata_directory, config_settings)
+
+
+def prepare_metadata_for_build_editable(
+    metadata_directory: str, config_settings: Settings = None
+) -> str:
+    """As for a wheel."""
+    _check_bdist_wheel()
+    return build_meta.prepare_metadata_for_build_editable(metadata_directory, config_settings)
 
 
 def build_wheel(
@@ -57,6 +78,15 @@ def build_editable(
     """Builds the modules in place and the wheel that points at them."""
     _reach_torch()
     return build_meta.build_editable(wheel_directory, config_settings, metadata_directory)
+
+
+def _check_bdist_wheel() -> None:
+    """An environment used with --no-build-isolation may lack what an isolated one always has."""
+    if find_spec("setuptools.command.bdist_wheel") is None and find_spec("wheel") is None:
+        raise BuildError(
+            "a setuptools older than 70.1 needs the package wheel: pip install wheel, "
+            "or build without --no-build-isolation"
+        )
 
 
 def _environment_has_torch() -> bool:

@@ -1,0 +1,67 @@
+# The few commands a person types. Everything is installed into $(VENV); nothing outside this folder changes.
+#   make demo     render scenes, pre-train a small network on the CPU, show what it learned
+#   make test     the whole Python test suite
+#   make lint     formatting, lint and types, of Python and C++
+# Needs Python 3.10+ (with its headers), a C++20 compiler and make.
+
+PYTHON ?= python3
+VENV ?= .venv
+SANITIZE ?= none
+
+BIN := $(VENV)/bin
+CPP := $(shell find csrc -name '*.cpp' -o -name '*.h')
+BUILD_INPUTS := $(CPP) setup.py pyproject.toml $(wildcard build_backend/*.py) densecl_ext/_version.py
+comma := ,
+CPP_BUILD := build/cpp-$(subst $(comma),-,$(SANITIZE))
+
+.PHONY: help build demo test lint format cpp-test clean
+
+help:
+	@sed -n '2,4s/^# *//p' Makefile
+
+# The environment with the pinned packages.
+$(VENV)/.packages: requirements-dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+# The extension modules, in place. The first time pip also installs the `densecl` command; later on ninja compiles only
+# what changed.
+$(VENV)/.built: $(VENV)/.packages $(BUILD_INPUTS)
+	@if [ ! -x $(BIN)/densecl ]; then \
+	  echo "building densecl_ext (log: $(VENV)/build.log)"; \
+	  $(BIN)/python -m pip install --verbose --no-deps --no-build-isolation -e . > $(VENV)/build.log 2>&1; \
+	else \
+	  $(BIN)/python setup.py build_ext --inplace > $(VENV)/build.log 2>&1; \
+	fi || { tail -n 40 $(VENV)/build.log; exit 1; }
+	@sed -n '/build summary/,/compile time/p' $(VENV)/build.log
+	@touch $@
+
+build: $(VENV)/.built
+
+demo: $(VENV)/.built
+	$(BIN)/python examples/demo.py
+
+test: $(VENV)/.built
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.packages
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
+
+format: $(VENV)/.packages
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+# The kernels' own tests, without torch: make cpp-test SANITIZE=address,undefined
+cpp-test: $(VENV)/.packages
+	$(BIN)/cmake -S . -B $(CPP_BUILD) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
+	  "-DDENSECL_SANITIZE=$(SANITIZE)"
+	$(BIN)/cmake --build $(CPP_BUILD)
+	$(BIN)/ctest --test-dir $(CPP_BUILD) --output-on-failure
+
+clean:
+	rm -rf build *.egg-info densecl_ext/*.so densecl_ext/_build_info.json $(VENV)/.built
