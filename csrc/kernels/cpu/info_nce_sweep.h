@@ -39,7 +39,7 @@ void sweep_avx2(const SweepTask&);
 void sweep_avx512(const SweepTask&);
 
 // Queue rows of a block: both packed forms together fill a quarter of a megabyte.
-constexpr int64_t sweep_block_rows(int64_t padded_features) {
+static constexpr int64_t sweep_block_rows(int64_t padded_features) {
   const int64_t rows = 32768 / padded_features / 32 * 32;
   return rows < 32 ? 32 : rows > 512 ? 512 : rows;
 }

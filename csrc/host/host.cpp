@@ -1,0 +1,67 @@
+// What this machine can do and what would run, without torch: the module behind `densecl info`.
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+
+#include "densecl/info_nce.h"
+#include "densecl/isa.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using namespace densecl;
+
+py::list isas(bool only_available) {
+  py::list names;
+  for (int i = 0; i < static_cast<int>(Isa::count); ++i) {
+    const Isa isa = static_cast<Isa>(i);
+    if (!only_available || available(isa)) names.append(name(isa));
+  }
+  return names;
+}
+
+const char* selected() {
+  Isa isa;
+  const Status status = selected_isa(&isa);
+  if (status != Status::ok) throw std::runtime_error(message(status));
+  return name(isa);
+}
+
+py::dict info_nce_plan(int64_t rows, int64_t queue_length, int64_t features, bool gradient) {
+  if (rows < 0 || queue_length < 0 || features < 0) {
+    throw std::invalid_argument("info_nce_plan: rows, queue_length and features must not be negative");
+  }
+  InfoNceProblem problem{};
+  float wanted = 0.0f;
+  problem.images = rows;
+  problem.positions = 1;
+  problem.features = features;
+  problem.queue_length = queue_length;
+  problem.grad_query = gradient ? &wanted : nullptr;
+  const InfoNcePlan plan = plan_info_nce(problem);
+  py::dict out;
+  out["row_groups"] = plan.groups;
+  out["group_rows"] = plan.group_rows;
+  out["queue_slices"] = plan.slices;
+  out["slice_rows"] = plan.slice_rows;
+  out["padded_rows"] = plan.padded_rows;
+  out["padded_features"] = plan.padded_features;
+  out["workspace_bytes"] = plan.workspace_bytes;
+  return out;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_host, m) {
+  m.doc() = "What this machine can do and which kernels would run; knows nothing of torch.";
+  m.def("known_isas", [] { return isas(false); },
+        "Names of all CPU instruction sets that have kernels, slowest first.");
+  m.def("available_isas", [] { return isas(true); },
+        "Those of them that this build holds and this machine has.");
+  m.def("selected_isa", &selected,
+        "The one that runs: the best, or DENSECL_CPU_ISA. RuntimeError when that cannot run.");
+  m.def("info_nce_plan", &info_nce_plan, py::arg("rows"), py::arg("queue_length"),
+        py::arg("features"), py::arg("gradient") = true,
+        "How the CPU cuts info_nce into tasks, and the scratch memory it takes.");
+}

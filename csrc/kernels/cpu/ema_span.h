@@ -1,0 +1,61 @@
+// The momentum update of one span of one pair of tensors.
+#pragma once
+
+#include "cpu/tile.h"
+#include "densecl/ema.h"
+
+namespace densecl {
+
+struct EmaSpan {
+  const EmaPair* pair;
+  int64_t begin, end;
+  float keep, take;  // momentum and 1 - momentum
+};
+
+using EmaFunction = void (*)(const EmaSpan&);
+
+void ema_serial(const EmaSpan&);
+void ema_avx2(const EmaSpan&);
+void ema_avx512(const EmaSpan&);
+
+template <class V>
+void mix_strip(float* target, const float* source, int64_t count, float keep, float take) {
+  const typename V::reg kept = V::broadcast(keep), taken = V::broadcast(take);
+  const auto mix = [&](const float* t, const float* s) {
+    return V::fma(kept, V::load(t), V::mul(taken, V::load(s)));
+  };
+  int64_t i = 0;
+  for (; i + V::width <= count; i += V::width) V::store(target + i, mix(target + i, source + i));
+  if (i == count) return;
+  // The tail goes through the same vector arithmetic, so an element's bits never depend on where
+  // it stands.
+  float t[V::width] = {}, s[V::width] = {};
+  for (int64_t k = i; k < count; ++k) {
+    t[k - i] = target[k];
+    s[k - i] = source[k];
+  }
+  V::store(t, mix(t, s));
+  for (int64_t k = i; k < count; ++k) target[k] = t[k - i];
+}
+
+template <class V>
+void mix_span(const EmaSpan& span) {
+  const EmaPair& pair = *span.pair;
+  if (pair.target_dtype == DType::f32 && pair.source_dtype == DType::f32) {
+    mix_strip<V>(static_cast<float*>(pair.target) + span.begin,
+                 static_cast<const float*>(pair.source) + span.begin, span.end - span.begin,
+                 span.keep, span.take);
+    return;
+  }
+  constexpr int64_t strip = 1024;
+  float target[strip], source[strip];
+  for (int64_t i = span.begin; i < span.end; i += strip) {
+    const int64_t count = span.end - i < strip ? span.end - i : strip;
+    load_strip<V>(pair.target, pair.target_dtype, i, 1, count, target);
+    load_strip<V>(pair.source, pair.source_dtype, i, 1, count, source);
+    mix_strip<V>(target, source, count, span.keep, span.take);
+    store_strip<V>(target, count, pair.target, pair.target_dtype, i, 1);
+  }
+}
+
+}  // namespace densecl
