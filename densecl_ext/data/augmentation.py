@@ -1,9 +1,10 @@
 """MoCo v2's augmentation, drawn as numbers: what to do to an image, apart from doing it.
 
-Both loaders take their randomness from :func:`draw_parameters`, so they agree on every crop, flip, factor and order by
-construction and differ only in the arithmetic of the pixels. A draw is addressed, not sequential: it depends on the seed,
-the epoch, the sample and the view, and on nothing that ran before, which is what makes workers, prefetching and resuming
-irrelevant to the result.
+Both loaders take their randomness from :func:`draw_parameters`, so they agree on every crop, flip,
+factor and order by construction and differ only in the arithmetic of the pixels. A draw is
+addressed, not sequential: it depends on the seed, the epoch, the sample and the view, and on
+nothing that ran before, which is what makes workers, prefetching and resuming irrelevant to the
+result.
 """
 
 from __future__ import annotations
@@ -27,16 +28,20 @@ _UNIFORMS = 2 * _CROP_ATTEMPTS + 16
 
 @dataclass(frozen=True)
 class Augmentation:
-    """The distribution of the views; the defaults are MoCo v2's (Chen et al. 2020, arXiv 2003.04297), which DenseCL uses.
+    """The distribution of the views.
+
+    The defaults are MoCo v2's (Chen et al. 2020, arXiv 2003.04297), which DenseCL keeps.
 
     Attributes:
-        scale: Range of the crop's area as a fraction of the image's area, uniform; 0 < low <= high <= 1.
+        scale: Range of the crop's area as a fraction of the image's area, uniform; 0 < low <= high
+            <= 1.
         ratio: Range of the crop's width / height, log-uniform; 0 < low <= high.
         brightness: Factor drawn from [max(0, 1 - brightness), 1 + brightness].
         contrast: The same for the contrast about the image's mean gray.
         saturation: The same for the blend with the image's grayscale.
         hue: Shift in turns drawn from [-hue, hue], in HSV; at most 0.5.
-        jitter_probability: How often the four above are applied at all, in an order drawn anew each time.
+        jitter_probability: How often the four above are applied at all, in an order drawn anew each
+            time.
         gray_probability: How often the view becomes grayscale (three equal channels).
         blur_sigma: Range of the Gaussian blur's standard deviation in pixels of the view, uniform.
         blur_probability: How often the view is blurred.
@@ -71,7 +76,8 @@ class Augmentation:
                 object.__setattr__(self, field.name, value)
                 if len(value) != len(field.default):
                     raise ValueError(
-                        f"Augmentation: {field.name} must have {len(field.default)} numbers, got {value}"
+                        f"Augmentation: {field.name} must have {len(field.default)} numbers, "
+                        f"got {value}"
                     )
         for name in ("scale", "ratio", "blur_sigma"):
             low, high = getattr(self, name)
@@ -81,7 +87,7 @@ class Augmentation:
                 )
         if self.scale[1] > 1:
             raise ValueError(
-                f"Augmentation: scale is a fraction of the image's area, at most 1, got {self.scale}"
+                f"Augmentation: scale is a fraction of the area, at most 1, got {self.scale}"
             )
         for name in ("jitter", "gray", "blur", "flip"):
             probability = getattr(self, f"{name}_probability")
@@ -108,7 +114,8 @@ class ViewParameters(NamedTuple):
     Attributes:
         box: x0, y0, x1, y1 of the crop in whole pixels of the decoded image, x1 and y1 exclusive.
         flip: Mirror left to right, last of all.
-        order: The colour operations in the order of application (BRIGHTNESS, CONTRAST, SATURATION, HUE); empty for none.
+        order: The colour operations in the order of application (BRIGHTNESS, CONTRAST, SATURATION,
+            HUE); empty for none.
         brightness: Factor, 1 for no change.
         contrast: Factor, 1 for no change.
         saturation: Factor, 1 for no change.
@@ -129,7 +136,7 @@ class ViewParameters(NamedTuple):
 
 
 def _stream(seed: int, epoch: int, stream: int, sample: int) -> np.random.Generator:
-    """The random numbers at one address; Philox is counter-based, so distant addresses never overlap."""
+    """The random numbers at one address; Philox counts, so no two addresses overlap."""
     return np.random.Generator(np.random.Philox(key=(seed, epoch), counter=(0, stream, sample, 0)))
 
 
@@ -148,7 +155,7 @@ def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
 
 
 def substitute_order(seed: int, epoch: int, sample: int, count: int, first: int = 16) -> list[int]:
-    """Which files to try in place of an unreadable one: some at random; the caller goes on through the rest in order.
+    """Which files to try in place of an unreadable one, before going through all of them.
 
     Args:
         seed: The loader's seed.
@@ -166,7 +173,7 @@ def substitute_order(seed: int, epoch: int, sample: int, count: int, first: int 
 def _draw_box(
     uniforms: np.ndarray, width: int, height: int, augmentation: Augmentation
 ) -> tuple[int, int, int, int]:
-    """Random resized crop (Szegedy et al. 2015, arXiv 1409.4842): area and ratio, retried until the box fits."""
+    """Random resized crop (Szegedy et al. 2015, arXiv 1409.4842), retried until the box fits."""
     log_low, log_high = math.log(augmentation.ratio[0]), math.log(augmentation.ratio[1])
     scale_low, scale_high = augmentation.scale
     for attempt in range(_CROP_ATTEMPTS):

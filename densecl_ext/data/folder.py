@@ -24,14 +24,16 @@ class UnreadableImageWarning(UserWarning):
 def find_images(root: str | os.PathLike[str]) -> list[Path]:
     """List the image files under a folder, in any directory tree.
 
-    Files count by extension (JPEG, PNG, WebP, BMP, TIFF, GIF; any case). Names that begin with a dot are left out, files and
-    folders alike. Symbolic links are followed, each folder once. Nothing is opened.
+    Files count by extension (JPEG, PNG, WebP, BMP, TIFF, GIF; any case). Names that begin with a
+    dot are left out, files and folders alike. Symbolic links are followed, each folder once.
+    Nothing is opened.
 
     Args:
         root: The folder.
 
     Returns:
-        The paths, `root` included, sorted by their parts, so that the list is the same on every file system.
+        The paths, `root` included, sorted by their parts, so that the list is the same on every
+        file system.
 
     Raises:
         ValueError: `root` is no folder, or holds no image file.
@@ -47,7 +49,7 @@ def find_images(root: str | os.PathLike[str]) -> list[Path]:
             subfolders.clear()
             continue
         visited.add((status.st_dev, status.st_ino))
-        # os.walk follows this list: sorting makes "each folder once" pick the same of two links everywhere.
+        # os.walk follows this list: sorted, of two links to a folder the same one wins everywhere.
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         found.extend(
             Path(folder, name)
@@ -56,13 +58,14 @@ def find_images(root: str | os.PathLike[str]) -> list[Path]:
         )
     if not found:
         raise ValueError(
-            f"find_images: no image under {str(root)!r}; looked for {', '.join(sorted(EXTENSIONS))} in every subfolder"
+            f"find_images: no image under {str(root)!r}; looked in every subfolder for "
+            + ", ".join(sorted(EXTENSIONS))
         )
     return sorted(found, key=lambda path: path.parts)
 
 
 def orientation_of(image: Image.Image) -> int:
-    """The EXIF orientation of an opened image: 1 for upright, 5 to 8 where width and height change places."""
+    """EXIF orientation of an opened image: 1 is upright, from 5 on width and height swap."""
     orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
     return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
 
@@ -70,8 +73,9 @@ def orientation_of(image: Image.Image) -> int:
 def decode_rgb(data: bytes) -> Image.Image:
     """Decode an image file's bytes to 8-bit RGB, turned upright by its EXIF orientation.
 
-    Grayscale is repeated over three channels, palettes are resolved, CMYK is converted, an alpha channel is dropped (the stored
-    colours count, whatever their transparency), 16-bit gray keeps its high byte, and of an animation the first frame is taken.
+    Grayscale is repeated over three channels, palettes are resolved, CMYK is converted, an alpha
+    channel is dropped (the stored colours count, whatever their transparency), 16-bit gray keeps
+    its high byte, and of an animation the first frame is taken.
 
     Args:
         data: The file's content.
@@ -80,7 +84,8 @@ def decode_rgb(data: bytes) -> Image.Image:
         A loaded image of mode RGB.
 
     Raises:
-        Exception: The bytes do not decode; Pillow's plugins raise many kinds (OSError, SyntaxError, ValueError, ...).
+        Exception: The bytes do not decode; Pillow's plugins raise many kinds (OSError, SyntaxError,
+            ValueError, ...).
     """
     from PIL import Image, ImageOps
 

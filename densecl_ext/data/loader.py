@@ -1,4 +1,4 @@
-"""Two augmented views of every image of a folder: the interface of the loaders, and the choice between them."""
+"""Two augmented views of every image of a folder: the loaders' interface and their choice."""
 
 from __future__ import annotations
 
@@ -19,17 +19,15 @@ from densecl_ext.data.augmentation import Augmentation, epoch_order, substitute_
 from densecl_ext.data.folder import UnreadableImageWarning, decode_rgb, find_images, reason_of
 
 
-MOCO_V2 = Augmentation()
-
-
 class TwoViews(NamedTuple):
     """A batch: two views of the same N images.
 
     Attributes:
         view_q: Query view, float32 (N, 3, size, size), normalised.
         view_k: Key view, the same.
-        crop_q: float32 (N, 5): x0, y0, x1, y1 of the query crop in pixels of the decoded image (x right, y down, upright after
-            EXIF orientation), and 1.0 where the view was mirrored left to right, else 0.0.
+        crop_q: float32 (N, 5): x0, y0, x1, y1 of the query crop in pixels of the decoded image (x
+            right, y down, upright after EXIF orientation), and 1.0 where the view was mirrored left
+            to right, else 0.0.
         crop_k: The same for the key view.
         index: int64 (N,), which of `loader.files` each image is. Always on the CPU.
     """
@@ -67,11 +65,11 @@ class ViewLoader(Protocol):
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the loader stands: the next batch is the one that follows the last one handed out."""
+        """Where the loader stands: next is the batch after the last one handed out."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken: the next iteration gives the very same remaining batches."""
+        """Go on where `state` was taken: the next iteration gives the same remaining batches."""
         ...
 
     def close(self) -> None:
@@ -80,7 +78,7 @@ class ViewLoader(Protocol):
 
 
 class EpochLoader(ABC):
-    """Order, position and skipped files, shared by the backends, which only turn requests into batches."""
+    """Order, position and skipped files; a backend only turns requests into batches."""
 
     backend: str
 
@@ -115,7 +113,8 @@ class EpochLoader(ABC):
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch.
 
-        Naming the current epoch keeps a loaded position, so that a resumed training loop may call this first thing.
+        Naming the current epoch keeps a loaded position, so that a resumed training loop may call
+        this first thing.
 
         Args:
             epoch: The epoch, at least 0.
@@ -140,13 +139,14 @@ class EpochLoader(ABC):
             state: What :meth:`state_dict` gave, from either backend.
 
         Raises:
-            ValueError: The state belongs to other data or settings, under which the same position means other views.
+            ValueError: The state belongs to other data or settings, under which the same position
+                means other views.
         """
         for key, value in self._identity().items():
             if state.get(key) != value:
                 raise ValueError(
-                    f"load_state_dict: the state was taken with {key}={state.get(key)!r}, this loader has {value!r}; "
-                    "the remaining batches would not be the same"
+                    f"load_state_dict: the state was taken with {key}={state.get(key)!r}, this "
+                    f"loader has {value!r}; the remaining batches would not be the same"
                 )
         self.epoch = int(state["epoch"])
         self._position = self._first = int(state["position"])
@@ -191,8 +191,9 @@ class EpochLoader(ABC):
     def _batches(self, epoch: int, requests: list[list[int]]) -> Iterator[TwoViews]:
         """Turn the requests into batches, in order."""
 
+    @abstractmethod
     def close(self) -> None:
-        """End worker processes and pipelines."""
+        """End worker processes and pipelines; may be called twice."""
 
     def __enter__(self) -> EpochLoader:
         """The loader itself, closed on leaving."""
@@ -206,8 +207,8 @@ class EpochLoader(ABC):
 def candidates(seed: int, epoch: int, sample: int, count: int) -> Iterator[int]:
     """The files to try for one slot of a batch: its own, then substitutes until all were tried.
 
-    The order depends on the arguments alone, and the first readable file wins: so what fills a slot depends on the files on
-    disk and never on which unreadable ones have been met before.
+    The order depends on the arguments alone, and the first readable file wins: so what fills a slot
+    depends on the files on disk and never on which unreadable ones have been met before.
 
     Args:
         seed: The loader's seed.
@@ -225,7 +226,7 @@ def candidates(seed: int, epoch: int, sample: int, count: int) -> Iterator[int]:
 
 
 def normalisation(augmentation: Augmentation, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Scale and offset (1, 3, 1, 1) with `pixels * scale + offset` = (pixels / 255 - mean) / std."""
+    """Scale and offset (1, 3, 1, 1): pixels * scale + offset = (pixels / 255 - mean) / std."""
     mean = np.asarray(augmentation.mean, dtype=np.float64)
     std = np.asarray(augmentation.std, dtype=np.float64)
     scale = torch.tensor(1 / (255 * std), dtype=torch.float32, device=device).reshape(1, 3, 1, 1)
@@ -242,25 +243,28 @@ def build_loader(
     device: str | torch.device = "cpu",
     workers: int | None = None,
     seed: int = 0,
-    augmentation: Augmentation = MOCO_V2,
+    augmentation: Augmentation = Augmentation(),  # noqa: B008  (frozen)
     drop_last: bool = True,
 ) -> ViewLoader:
     """Two augmented views of every image under a folder, shuffled anew in every epoch.
 
-    The same seed and epoch give the same views, bit for bit within a backend, whatever the number of workers and wherever a
-    run was resumed. Between the backends crops, flips and all drawn factors are equal and the pixels nearly so.
+    The same seed and epoch give the same views, bit for bit within a backend, whatever the number
+    of workers and wherever a run was resumed. Between the backends crops, flips and all drawn
+    factors are equal and the pixels nearly so.
 
-    A file that does not read is skipped: it is named in an :class:`UnreadableImageWarning`, listed in `loader.skipped`, and
-    its place in the batch goes to another file, chosen by (seed, epoch, its own index). Batches keep their size.
+    A file that does not read is skipped: it is named in an :class:`UnreadableImageWarning`, listed
+    in `loader.skipped`, and its place in the batch goes to another file, chosen by (seed, epoch,
+    its own index). Batches keep their size.
 
     Args:
         root: Folder of images, any directory tree; see :func:`find_images`.
         batch_size: Images in a batch.
         size: Height and width of the views in pixels.
-        backend: "dali", "torchvision", or "auto" for DALI where it is installed and works, else torchvision.
+        backend: "dali", "torchvision", or "auto" for DALI where it is installed and works, else
+            torchvision.
         device: Where the views end up. With a CUDA device DALI decodes and augments there.
-        workers: Worker processes (torchvision; 0 for none) or threads (DALI; at least one). None takes the cores that this process may
-            use, at most 8.
+        workers: Worker processes (torchvision; 0 for none) or threads (DALI; at least one). None
+            takes the cores that this process may use, at most 8.
         seed: Seed of order and views, at least 0.
         augmentation: The distribution of the views.
         drop_last: Leave out an incomplete last batch.
@@ -269,7 +273,8 @@ def build_loader(
         The loader.
 
     Raises:
-        ValueError: A value is out of range, the folder holds no readable image, or fewer images than one batch with `drop_last`.
+        ValueError: A value is out of range, the folder holds no readable image, or fewer images
+            than one batch with `drop_last`.
         ImportError: The backend that was asked for is not installed.
     """
     if backend not in ("auto", "dali", "torchvision"):
@@ -286,8 +291,8 @@ def build_loader(
     files = find_images(root)
     if drop_last and len(files) < batch_size:
         raise ValueError(
-            f"build_loader: {len(files)} images under {str(root)!r} do not fill one batch of {batch_size}; "
-            "lower batch_size, or pass drop_last=False"
+            f"build_loader: {len(files)} images under {str(root)!r} do not fill one batch of "
+            f"{batch_size}; lower batch_size, or pass drop_last=False"
         )
     _require_readable(files, root)
     settings: dict[str, Any] = {
@@ -298,13 +303,25 @@ def build_loader(
         "augmentation": augmentation,
         "drop_last": drop_last,
     }
+    if backend == "dali" or (backend == "auto" and _dali_installed()):
+        from densecl_ext.data.dali_loader import DaliLoader
+
+        return DaliLoader(files, workers=workers, **settings)
     from densecl_ext.data.torchvision_loader import TorchvisionLoader
 
     return TorchvisionLoader(files, workers=workers, **settings)
 
 
+def _dali_installed() -> bool:
+    try:
+        import nvidia.dali  # noqa: F401
+    except (ImportError, OSError):
+        return False
+    return True
+
+
 def available_cores() -> int:
-    """Cores that this process may use, which containers and schedulers often make fewer than the machine has."""
+    """Cores that this process may use, often fewer than the machine has."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -321,5 +338,6 @@ def _require_readable(files: list[Path], root: str | os.PathLike[str]) -> None:
         else:
             return
     raise ValueError(
-        f"build_loader: none of the {len(files)} image files under {str(root)!r} can be read; the first is {reason}"
+        f"build_loader: none of the {len(files)} image files under {str(root)!r} can be read; "
+        f"the first is {reason}"
     )

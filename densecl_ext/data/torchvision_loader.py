@@ -1,4 +1,4 @@
-"""The portable loader: Pillow decodes, torchvision augments, worker processes of torch's DataLoader do both."""
+"""The portable loader: Pillow decodes and torchvision augments, in worker processes."""
 
 from __future__ import annotations
 
@@ -145,8 +145,8 @@ class _Requests:
 class TorchvisionLoader(EpochLoader):
     """Views from Pillow and torchvision; see :func:`densecl_ext.data.build_loader`.
 
-    The workers hand over 8-bit pixels and the main process normalises them on the target device: a quarter of the bytes to move
-    between processes and to the GPU.
+    The workers hand over 8-bit pixels and the main process normalises them on the target device: a
+    quarter of the bytes to move between processes and to the GPU.
     """
 
     backend = "torchvision"
