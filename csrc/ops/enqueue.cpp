@@ -1,7 +1,9 @@
 #include "densecl/enqueue.h"
 
 #include <algorithm>
+#include <cstdint>
 #include <optional>
+#include <utility>
 
 #include "ops/common.h"
 
@@ -10,8 +12,25 @@ namespace {
 
 constexpr char op[] = "enqueue_";
 
-void enqueue_cpu(Tensor queue, Tensor pointer, const Tensor& keys, std::optional<Tensor> filled,
+// First and last byte that a tensor's elements may touch.
+std::pair<uintptr_t, uintptr_t> extent(const Tensor& tensor) {
+  int64_t last = 0;
+  for (int64_t d = 0; d < tensor.dim(); ++d) {
+    last += std::max<int64_t>(tensor.size(d) - 1, 0) * tensor.stride(d);
+  }
+  const auto begin = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
+  return {begin, begin + last * element_size(dtype_of(tensor, op, "keys"))};
+}
+
+bool share_memory(const Tensor& a, const Tensor& b) {
+  const auto [a_first, a_last] = extent(a);
+  const auto [b_first, b_last] = extent(b);
+  return a_first <= b_last && b_first <= a_last;
+}
+
+void enqueue_cpu(Tensor queue, Tensor pointer, Tensor keys, std::optional<Tensor> filled,
                  bool normalize) {
+  if (share_memory(queue, keys)) keys = torch::stable::clone(keys);  // keys may be queue rows
   const RowsView rows = rows_of(queue, op, "queue");
   EnqueueProblem problem{};
   problem.keys = rows_of(keys, op, "keys");

@@ -26,8 +26,20 @@ struct Vec {
     return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }
   static reg scale(reg p, reg n) { return _mm512_scalef_ps(p, n); }
-  static float sum(reg a) { return _mm512_reduce_add_ps(a); }
-  static float largest(reg a) { return _mm512_reduce_max_ps(a); }
+  // The zero-masked extract: GCC 12 takes the plain one's undefined pass-through for a mistake.
+  static __m256 upper_half(reg a) { return _mm512_maskz_extractf32x8_ps(0xff, a, 1); }
+  static float sum(reg a) {
+    const __m256 x = _mm256_add_ps(_mm512_castps512_ps256(a), upper_half(a));
+    __m128 y = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    y = _mm_add_ps(y, _mm_movehl_ps(y, y));
+    return _mm_cvtss_f32(_mm_add_ss(y, _mm_shuffle_ps(y, y, 1)));
+  }
+  static float largest(reg a) {
+    const __m256 x = _mm256_max_ps(_mm512_castps512_ps256(a), upper_half(a));
+    __m128 y = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    y = _mm_max_ps(y, _mm_movehl_ps(y, y));
+    return _mm_cvtss_f32(_mm_max_ss(y, _mm_shuffle_ps(y, y, 1)));
+  }
 };
 
 }  // namespace densecl::avx512

@@ -1,0 +1,264 @@
+"""InfoNCE against a queue, for rows and for grids: two views of one native op."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from densecl_ext.ops import _checks
+
+_native_op = torch.ops.densecl_ext._info_nce
+
+
+def info_nce(
+    query: Tensor,
+    positive: Tensor,
+    queue: Tensor,
+    *,
+    temperature: float = 0.2,
+    normalize: bool = True,
+    filled: int | Tensor | None = None,
+    row_weight: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """InfoNCE of M rows, each against its positive and the rows of a queue.
+
+    ``l_i = log(exp(q_i.p_i / T) + sum_j exp(q_i.n_j / T)) - q_i.p_i / T`` (MoCo, eq. 1; DenseCL,
+    eq. 1). One sweep over the queue yields loss and gradient; the (M, K) logits are never stored.
+
+    The queue's dtype chooses the arithmetic: float32 keeps float32 accuracy, bfloat16 and float16
+    round query and positive (after scaling) to that type and sum in float32. The gradient passes
+    straight through that rounding. Results are the same bits for every number of threads.
+
+    Args:
+        query: (M, D) float32, bfloat16 or float16; any strides; M may be 0.
+        positive: (M, D), the same types.
+        queue: (K, D), K >= 1, the same types; rows are used as stored; must not require grad.
+        temperature: T > 0.
+        normalize: scale query and positive rows to unit length first. A row shorter than 1e-12
+            has no direction: it is divided by 1e-12 and gets no gradient.
+        filled: int or one-element int64 tensor on the queue's device: only queue[:filled] counts.
+            With 0 there are no negatives: loss 0, gradient 0.
+        row_weight: (M,) floating point weights of the rows.
+        reduction: "mean" is sum(w l) / sum(w), and 0 where the weights sum to 0 (no rows, say);
+            "sum"; "none" gives w l.
+
+    Returns:
+        float32: a 0-d tensor, or (M,) with reduction "none". NaN or infinity in a row makes that
+        row's loss and gradient NaN; in the queue, every row's.
+
+    Raises:
+        ValueError: shapes or values that do not fit; a queue that requires grad.
+        TypeError: a dtype outside the three.
+        RuntimeError: tensors on different devices, or on one without kernels; asking for a second
+            derivative.
+    """
+    op = "info_nce"
+    _checks.is_rows(op, "query", query, "(M, D)")
+    _checks.is_float(op, "positive", positive)
+    if positive.shape != query.shape:
+        raise ValueError(
+            f"{op}: positive must be {_checks.size(query)} to match query, "
+            f"got {_checks.size(positive)}"
+        )
+    _check_common(op, query, positive, queue, temperature, filled, reduction)
+    _checks.is_weight(op, row_weight, (query.shape[0],), query)
+    loss = _losses(
+        query.unsqueeze(2), positive.unsqueeze(2), None, queue, filled, temperature, normalize
+    ).squeeze(1)  # (M,)
+    return _reduce(loss, row_weight, reduction)
+
+
+def dense_info_nce(
+    query_grid: Tensor,
+    key_grid: Tensor,
+    match: Tensor,
+    queue: Tensor,
+    *,
+    temperature: float = 0.2,
+    normalize: bool = True,
+    filled: int | Tensor | None = None,
+    row_weight: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """InfoNCE of every grid position against its matched key position and a queue.
+
+    DenseCL, section 3.2, eq. 2: :func:`info_nce` with a row for every position and
+    ``positive[n, i] = key_grid[n, :, match[n, i]]``, gathered inside the kernel.
+
+    Args:
+        query_grid: (N, D, *Sq) float32, bfloat16 or float16; any strides.
+        key_grid: (N, D, *Sk), the same types.
+        match: (N, prod(Sq)) int64, flat index of a key position, or -1 for a position without a
+            match, which carries no loss and no gradient.
+        queue: (K, D), K >= 1; must not require grad.
+        temperature: T > 0.
+        normalize: scale query and key vectors to unit length first.
+        filled: int or one-element int64 tensor: only queue[:filled] counts.
+        row_weight: (N, prod(Sq)) floating point weights of the positions.
+        reduction: "mean" is sum(w l) / sum(w) over the matched positions, 0 where there is none;
+            "sum"; "none" gives w l.
+
+    Returns:
+        float32: a 0-d tensor, or (N, prod(Sq)) with reduction "none".
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as :func:`info_nce`; ValueError too for a match
+            outside [-1, prod(Sk)), on the CPU (elsewhere looking would wait for the device).
+    """
+    op = "dense_info_nce"
+    _checks.is_grid(op, "query_grid", query_grid, "(N, D, *Sq)")
+    _checks.is_grid(op, "key_grid", key_grid, "(N, D, *Sk)")
+    if key_grid.shape[:2] != query_grid.shape[:2]:
+        raise ValueError(
+            f"{op}: key_grid must be ({query_grid.shape[0]}, {query_grid.shape[1]}, *Sk) to match "
+            f"query_grid, got {_checks.size(key_grid)}"
+        )
+    query, key = query_grid.flatten(2), key_grid.flatten(2)  # (N, D, Sq), (N, D, Sk)
+    _checks.is_tensor(op, "match", match)
+    if match.dtype != torch.int64:
+        raise TypeError(f"{op}: match must be int64, got {_checks.short(match.dtype)}")
+    expected = (query.shape[0], query.shape[2])
+    if tuple(match.shape) != expected:
+        raise ValueError(
+            f"{op}: match must be {expected}, a key position for every query position, "
+            f"got {_checks.size(match)}"
+        )
+    _check_common(op, query, key, queue, temperature, filled, reduction)
+    _checks.on_one_device(op, {"query_grid": query, "match": match})
+    _checks.is_weight(op, row_weight, expected, query)
+    if match.numel() and _checks.values_are_readable(match):
+        low, high = (int(value) for value in match.aminmax())
+        if low < -1 or high >= key.shape[2]:
+            raise ValueError(
+                f"{op}: match must lie in [-1, {key.shape[2]}), got values from {low} to {high}"
+            )
+    loss = _losses(query, key, match, queue, filled, temperature, normalize)  # (N, Sq)
+    matched = (match >= 0).to(loss.dtype)
+    return _reduce(loss, matched if row_weight is None else row_weight * matched, reduction)
+
+
+def _check_common(
+    op: str,
+    query: Tensor,
+    positive: Tensor,
+    queue: Tensor,
+    temperature: float,
+    filled: int | Tensor | None,
+    reduction: str,
+) -> None:
+    _checks.is_queue(op, queue, query.shape[1], "query")
+    _checks.on_one_device(op, {"query": query, "positive": positive, "queue": queue})
+    _checks.is_temperature(op, temperature)
+    _checks.is_reduction(op, reduction)
+    if isinstance(filled, Tensor):
+        _checks.is_counter(op, "filled", filled, queue.shape[0], below=False)
+        _checks.on_one_device(op, {"queue": queue, "filled": filled})
+    elif isinstance(filled, bool) or not isinstance(filled, int | torch.SymInt | None):
+        raise TypeError(f"{op}: filled must be an int or a tensor, got {type(filled).__name__}")
+    elif filled is not None and not 0 <= filled <= queue.shape[0]:
+        raise ValueError(f"{op}: filled must lie in [0, {queue.shape[0]}], got {filled}")
+
+
+def _losses(
+    query: Tensor,  # (N, D, S)
+    positive: Tensor,  # (N, D, Sk)
+    match: Tensor | None,  # (N, S)
+    queue: Tensor,  # (K, D)
+    filled: int | Tensor | None,
+    temperature: float,
+    normalize: bool,
+) -> Tensor:  # (N, S)
+    if filled is not None and not isinstance(filled, Tensor):
+        queue, filled = queue[:filled], None
+    with_gradients = torch.is_grad_enabled()
+    loss, _, _ = _native_op(
+        query,
+        positive,
+        match,
+        queue,
+        filled,
+        float(temperature),
+        normalize,
+        with_gradients and query.requires_grad,
+        with_gradients and positive.requires_grad,
+    )
+    return loss
+
+
+def _reduce(loss: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
+    if weight is not None:
+        loss = loss * weight.to(loss.dtype)
+    if reduction == "none":
+        return loss
+    if reduction == "sum":
+        return loss.sum()
+    if weight is None:
+        return loss.sum() / max(loss.numel(), 1)
+    total = weight.to(loss.dtype).sum()
+    return loss.sum() / torch.where(total == 0, torch.ones_like(total), total)
+
+
+@torch.library.register_fake("densecl_ext::_info_nce")
+def _fake(
+    query: Tensor,
+    positive: Tensor,
+    match: Tensor | None,
+    queue: Tensor,
+    filled: Tensor | None,
+    temperature: float,
+    normalize: bool,
+    grad_query: bool,
+    grad_positive: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    images, dim, positions = query.shape
+
+    def gradient(wanted: bool) -> Tensor:
+        shape = (images, positions, dim) if wanted else (0,)
+        return query.new_empty(shape, dtype=torch.float32)
+
+    loss = query.new_empty((images, positions), dtype=torch.float32)
+    return loss, gradient(grad_query), gradient(grad_positive)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    query, positive, match = inputs[:3]
+    _, grad_query, grad_positive = output
+    ctx.mark_non_differentiable(grad_query, grad_positive)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(grad_query, grad_positive, match)
+    ctx.dtypes = query.dtype, positive.dtype
+    ctx.key_positions = positive.shape[2]
+
+
+def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    """The gradients were computed in the forward sweep: what is left is the incoming factor."""
+    if grad_loss is None:
+        return (None,) * 9
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "info_nce: the native op has no second derivative (create_graph=True was asked for); "
+            "use densecl_ext.reference for it"
+        )
+    grad_query, grad_positive, match = ctx.saved_tensors  # (N, S, D), (N, S, D), (N, S)
+    query_dtype, positive_dtype = ctx.dtypes
+    factor = grad_loss.unsqueeze(2)  # (N, S, 1)
+    query = positive = None
+    if ctx.needs_input_grad[0]:
+        query = (factor * grad_query).transpose(1, 2).to(query_dtype)  # (N, D, S)
+    if ctx.needs_input_grad[1]:
+        rows = factor * grad_positive  # (N, S, D)
+        if match is not None:
+            # Positions that share a key add up; an unmatched one's row is zero, wherever it goes.
+            index = match.clamp(min=0).unsqueeze(2).expand_as(rows)
+            shape = (rows.shape[0], ctx.key_positions, rows.shape[2])
+            rows = rows.new_zeros(shape).scatter_add(1, index, rows)  # (N, Sk, D)
+        positive = rows.transpose(1, 2).to(positive_dtype)  # (N, D, Sk)
+    return query, positive, None, None, None, None, None, None, None
+
+
+torch.library.register_autograd(
+    "densecl_ext::_info_nce", _backward, setup_context=_setup_context
+)

@@ -1,0 +1,18 @@
+"""What every op that writes in place owes to autograd."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def record(*tensors: Tensor) -> None:
+    """Count the write, so that autograd refuses a backward that saved an older value.
+
+    torch does this by itself for its own ops; for an op of another library it must be said.
+    While torch.compile traces, functionalization keeps the books.
+    """
+    if not torch.compiler.is_compiling():
+        for tensor in tensors:
+            torch.autograd.graph.increment_version(tensor)
+
