@@ -1,0 +1,208 @@
+"""The losses of DenseCL as modules: the global term, the dense term, and their sum."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from densecl_ext import ops
+from densecl_ext.queue import KeyQueue
+
+
+class DenseCLTerms(NamedTuple):
+    """What :class:`DenseCLLoss` returns; all three are 0-d tensors.
+
+    Attributes:
+        loss: ``(1 - lambda) * loss_global + lambda * loss_dense``.
+        loss_global: InfoNCE of the global vectors (0 where it was not computed).
+        loss_dense: InfoNCE of the grid positions (0 where it was not computed).
+    """
+
+    loss: Tensor
+    loss_global: Tensor
+    loss_dense: Tensor
+
+
+class InfoNCELoss(nn.Module):
+    """InfoNCE of queries against their positives and a queue of negatives (MoCo, eq. 1).
+
+    Args:
+        temperature: T > 0, the divisor of the cosine similarities.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        normalize: scale queries and positives to unit length first.
+
+    Example:
+        >>> queue = KeyQueue(4096, 128)
+        >>> loss = InfoNCELoss(temperature=0.2)(query, positive, queue)
+        >>> queue.enqueue_(positive)
+    """
+
+    def __init__(
+        self, temperature: float = 0.2, reduction: str = "mean", *, normalize: bool = True
+    ) -> None:
+        super().__init__()
+        self.temperature = _checked_temperature("InfoNCELoss", temperature)
+        if reduction not in ("mean", "sum", "none"):
+            raise ValueError(
+                f"InfoNCELoss: reduction must be 'mean', 'sum' or 'none', got {reduction!r}"
+            )
+        self.reduction = reduction
+        self.normalize = normalize
+
+    def forward(
+        self,
+        query: Tensor,
+        positive: Tensor,
+        queue: KeyQueue | Tensor,
+        row_weight: Tensor | None = None,
+    ) -> Tensor:
+        """Loss of query (M, D) and positive (M, D) against the queue's keys (K, D).
+
+        Args:
+            query: (M, D).
+            positive: (M, D), the key of each query.
+            queue: a :class:`KeyQueue`, of which only the rows that hold a key count, or a tensor
+                (K, D) of unit rows, of which all count.
+            row_weight: optional (M,) weights; ``"mean"`` divides by their sum.
+
+        Returns:
+            A 0-d tensor, or (M,) with reduction ``"none"``. An empty queue gives 0.
+        """
+        keys, filled = _keys_and_filled(queue)
+        return ops.info_nce(
+            query,
+            positive,
+            keys,
+            temperature=self.temperature,
+            normalize=self.normalize,
+            filled=filled,
+            row_weight=row_weight,
+            reduction=self.reduction,
+        )
+
+    def extra_repr(self) -> str:
+        """Settings for ``print(loss)``."""
+        return f"temperature={self.temperature}, reduction={self.reduction!r}"
+
+
+class DenseCLLoss(nn.Module):
+    """Both terms of DenseCL (section 3.2, eq. 3): ``(1 - lambda) L_global + lambda L_dense``.
+
+    A term whose weight is exactly 0 (lambda 0 or 1) is not computed at all, and its inputs may be
+    None; it is returned as 0. Queries and keys are scaled to unit length inside.
+
+    Args:
+        loss_lambda: weight of the dense term, in [0, 1]; the paper's value is 0.5.
+        temperature: T > 0 of both terms; the paper's value is 0.2.
+        mutual: with matching by features, drop the positions whose best match is not mutual.
+
+    Raises:
+        ValueError: a setting out of its range, or an input that the settings need is missing.
+
+    Example:
+        >>> criterion = DenseCLLoss()
+        >>> loss, loss_global, loss_dense = criterion(
+        ...     query.vector, key.vector, query.grid, key.grid, global_queue, dense_queue,
+        ...     query_features=query.features, key_features=key.features)
+    """
+
+    def __init__(
+        self, loss_lambda: float = 0.5, temperature: float = 0.2, *, mutual: bool = False
+    ) -> None:
+        super().__init__()
+        self.loss_lambda = checked_lambda("DenseCLLoss", loss_lambda)
+        self.temperature = _checked_temperature("DenseCLLoss", temperature)
+        self.mutual = mutual
+
+    def forward(
+        self,
+        query_global: Tensor | None,
+        key_global: Tensor | None,
+        query_dense: Tensor | None,
+        key_dense: Tensor | None,
+        global_queue: KeyQueue | Tensor,
+        dense_queue: KeyQueue | Tensor,
+        *,
+        query_features: Tensor | None = None,
+        key_features: Tensor | None = None,
+        match: Tensor | None = None,
+        loss_lambda: float | Tensor | None = None,
+    ) -> DenseCLTerms:
+        """Compute the loss of one batch.
+
+        Args:
+            query_global: (N, D) from the query encoder's global head.
+            key_global: (N, D) from the key encoder's global head.
+            query_dense: (N, D, *Sq) from the query encoder's dense head.
+            key_dense: (N, D, *Sk) from the key encoder's dense head.
+            global_queue: negatives of the global term: a KeyQueue or a tensor (K, D).
+            dense_queue: negatives of the dense term.
+            query_features: (N, C, *Sq) backbone features on the grid of ``query_dense``; with
+                ``key_features`` they give the match by cosine similarity (section 3.3).
+            key_features: (N, C, *Sk) backbone features on the grid of ``key_dense``.
+            match: (N, prod(Sq)) int64 instead of features: flat key position of every query
+                position, -1 for no loss there.
+            loss_lambda: replaces the module's weight in this call, e.g. during a warm-up. A 0-d
+                tensor is multiplied in on its device, so both terms are then always computed.
+
+        Returns:
+            The sum and its two terms; gradients flow to whatever requires them.
+        """
+        weight = self.loss_lambda if loss_lambda is None else loss_lambda
+        if not isinstance(weight, Tensor):
+            checked_lambda("DenseCLLoss", weight)
+        with_global = isinstance(weight, Tensor) or weight < 1.0
+        with_dense = isinstance(weight, Tensor) or weight > 0.0
+
+        loss_global = loss_dense = None
+        if with_global:
+            _require("DenseCLLoss", query_global=query_global, key_global=key_global)
+            keys, filled = _keys_and_filled(global_queue)
+            loss_global = ops.info_nce(
+                query_global, key_global, keys, temperature=self.temperature, filled=filled
+            )
+        if with_dense:
+            _require("DenseCLLoss", query_dense=query_dense, key_dense=key_dense)
+            if match is None:
+                _require("DenseCLLoss", query_features=query_features, key_features=key_features)
+                match = ops.dense_match(query_features, key_features, mutual=self.mutual)
+            keys, filled = _keys_and_filled(dense_queue)
+            loss_dense = ops.dense_info_nce(
+                query_dense, key_dense, match, keys, temperature=self.temperature, filled=filled
+            )
+        if loss_dense is None:
+            assert loss_global is not None
+            return DenseCLTerms(loss_global, loss_global, torch.zeros_like(loss_global))
+        if loss_global is None:
+            return DenseCLTerms(loss_dense, torch.zeros_like(loss_dense), loss_dense)
+        loss = (1.0 - weight) * loss_global + weight * loss_dense
+        return DenseCLTerms(loss, loss_global, loss_dense)
+
+    def extra_repr(self) -> str:
+        """Settings for ``print(loss)``."""
+        return f"loss_lambda={self.loss_lambda}, temperature={self.temperature}"
+
+
+def checked_lambda(owner: str, loss_lambda: float) -> float:
+    """Return ``loss_lambda`` as float, or raise ValueError where it lies outside [0, 1]."""
+    if not 0.0 <= loss_lambda <= 1.0:
+        raise ValueError(f"{owner}: loss_lambda must lie in [0, 1], got {loss_lambda}")
+    return float(loss_lambda)
+
+
+def _checked_temperature(owner: str, temperature: float) -> float:
+    if not temperature > 0.0:
+        raise ValueError(f"{owner}: temperature must be positive, got {temperature}")
+    return float(temperature)
+
+
+def _keys_and_filled(queue: KeyQueue | Tensor) -> tuple[Tensor, Tensor | None]:
+    return (queue.keys, queue.filled) if isinstance(queue, KeyQueue) else (queue, None)
+
+
+def _require(owner: str, **tensors: Tensor | None) -> None:
+    missing = [name for name, tensor in tensors.items() if tensor is None]
+    if missing:
+        raise ValueError(f"{owner}: {' and '.join(missing)} must be given, got None")
