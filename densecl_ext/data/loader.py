@@ -36,7 +36,7 @@ class TwoViews(NamedTuple):
     view_k: Tensor
     crop_q: Tensor
     crop_k: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
 
 
 class ViewLoader(Protocol):

@@ -31,14 +31,14 @@ if TYPE_CHECKING:
 class _Sample(NamedTuple):
     views: np.ndarray  # uint8 (2, 3, size, size)
     crops: np.ndarray  # float32 (2, 5)
-    index: int
+    file: int
     unreadable: list[tuple[int, str]]
 
 
 class _Batch(NamedTuple):
     views: Tensor  # uint8 (N, 2, 3, size, size)
     crops: Tensor  # float32 (N, 2, 5)
-    index: Tensor  # int64 (N,)
+    files: Tensor  # int64 (N,)
     unreadable: list[tuple[int, str]]
 
 
@@ -124,7 +124,7 @@ def _collate(samples: list[_Sample]) -> _Batch:
     return _Batch(
         torch.from_numpy(np.stack([sample.views for sample in samples])),
         torch.from_numpy(np.stack([sample.crops for sample in samples])),
-        torch.tensor([sample.index for sample in samples], dtype=torch.int64),
+        torch.tensor([sample.file for sample in samples], dtype=torch.int64),
         [entry for sample in samples for entry in sample.unreadable],
     )
 
@@ -181,7 +181,7 @@ class TorchvisionLoader(EpochLoader):
                 self._normalised(batch.views[:, 1]),
                 crops[:, 0].contiguous(),
                 crops[:, 1].contiguous(),
-                batch.index,
+                batch.files,
             )
 
     def _normalised(self, pixels: Tensor) -> Tensor:

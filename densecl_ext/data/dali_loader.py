@@ -1,0 +1,236 @@
+"""The DALI loader: threads read files and draw parameters, DALI does the rest to the pixels."""
+
+from __future__ import annotations
+
+import io
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from nvidia.dali.plugin.pytorch import feed_ndarray
+
+from densecl_ext.data.augmentation import KEY_VIEW, QUERY_VIEW, ViewParameters, draw_parameters
+from densecl_ext.data.dali_pipeline import (
+    ENCODED,
+    VIEW_INPUTS,
+    decode_pipeline,
+    row_of,
+    two_view_pipeline,
+)
+from densecl_ext.data.folder import decode_rgb, orientation_of, reason_of
+from densecl_ext.data.loader import EpochLoader, TwoViews, candidates
+
+# Batches whose files are read ahead of the one in the pipeline.
+_READ_AHEAD = 2
+
+# What DALI decodes exactly as Pillow does; the rest Pillow decodes and DALI takes from there.
+_NATIVE = frozenset(
+    [(kind, mode) for kind in ("JPEG", "PNG", "WEBP", "BMP") for mode in ("RGB", "L")]
+)
+
+
+class _Slot(NamedTuple):
+    encoded: bytes
+    parameters: list[ViewParameters]
+    file: int
+    sample: int
+    unreadable: list[tuple[int, str]]
+
+
+class DaliLoader(EpochLoader):
+    """Views from DALI; see :func:`densecl_ext.data.build_loader`.
+
+    DALI's operators cannot skip a sample: one file that does not decode fails its whole batch. Such
+    a batch is looked through file by file, the culprit is skipped or, where Pillow can read it,
+    handed over decoded from then on, and the batch is run again.
+    """
+
+    backend = "dali"
+
+    def __init__(self, files: list[Path], *, workers: int, **settings: Any) -> None:
+        super().__init__(files, **settings)
+        self._threads = max(1, workers)
+        self._unreadable: dict[int, str] = {}
+        self._through_pillow: set[int] = set()
+        self._pipeline: Any = self._build()
+        self._pool: ThreadPoolExecutor | None = None
+
+    @property
+    def _dali_device(self) -> str:
+        return "gpu" if self.device.type == "cuda" else "cpu"
+
+    def _pipeline_settings(self) -> dict[str, Any]:
+        index = self.device.index or 0 if self.device.type == "cuda" else None
+        return {"num_threads": self._threads, "device_id": index, "device": self._dali_device}
+
+    def _build(self) -> Any:
+        pipeline = two_view_pipeline(
+            batch_size=self.batch_size,
+            prefetch_queue_depth=1,
+            size=self.size,
+            augmentation=self.augmentation,
+            **self._pipeline_settings(),
+        )
+        pipeline.build()
+        return pipeline
+
+    def _read(self, index: int) -> tuple[bytes, int, int]:
+        """Bytes that DALI can decode, and the upright width and height, from the header alone."""
+        from PIL import Image
+
+        data = self.files[index].read_bytes()
+        if not data:
+            raise ValueError("the file is empty")
+        with Image.open(io.BytesIO(data)) as header:
+            native = (header.format, header.mode) in _NATIVE and index not in self._through_pillow
+            if native and getattr(header, "n_frames", 1) == 1:
+                width, height = header.size
+                return (
+                    (data, width, height) if orientation_of(header) < 5 else (data, height, width)
+                )
+        image = decode_rgb(data)
+        portable = b"P6 %d %d 255\n" % image.size
+        return portable + image.tobytes(), image.width, image.height
+
+    def _prepare(self, epoch: int, sample: int) -> _Slot:
+        unreadable: list[tuple[int, str]] = []
+        for index in candidates(self.seed, epoch, sample, len(self.files)):
+            if index not in self._unreadable:
+                try:
+                    encoded, width, height = self._read(index)
+                    break
+                except MemoryError:
+                    raise
+                except Exception as error:
+                    self._unreadable[index] = reason_of(error)
+            unreadable.append((index, self._unreadable[index]))
+        else:
+            raise ValueError(f"none of the {len(self.files)} image files can be read any more")
+        drawn = [
+            draw_parameters(
+                self.augmentation,
+                seed=self.seed,
+                epoch=epoch,
+                sample=sample,
+                view=view,
+                width=width,
+                height=height,
+            )
+            for view in (QUERY_VIEW, KEY_VIEW)
+        ]
+        return _Slot(encoded, drawn, index, sample, unreadable)
+
+    def _batches(self, epoch: int, requests: list[list[int]]) -> Iterator[TwoViews]:
+        if self._pipeline is None:
+            self._pipeline = self._build()
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="densecl-read")
+        pool = self._pool
+
+        def submit(batch: list[int]) -> list[Future[_Slot]]:
+            return [pool.submit(self._prepare, epoch, sample) for sample in batch]
+
+        waiting = iter(requests)
+        reading = deque(submit(batch) for batch in islice(waiting, _READ_AHEAD))
+        running: list[_Slot] = []
+
+        def start_next() -> None:
+            running[:] = [future.result() for future in reading.popleft()] if reading else []
+            reading.extend(submit(batch) for batch in islice(waiting, 1))
+            if running:
+                self._schedule(running)
+
+        try:
+            start_next()
+            while running:
+                batch = self._finish(epoch, running)
+                # DALI works on the next batch while the consumer has this one.
+                start_next()
+                yield batch
+        finally:
+            if running:
+                # The consumer stopped early; what the pipeline holds belongs to no later epoch.
+                self._pipeline = None
+                for future in (future for batch in reading for future in batch):
+                    future.cancel()
+
+    def _schedule(self, slots: list[_Slot]) -> None:
+        encoded = [np.frombuffer(slot.encoded, dtype=np.uint8) for slot in slots]
+        self._pipeline.feed_input(ENCODED, encoded)
+        for view, name in enumerate(VIEW_INPUTS):
+            self._pipeline.feed_input(name, [row_of(slot.parameters[view]) for slot in slots])
+        self._pipeline.schedule_run()
+
+    def _finish(self, epoch: int, slots: list[_Slot]) -> TwoViews:
+        """The views of the batch in flight."""
+        try:
+            outputs = self._pipeline.share_outputs()
+        except RuntimeError as error:
+            self._repair(epoch, slots, error)
+            self._pipeline = self._build()
+            self._schedule(slots)
+            return self._finish(epoch, slots)
+        for slot in slots:
+            for index, reason in slot.unreadable:
+                self._skip(index, reason)
+        views = [self._to_torch(output) for output in outputs]
+        self._pipeline.release_outputs()
+        crops = torch.tensor(
+            [[(*drawn.box, drawn.flip) for drawn in slot.parameters] for slot in slots],
+            dtype=torch.float32,
+        ).to(self.device)
+        return TwoViews(
+            views[QUERY_VIEW],
+            views[KEY_VIEW],
+            crops[:, QUERY_VIEW].contiguous(),
+            crops[:, KEY_VIEW].contiguous(),
+            torch.tensor([slot.file for slot in slots], dtype=torch.int64),
+        )
+
+    def _to_torch(self, output: Any) -> torch.Tensor:
+        dense = output.as_tensor()
+        views = torch.empty(dense.shape(), dtype=torch.float32, device=self.device)
+        stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
+        # A copy: DALI writes the next batches into the same memory.
+        feed_ndarray(dense, views, cuda_stream=stream)
+        return views
+
+    def _repair(self, epoch: int, slots: list[_Slot], error: RuntimeError) -> None:
+        """Replace, in place, the slots that DALI cannot decode; raise `error` if there is none."""
+        failed = [position for position, slot in enumerate(slots) if not self._decodes(slot)]
+        if not failed:
+            raise error
+        for position in failed:
+            slot = slots[position]
+            if slot.file in self._through_pillow:
+                raise error
+            try:
+                decode_rgb(self.files[slot.file].read_bytes())
+                self._through_pillow.add(slot.file)
+            except Exception as cause:
+                self._unreadable[slot.file] = reason_of(cause)
+            slots[position] = self._prepare(epoch, slot.sample)
+
+    def _decodes(self, slot: _Slot) -> bool:
+        pipeline = decode_pipeline(
+            batch_size=1, prefetch_queue_depth=1, **self._pipeline_settings()
+        )
+        try:
+            pipeline.build()
+            pipeline.feed_input(ENCODED, [np.frombuffer(slot.encoded, dtype=np.uint8)])
+            pipeline.run()
+        except RuntimeError:
+            return False
+        return True
+
+    def close(self) -> None:
+        """End the reading threads and the pipeline."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool = None
+        self._pipeline = None

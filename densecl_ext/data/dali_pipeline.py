@@ -1,0 +1,195 @@
+"""The DALI graph that turns encoded images and drawn parameters into two views.
+
+Nothing random happens here: crops, factors and orders come in as numbers from
+:func:`densecl_ext.data.augmentation.draw_parameters`, one row for each view. The operators are
+chosen to follow Pillow's 8-bit arithmetic, which MoCo v2 was trained with, operation by operation:
+
+- decoding is bit-equal on the CPU, and resizing antialiased bilinear within rounding;
+- brightness, contrast and saturation round towards zero, and contrast turns about the rounded mean
+  gray of the image as it is at that moment;
+- hue is rotated in HSV. DALI's own hue operator rotates in YIQ, which on photographs lies further
+  from torchvision's result than leaving the hue alone does;
+- blur is a true Gaussian, where Pillow approximates one by three box filters.
+
+With `device="cuda"` decoding and all pixel operators run on the GPU. That path is written from
+DALI's documentation and has not yet run on one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from nvidia.dali import fn, math, pipeline_def
+from nvidia.dali.types import DALIDataType, DALIImageType, DALIInterpType
+
+from densecl_ext.data.augmentation import (
+    BRIGHTNESS,
+    CONTRAST,
+    SATURATION,
+    Augmentation,
+    ViewParameters,
+)
+
+ENCODED = "encoded"
+VIEW_INPUTS = ("query_parameters", "key_parameters")
+
+# Columns of a view's row of numbers.
+_Y0, _X0, _HEIGHT, _WIDTH, _FLIP, _JITTER, _HUE, _GRAY, _SIGMA = range(9)
+_OPERATION = 9  # four columns: which operation comes first, second, third, fourth
+_FACTOR = 13  # four columns: its factor
+
+# A shift of a result that DALI rounds, so that it truncates as Pillow does.
+_TRUNCATE = -0.5
+
+
+def row_of(parameters: ViewParameters) -> np.ndarray:
+    """Lay out a view's parameters for the graph.
+
+    Args:
+        parameters: The drawn parameters.
+
+    Returns:
+        float32 (17,).
+    """
+    x0, y0, x1, y1 = parameters.box
+    factors = (parameters.brightness, parameters.contrast, parameters.saturation, 0.0)
+    order = parameters.order or (BRIGHTNESS,) * 4
+    # Pillow holds hue in 256 steps a turn, and torchvision truncates the shift to 1/255 turns.
+    hue = int(parameters.hue * 255) / 256
+    return np.array(
+        [y0, x0, y1 - y0, x1 - x0, parameters.flip, bool(parameters.order), 6 * hue]
+        + [parameters.gray, parameters.blur_sigma, *order]
+        + [factors[operation] for operation in order],
+        dtype=np.float32,
+    )
+
+
+def _gray(image: Any) -> Any:
+    """ITU-R BT.601 luma (H, W, 1)."""
+    return fn.color_space_conversion(
+        image, image_type=DALIImageType.RGB, output_type=DALIImageType.GRAY
+    )
+
+
+def _mean_gray(image: Any, device: str) -> Any:
+    mean = math.floor(fn.reductions.mean(_gray(image), axes=(0, 1, 2)) + 0.5)
+    # Arguments of operators live on the CPU.
+    return mean.cpu() if device == "gpu" else mean
+
+
+def _rotate_hue(image: Any, sextants: Any) -> Any:
+    """Rotate the hue in HSV by a signed number of sextants of at most 3; value and chroma stay.
+
+    Works with hue times chroma, which needs no division and is 0 for gray. With `red` the signed
+    distance of a hue from red on a circle of 6 chroma, each channel is the minimum plus a trapezoid
+    of its own primary's distance: whole up to 1 chroma away, nothing from 2 on.
+    """
+    r, g, b = (fn.cast(image[:, :, c : c + 1], dtype=DALIDataType.FLOAT) for c in range(3))
+    value = math.max(math.max(r, g), b)
+    low = math.min(math.min(r, g), b)
+    chroma = value - low
+    chroma2 = chroma + chroma
+    chroma4 = chroma2 + chroma2
+    red_leads = r >= value
+    green_leads = g >= value
+    behind = green_leads * (chroma2 + b - r) + (1.0 - green_leads) * (r - g - chroma2)
+    red = red_leads * (g - b) + (1.0 - red_leads) * behind + sextants * chroma
+
+    def channel(distance: Any) -> Any:
+        # The second term serves distances that went round the circle.
+        rise = math.max(chroma2 - distance, distance - chroma4)
+        return fn.cast(low + math.min(math.max(rise, 0.0), chroma), dtype=DALIDataType.UINT8)
+
+    channels = (math.abs(red), math.abs(red - chroma2), math.abs(red + chroma2))
+    return fn.cat(*(channel(distance) for distance in channels), axis=2)
+
+
+def _adjust(image: Any, operation: Any, factor: Any, hue: Any, device: str) -> Any:
+    """One of the four colour operations, chosen for each sample."""
+    if operation == BRIGHTNESS:
+        image = fn.brightness_contrast(
+            image, contrast=factor, contrast_center=0.0, brightness_shift=_TRUNCATE / 255
+        )
+    elif operation == CONTRAST:
+        image = fn.brightness_contrast(
+            image,
+            contrast=factor,
+            contrast_center=_mean_gray(image, device),
+            brightness_shift=_TRUNCATE / 255,
+        )
+    elif operation == SATURATION:
+        image = fn.cast(
+            image * factor + (_gray(image) * (1.0 - factor) + _TRUNCATE), dtype=DALIDataType.UINT8
+        )
+    else:
+        image = _rotate_hue(image, hue)
+    return image
+
+
+def _view(image: Any, row: Any, size: int, augmentation: Augmentation, device: str) -> Any:
+    """Crop, resize, colour, gray, blur, mirror, normalise: float32 (3, size, size)."""
+    view = fn.slice(
+        image,
+        row[_Y0:_HEIGHT],
+        row[_HEIGHT:_FLIP],
+        axes=(0, 1),
+        normalized_anchor=False,
+        normalized_shape=False,
+    )
+    view = fn.resize(
+        view, size=(size, size), interp_type=DALIInterpType.INTERP_LINEAR, antialias=True
+    )
+    if row[_JITTER] > 0.0:
+        for step in range(4):
+            view = _adjust(view, row[_OPERATION + step], row[_FACTOR + step], row[_HUE], device)
+    if row[_GRAY] > 0.0:
+        gray = _gray(view)
+        view = fn.cat(gray, gray, gray, axis=2)
+    if row[_SIGMA] > 0.0:
+        view = fn.gaussian_blur(view, sigma=row[_SIGMA])
+    return fn.crop_mirror_normalize(
+        view,
+        dtype=DALIDataType.FLOAT,
+        output_layout="CHW",
+        mirror=fn.cast(row[_FLIP], dtype=DALIDataType.INT32),
+        mean=[255 * value for value in augmentation.mean],
+        std=[255 * value for value in augmentation.std],
+    )
+
+
+def _decoded(device: str) -> Any:
+    encoded = fn.external_source(name=ENCODED, dtype=DALIDataType.UINT8, ndim=1)
+    return fn.decoders.image(
+        encoded, device="mixed" if device == "gpu" else "cpu", output_type=DALIImageType.RGB
+    )
+
+
+@pipeline_def(enable_conditionals=True)
+def two_view_pipeline(size: int, augmentation: Augmentation, device: str) -> Any:
+    """The graph: encoded images and one row of parameters for each view, to two batches of views.
+
+    Args:
+        size: Height and width of the views in pixels.
+        augmentation: Gives mean and standard deviation; the rest comes drawn.
+        device: "cpu" or "gpu".
+
+    Returns:
+        Two float32 outputs (N, 3, size, size). The image is decoded once for both.
+    """
+    image = _decoded(device)
+    rows = [fn.external_source(name=name, dtype=DALIDataType.FLOAT, ndim=1) for name in VIEW_INPUTS]
+    return tuple(_view(image, row, size, augmentation, device) for row in rows)
+
+
+@pipeline_def
+def decode_pipeline(device: str) -> Any:
+    """Decoding alone, to find out which file of a failed batch it was.
+
+    Args:
+        device: "cpu" or "gpu".
+
+    Returns:
+        The shape of the decoded image.
+    """
+    return _decoded(device).shape()
