@@ -15,12 +15,12 @@ struct Shape {
 };
 
 // One op call with everything it needs, in the layout (images, features, positions).
-struct Run {
+struct MatchCase {
   Shape shape;
   Typed query, key;
   Guarded<int64_t> match, back;
 
-  Run(const Shape& s, const std::vector<float>& q, const std::vector<float>& k, DType dtype)
+  MatchCase(const Shape& s, const std::vector<float>& q, const std::vector<float>& k, DType dtype)
       : shape(s),
         query(q, dtype),
         key(k, dtype),
@@ -67,7 +67,7 @@ TEST_P(DenseMatch, FindsTheMostSimilarKey) {
   for (const Shape& s : shapes) {
     for (const DType dtype : {DType::f32, DType::bf16, DType::f16}) {
       SCOPED_TRACE(describe(s) + ", " + dtype_name(dtype));
-      Run run(s, normal(s.images * s.features * s.query_positions, 1),
+      MatchCase run(s, normal(s.images * s.features * s.query_positions, 1),
               normal(s.images * s.features * s.key_positions, 2, 3.0f), dtype);
       SerialExecutor executor;
       ASSERT_EQ(dense_match(run.problem(false), executor), Status::ok);
@@ -98,7 +98,7 @@ TEST_P(DenseMatch, TheLowestIndexWinsAnExactTie) {
       key[c * s.key_positions + j] = pool[c * distinct + j % distinct];
     }
   }
-  Run run(s, normal(s.features * s.query_positions, 6), key, DType::f32);
+  MatchCase run(s, normal(s.features * s.query_positions, 6), key, DType::f32);
   SerialExecutor executor;
   ASSERT_EQ(dense_match(run.problem(false), executor), Status::ok);
   for (int64_t i = 0; i < s.query_positions; ++i) EXPECT_LT(run.match[i], distinct);
@@ -106,7 +106,7 @@ TEST_P(DenseMatch, TheLowestIndexWinsAnExactTie) {
 
 TEST_P(DenseMatch, AllEqualMeansTheFirst) {
   const Shape s{2, 12, 30, 70};
-  Run run(s, std::vector<float>(s.images * s.features * s.query_positions, 0.5f),
+  MatchCase run(s, std::vector<float>(s.images * s.features * s.query_positions, 0.5f),
           std::vector<float>(s.images * s.features * s.key_positions, 0.25f), DType::f32);
   SerialExecutor executor;
   ASSERT_EQ(dense_match(run.problem(false), executor), Status::ok);
@@ -118,9 +118,9 @@ TEST_P(DenseMatch, MutualKeepsWhatAgreesBothWays) {
     SCOPED_TRACE(describe(s));
     const auto q = normal(s.images * s.features * s.query_positions, 1);
     const auto k = normal(s.images * s.features * s.key_positions, 2);
-    Run forward(s, q, k, DType::f32), mutual(s, q, k, DType::f32);
+    MatchCase forward(s, q, k, DType::f32), mutual(s, q, k, DType::f32);
     const Shape turned{s.images, s.features, s.key_positions, s.query_positions};
-    Run backward(turned, k, q, DType::f32);
+    MatchCase backward(turned, k, q, DType::f32);
     SerialExecutor executor;
     ASSERT_EQ(dense_match(forward.problem(false), executor), Status::ok);
     ASSERT_EQ(dense_match(backward.problem(false), executor), Status::ok);
@@ -150,8 +150,8 @@ TEST_P(DenseMatch, ChannelsLastGivesTheSame) {
     }
     return to;
   };
-  Run first(s, q, k, DType::f32);
-  Run last(s, turn(q, s.query_positions), turn(k, s.key_positions), DType::f32);
+  MatchCase first(s, q, k, DType::f32);
+  MatchCase last(s, turn(q, s.query_positions), turn(k, s.key_positions), DType::f32);
   DenseMatchProblem problem = last.problem(false);
   problem.query.feature_stride = problem.key.feature_stride = 1;
   problem.query.position_stride = problem.key.position_stride = s.features;
@@ -167,14 +167,14 @@ TEST_P(DenseMatch, ZeroVectorsAndNaN) {
   std::vector<float> k = normal(s.features * s.key_positions, 2);
   for (int64_t c = 0; c < s.features; ++c) q[c * s.query_positions + 1] = 0.0f;
   k[70] = std::numeric_limits<float>::quiet_NaN();
-  Run run(s, q, k, DType::f32);
+  MatchCase run(s, q, k, DType::f32);
   SerialExecutor executor;
   ASSERT_EQ(dense_match(run.problem(false), executor), Status::ok);
   for (int64_t i = 0; i < s.query_positions; ++i) {
     EXPECT_EQ(run.match[i], 70) << "a NaN counts as the highest, as torch.argmax has it";
   }
   k[70] = 1.0f;
-  Run finite(s, q, k, DType::f32);
+  MatchCase finite(s, q, k, DType::f32);
   ASSERT_EQ(dense_match(finite.problem(false), executor), Status::ok);
   EXPECT_EQ(finite.match[1], 0) << "a zero vector is equally far from every key";
 }
@@ -185,7 +185,7 @@ TEST_P(DenseMatch, SameForEveryNumberOfThreads) {
   const auto k = normal(s.images * s.features * s.key_positions, 2);
   std::vector<int64_t> first;
   for (int threads = 1; threads <= 4; ++threads) {
-    Run run(s, q, k, DType::f32);
+    MatchCase run(s, q, k, DType::f32);
     ThreadExecutor executor(threads);
     ASSERT_EQ(dense_match(run.problem(true), executor), Status::ok);
     if (threads == 1) first = run.match.copy();
@@ -196,7 +196,7 @@ TEST_P(DenseMatch, SameForEveryNumberOfThreads) {
 TEST_P(DenseMatch, NoImagesAndNoQueries) {
   SerialExecutor executor;
   for (const Shape& s : {Shape{0, 4, 3, 3}, Shape{2, 4, 0, 3}}) {
-    Run run(s, std::vector<float>(s.images * s.features * s.query_positions),
+    MatchCase run(s, std::vector<float>(s.images * s.features * s.query_positions),
             std::vector<float>(s.images * s.features * s.key_positions, 1.0f), DType::f32);
     EXPECT_EQ(dense_match(run.problem(true), executor), Status::ok);
   }

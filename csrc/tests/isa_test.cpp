@@ -31,7 +31,9 @@ TEST_F(IsaChoice, ObeysTheVariable) {
     Isa isa = Isa::count;
     const Status status = selected_isa(&isa);
     EXPECT_EQ(status, available(wanted) ? Status::ok : Status::isa_unavailable) << name(wanted);
-    if (status == Status::ok) EXPECT_EQ(isa, wanted);
+    if (status == Status::ok) {
+      EXPECT_EQ(isa, wanted);
+    }
   }
 }
 
@@ -49,7 +51,9 @@ TEST(Message, EveryStatusHasItsOwn) {
   for (const Status a : all) {
     EXPECT_NE(message(a), nullptr);
     for (const Status b : all) {
-      if (a != b) EXPECT_STRNE(message(a), message(b));
+      if (a != b) {
+        EXPECT_STRNE(message(a), message(b));
+      }
     }
   }
 }

@@ -10,6 +10,7 @@
 #include <cstring>
 #include <memory>
 #include <new>
+#include <ostream>
 #include <random>
 #include <string>
 #include <thread>
@@ -19,6 +20,10 @@
 #include "densecl/half.h"
 #include "densecl/isa.h"
 #include "densecl/types.h"
+
+namespace densecl {
+inline void PrintTo(Isa isa, std::ostream* out) { *out << name(isa); }
+}  // namespace densecl
 
 namespace densecl::test {
 
