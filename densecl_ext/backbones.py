@@ -42,14 +42,17 @@ class ResNetBackbone(nn.Module):
     def __init__(self, resnet: nn.Module) -> None:
         super().__init__()
         self.out_channels = int(resnet.fc.in_features)  # type: ignore[union-attr, arg-type]
+        # registered in the order in which ResNet.forward runs them: stem, then the four stages
         for name, child in resnet.named_children():
             if name not in _HEAD:
                 self.add_module(name, child)
 
     def forward(self, images: Tensor) -> Tensor:
         """Feature map of the last stage."""
-        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
-        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        x = images
+        for stage in self.children():
+            x = stage(x)
+        return x
 
 
 def build_backbone(name: str, *, weights: str | Path | None = None) -> nn.Module:

@@ -59,8 +59,7 @@ class SplitBatchNorm(_NormBase):
         """Normalise x (N, C, ...)."""
         if x.dim() < 2 or x.shape[1] != self.num_features:
             raise ValueError(
-                f"SplitBatchNorm: input must be (N, {self.num_features}, ...), "
-                f"got {tuple(x.shape)}"
+                f"SplitBatchNorm: input must be (N, {self.num_features}, ...), got {tuple(x.shape)}"
             )
         if not self.training and self.running_mean is not None:
             return F.batch_norm(
@@ -107,8 +106,8 @@ class SplitBatchNorm(_NormBase):
                 )
         if self.training and repeated_mean is not None and repeated_var is not None:
             with torch.no_grad():
-                self.running_mean.copy_(repeated_mean.view(groups, -1).mean(dim=0))
-                self.running_var.copy_(repeated_var.view(groups, -1).mean(dim=0))
+                self.running_mean.copy_(repeated_mean.view(groups, -1).mean(dim=0))  # type: ignore
+                self.running_var.copy_(repeated_var.view(groups, -1).mean(dim=0))  # type: ignore
         return y
 
     def extra_repr(self) -> str:
@@ -182,7 +181,8 @@ def shuffled_forward(module: Callable[..., tuple], images: Tensor, **kwargs: Any
     back = torch.argsort(order).to(images.device, non_blocking=True)
     outputs = module(images[order.to(images.device, non_blocking=True)], **kwargs)
     ordered = [None if output is None else output[back] for output in outputs]
-    return type(outputs)(*ordered) if hasattr(outputs, "_fields") else tuple(ordered)
+    make = getattr(type(outputs), "_make", tuple)  # a named tuple stays one
+    return make(ordered)
 
 
 def _split_twin(layer: _BatchNorm, groups: int, name: str) -> SplitBatchNorm:

@@ -158,19 +158,29 @@ class DenseCLLoss(nn.Module):
 
         loss_global = loss_dense = None
         if with_global:
-            _require("DenseCLLoss", query_global=query_global, key_global=key_global)
             keys, filled = _keys_and_filled(global_queue)
             loss_global = ops.info_nce(
-                query_global, key_global, keys, temperature=self.temperature, filled=filled
+                _given("query_global", query_global),
+                _given("key_global", key_global),
+                keys,
+                temperature=self.temperature,
+                filled=filled,
             )
         if with_dense:
-            _require("DenseCLLoss", query_dense=query_dense, key_dense=key_dense)
             if match is None:
-                _require("DenseCLLoss", query_features=query_features, key_features=key_features)
-                match = ops.dense_match(query_features, key_features, mutual=self.mutual)
+                match = ops.dense_match(
+                    _given("query_features (or match)", query_features),
+                    _given("key_features (or match)", key_features),
+                    mutual=self.mutual,
+                )
             keys, filled = _keys_and_filled(dense_queue)
             loss_dense = ops.dense_info_nce(
-                query_dense, key_dense, match, keys, temperature=self.temperature, filled=filled
+                _given("query_dense", query_dense),
+                _given("key_dense", key_dense),
+                match,
+                keys,
+                temperature=self.temperature,
+                filled=filled,
             )
         if loss_dense is None:
             assert loss_global is not None
@@ -202,7 +212,7 @@ def _keys_and_filled(queue: KeyQueue | Tensor) -> tuple[Tensor, Tensor | None]:
     return (queue.keys, queue.filled) if isinstance(queue, KeyQueue) else (queue, None)
 
 
-def _require(owner: str, **tensors: Tensor | None) -> None:
-    missing = [name for name, tensor in tensors.items() if tensor is None]
-    if missing:
-        raise ValueError(f"{owner}: {' and '.join(missing)} must be given, got None")
+def _given(name: str, tensor: Tensor | None) -> Tensor:
+    if tensor is None:
+        raise ValueError(f"DenseCLLoss: {name} must be given with this loss_lambda, got None")
+    return tensor
