@@ -1,0 +1,137 @@
+"""A run's folder: what lies where, and whether a run may start in it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from densecl_ext.checkpoints.storage import (
+    TEMPORARY_PREFIX,
+    atomic_file,
+    load_checkpoint,
+    save_checkpoint,
+)
+from densecl_ext.train.config import PretrainConfig
+
+FORMAT = "densecl_ext"
+VERSION = 1
+
+
+class RunFolder:
+    """OUT/config.yaml, OUT/metrics.csv, OUT/tensorboard/, OUT/checkpoints/last.pt.
+
+    Attributes:
+        path, config, metrics, tensorboard, checkpoints, last: the paths of these.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.config = self.path / "config.yaml"
+        self.metrics = self.path / "metrics.csv"
+        self.tensorboard = self.path / "tensorboard"
+        self.checkpoints = self.path / "checkpoints"
+        self.last = self.checkpoints / "last.pt"
+
+    def exists(self) -> bool:
+        """Whether a run has begun here."""
+        return any(p.exists() for p in (self.config, self.metrics, self.last))
+
+    def prepare(self, *, resume: bool, overwrite: bool) -> dict[str, Any] | None:
+        """Makes the folder ready and proves that it can be written.
+
+        Args:
+            resume: go on with the run that is here.
+            overwrite: remove the run that is here.
+
+        Returns:
+            The checkpoint to go on from, or None for a new run.
+
+        Raises:
+            ValueError: `resume` together with `overwrite`, or the checkpoint is not of a run.
+            FileExistsError: a run is here, and neither was asked for.
+            FileNotFoundError: nothing to resume.
+            OSError: the folder cannot be written.
+        """
+        if resume and overwrite:
+            raise ValueError("pretrain: resume and overwrite exclude each other")
+        if resume:
+            checkpoint = self.read()
+            for leftover in self.checkpoints.glob(f"{TEMPORARY_PREFIX}*"):
+                leftover.unlink()
+            return checkpoint
+        if self.exists():
+            if not overwrite:
+                raise FileExistsError(
+                    f"pretrain: {self.path} already holds a run; go on with it (--resume), replace it (--overwrite), "
+                    "or choose another --output"
+                )
+            self._remove()
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        return None
+
+    def read(self) -> dict[str, Any]:
+        """Reads checkpoints/last.pt.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: it is not the checkpoint of a run.
+        """
+        if not self.last.is_file():
+            raise FileNotFoundError(
+                f"pretrain: nothing to resume in {self.path}: {self.last} does not exist; start without --resume"
+            )
+        checkpoint = load_checkpoint(self.last)
+        if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
+            raise ValueError(f"pretrain: {self.last} is not the checkpoint of a run")
+        if checkpoint["version"] != VERSION:
+            raise ValueError(
+                f"pretrain: {self.last} has version {checkpoint['version']}, this densecl_ext reads {VERSION}"
+            )
+        return checkpoint
+
+    def stored_config(self) -> PretrainConfig:
+        """The configuration of the run that is here; raises as `read`."""
+        return PretrainConfig(**self.read()["config"])
+
+    def write_config(self, config: PretrainConfig) -> None:
+        """Writes config.yaml: a recipe that repeats this run."""
+        import yaml
+
+        with atomic_file(self.config) as file:
+            file.write(yaml.safe_dump(config.to_mapping(), sort_keys=False).encode())
+
+    def save(self, state: dict[str, Any]) -> Path:
+        """Writes checkpoints/last.pt atomically; raises OSError as `save_checkpoint`."""
+        save_checkpoint(self.last, {"format": FORMAT, "version": VERSION, **state})
+        return self.last
+
+    def keep(self, name: str) -> None:
+        """Keeps the newest checkpoint under another name beside it, without a second copy if possible."""
+        kept = self.checkpoints / name
+        kept.unlink(missing_ok=True)
+        try:
+            os.link(self.last, kept)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(self.last, kept)
+
+    def require_space(self) -> None:
+        """Raises OSError unless one more checkpoint fits beside the newest.
+
+        A checkpoint is complete before it replaces the older one, so both need room for a moment.
+        """
+        needed, free = self.last.stat().st_size, shutil.disk_usage(self.path).free
+        if free < needed:
+            raise OSError(
+                f"pretrain: {self.path} has {free / 1e6:.0f} MB free, and every checkpoint needs {needed / 1e6:.0f} MB "
+                "beside the older one"
+            )
+
+    def _remove(self) -> None:
+        """Removes what a run writes, and nothing else that may lie here."""
+        for file in (self.config, self.metrics, *self.checkpoints.glob("*.pt")):
+            file.unlink(missing_ok=True)
+        for leftover in self.path.glob(f"**/{TEMPORARY_PREFIX}*"):
+            leftover.unlink()
+        shutil.rmtree(self.tensorboard, ignore_errors=True)
