@@ -2,7 +2,7 @@
 // running argmax; the (Sq, Sk) similarities are never stored as a whole.
 //
 // Key positions go by in panels of 64, the features in steps of 128, both packed to float32 for
-// the register tile. Cost: 2 C Sq Sk FLOP, features read ceil(Sk / 64) and ceil(Sq / 60) times.
+// the register tile. Cost: 2 C Sq Sk FLOP, features read ceil(Sk / 64) and ceil(Sq / 64) times.
 #pragma once
 
 #include "cpu/aligned.h"
@@ -11,7 +11,7 @@
 
 namespace densecl {
 
-constexpr int64_t match_block_rows = 60;  // a whole number of register tiles in every set
+constexpr int64_t match_block_rows = 64;  // a whole number of register tiles in every set
 
 struct MatchTask {
   const DenseMatchProblem* problem;
@@ -37,7 +37,7 @@ static inline float inverse_length(double square) {
 template <class V>
 void match_positions(const MatchTask& task) {
   constexpr int64_t panel = 64, step = 128;
-  constexpr int width = panel_width<V>;
+  constexpr int width = 2 * V::width;
   static_assert(match_block_rows % V::tile_rows == 0 && panel % width == 0);
   const int64_t rows = task.end - task.begin;
   const int64_t features = task.problem->features;
@@ -84,7 +84,8 @@ void match_positions(const MatchTask& task) {
       }
       for (int64_t r = 0; r < rows; r += V::tile_rows) {
         for (int64_t j = 0; j < columns; j += width) {
-          multiply_tile<V>(depth, query.get() + r * step, step, key.get() + j, panel,
+          multiply_tile<V, V::tile_rows, 2, Operand::row_major>(
+              depth, query.get() + r * step, step, key.get() + j, panel,
                            similarity.get() + r * panel + j, panel, c0 > 0);
         }
       }

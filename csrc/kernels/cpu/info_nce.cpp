@@ -16,9 +16,7 @@
 namespace densecl {
 namespace {
 
-constexpr int64_t row_multiple = 12;      // a whole number of register tiles in every set
-constexpr int64_t feature_multiple = 32;  // a whole number of panels in every set
-constexpr int64_t group_limit = 2304;     // rows of a task: their weighted sums stay near the core
+constexpr int64_t group_limit = 2304;  // rows of a task: their weighted sums stay near the core
 constexpr int64_t wanted_tasks = 32;
 constexpr int64_t partial_budget = 8 << 20;  // bytes of partial sums that need no argument
 
@@ -99,20 +97,38 @@ int64_t positive_position(const InfoNceProblem& problem, int64_t row, int64_t po
   return problem.match ? problem.match[row] : position;
 }
 
-void prepare_row(const InfoNceProblem& problem, const InfoNcePlan& plan, int64_t row,
+// Where a row's elements stand in the sweep's tiles.
+struct Lane {
+  int64_t offset, stride;
+
+  Lane(const InfoNcePlan& plan, int64_t tile, int64_t row) {
+    const int64_t in_group = row % plan.group_rows;
+    const int64_t group_end = std::min(row - in_group + plan.group_rows, plan.padded_rows);
+    const int64_t first = row - in_group % tile;
+    stride = std::min(tile, group_end - first);
+    offset = first * plan.padded_features + row - first;
+  }
+};
+
+void prepare_row(const InfoNceProblem& problem, const InfoNcePlan& plan, int64_t tile, int64_t row,
                  UnitRow& query, const Workspace& work) {
-  float* out = work.query + row * plan.padded_features;
-  std::fill_n(out, plan.padded_features, 0.0f);
+  const Lane lane(plan, tile, row);
+  float* out = work.query + lane.offset;
   work.length[row] = 0.0f;
-  if (row >= problem.images * problem.positions) return;
+  if (row >= problem.images * problem.positions) {
+    for (int64_t d = 0; d < plan.padded_features; ++d) out[d * lane.stride] = 0.0f;
+    return;
+  }
   query.read(problem.query, row / problem.positions, row % problem.positions, problem);
   const float inverse = static_cast<float>(1.0 / problem.temperature);
-  for (int64_t d = 0; d < problem.features; ++d) out[d] = query.rounded.get()[d] * inverse;
+  for (int64_t d = 0; d < problem.features; ++d) {
+    out[d * lane.stride] = query.rounded.get()[d] * inverse;
+  }
   work.length[row] = static_cast<float>(query.rounded_norm / problem.temperature);
 }
 
-void finish_row(const InfoNceProblem& problem, const InfoNcePlan& plan, int64_t row, UnitRow& query,
-                UnitRow& positive, double* gradient, const Workspace& work) {
+void finish_row(const InfoNceProblem& problem, const InfoNcePlan& plan, int64_t tile, int64_t row,
+                UnitRow& query, UnitRow& positive, double* gradient, const Workspace& work) {
   const int64_t count = problem.features;
   const int64_t image = row / problem.positions, position = row % problem.positions;
   float* grad_query = problem.grad_query ? problem.grad_query + row * count : nullptr;
@@ -158,12 +174,14 @@ void finish_row(const InfoNceProblem& problem, const InfoNcePlan& plan, int64_t 
   const double factor = share / problem.temperature;
 
   if (grad_query) {
+    const Lane lane(plan, tile, row);
     for (int64_t d = 0; d < count; ++d) gradient[d] = -positive.rounded.get()[d];
     for (int64_t s = 0; s < plan.slices; ++s) {
       const int64_t i = s * plan.padded_rows + row;
       const double part = std::exp(work.shift[i] - shift) / sum;
-      const float* weighted = work.weighted + i * plan.padded_features;
-      for (int64_t d = 0; d < count; ++d) gradient[d] += part * weighted[d];
+      const float* weighted =
+          work.weighted + s * plan.padded_rows * plan.padded_features + lane.offset;
+      for (int64_t d = 0; d < count; ++d) gradient[d] += part * weighted[d * lane.stride];
     }
     query.write_gradient(gradient, factor, problem.normalize, count, grad_query);
   }
@@ -173,13 +191,13 @@ void finish_row(const InfoNceProblem& problem, const InfoNcePlan& plan, int64_t 
   }
 }
 
-SweepFunction sweep_of(Isa isa) {
+Sweep sweep_of(Isa isa) {
 #if defined(__x86_64__)
-  if (isa == Isa::avx512) return sweep_avx512;
-  if (isa == Isa::avx2) return sweep_avx2;
+  if (isa == Isa::avx512) return sweep_avx512();
+  if (isa == Isa::avx2) return sweep_avx2();
 #endif
   (void)isa;
-  return sweep_serial;
+  return sweep_serial();
 }
 
 }  // namespace
@@ -191,16 +209,16 @@ InfoNcePlan plan_info_nce(const InfoNceProblem& problem) {
   plan.padded_features = round_up(std::max<int64_t>(problem.features, 1), feature_multiple);
   plan.groups = (plan.padded_rows + group_limit - 1) / group_limit;
   plan.group_rows =
-      plan.groups ? round_up((plan.padded_rows + plan.groups - 1) / plan.groups, row_multiple) : 0;
+      plan.groups ? round_up((plan.padded_rows + plan.groups - 1) / plan.groups, group_multiple)
+                  : 0;
 
-  const int64_t block = sweep_block_rows(plan.padded_features);
-  const int64_t blocks = (problem.queue_length + block - 1) / block;
+  const int64_t blocks = (problem.queue_length + sweep_block - 1) / sweep_block;
   const int64_t slice_bytes =
       std::max<int64_t>(plan.padded_rows * plan.padded_features * sizeof(float), 1);
   const int64_t affordable = std::max<int64_t>(partial_budget / slice_bytes, 4);
   const int64_t useful = plan.groups ? (wanted_tasks + plan.groups - 1) / plan.groups : 0;
   const int64_t slices = std::min({affordable, useful, blocks});
-  plan.slice_rows = slices ? (blocks + slices - 1) / slices * block : 0;
+  plan.slice_rows = slices ? (blocks + slices - 1) / slices * sweep_block : 0;
   plan.slices = slices ? (problem.queue_length + plan.slice_rows - 1) / plan.slice_rows : 0;
   plan.workspace_bytes = Workspace(plan, problem.grad_query != nullptr, nullptr).bytes;
   return plan;
@@ -219,6 +237,7 @@ Status info_nce(const InfoNceProblem& problem, const InfoNcePlan& plan, void* wo
     }
   }
   const Workspace work(plan, problem.grad_query != nullptr, workspace);
+  const Sweep sweep = sweep_of(isa);
 
   constexpr int64_t chunk = 96;  // rows of a task outside the sweep
   const int64_t chunks = (plan.padded_rows + chunk - 1) / chunk;
@@ -226,11 +245,10 @@ Status info_nce(const InfoNceProblem& problem, const InfoNcePlan& plan, void* wo
     UnitRow query(problem.features);
     const int64_t end = std::min((task + 1) * chunk, plan.padded_rows);
     for (int64_t row = task * chunk; row < end; ++row) {
-      prepare_row(problem, plan, row, query, work);
+      prepare_row(problem, plan, sweep.tile, row, query, work);
     }
   });
 
-  const SweepFunction sweep = sweep_of(isa);
   for_each_task(executor, plan.groups * plan.slices, [&](int64_t task) {
     const int64_t first = task / plan.slices * plan.group_rows;
     const int64_t slice = task % plan.slices;
@@ -247,7 +265,7 @@ Status info_nce(const InfoNceProblem& problem, const InfoNcePlan& plan, void* wo
     part.shift = work.shift + partial;
     part.sum = work.sum + partial;
     part.weighted = work.weighted ? work.weighted + partial * plan.padded_features : nullptr;
-    sweep(part);
+    sweep.run(part);
   });
 
   for_each_task(executor, chunks, [&](int64_t task) {
@@ -255,7 +273,7 @@ Status info_nce(const InfoNceProblem& problem, const InfoNcePlan& plan, void* wo
     const auto gradient = std::make_unique<double[]>(problem.features);
     const int64_t end = std::min((task + 1) * chunk, rows);
     for (int64_t row = task * chunk; row < end; ++row) {
-      finish_row(problem, plan, row, query, positive, gradient.get(), work);
+      finish_row(problem, plan, sweep.tile, row, query, positive, gradient.get(), work);
     }
   });
   return Status::ok;

@@ -11,7 +11,7 @@
 #include "cpu/vec_avx2.h"
 
 namespace densecl {
-void sweep_avx2(const SweepTask& task) { sweep<avx2::Vec>(task); }
+Sweep sweep_avx2() { return {sweep<avx2::Vec>, avx2::Vec::tile_vectors * avx2::Vec::width}; }
 }  // namespace densecl
 
 #include "cpu/target_end.h"

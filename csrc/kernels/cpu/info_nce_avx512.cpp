@@ -11,7 +11,7 @@
 #include "cpu/vec_avx512.h"
 
 namespace densecl {
-void sweep_avx512(const SweepTask& task) { sweep<avx512::Vec>(task); }
+Sweep sweep_avx512() { return {sweep<avx512::Vec>, avx512::Vec::tile_vectors * avx512::Vec::width}; }
 }  // namespace densecl
 
 #include "cpu/target_end.h"

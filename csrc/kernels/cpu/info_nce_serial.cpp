@@ -2,5 +2,5 @@
 #include "cpu/vec_serial.h"
 
 namespace densecl {
-void sweep_serial(const SweepTask& task) { sweep<serial::Vec>(task); }
+Sweep sweep_serial() { return {sweep<serial::Vec>, serial::Vec::tile_vectors * serial::Vec::width}; }
 }  // namespace densecl

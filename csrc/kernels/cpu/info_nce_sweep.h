@@ -1,12 +1,14 @@
 // The sweep of info_nce over one slice of the queue for one group of rows.
 //
-// Two products per block of queue rows, both by the same register tile: logits = query block^T,
-// then weighted += exp(logits) block. The block is packed once for all rows of the group, as rows
-// and as columns, and stays in the second-level cache; a tile's logits stay in the first.
+// Rows lie across vector lanes, in tiles of up to tile_vectors vectors; queue elements are only
+// ever broadcast. So one packed block of queue rows, row-major as stored, serves both products of
+// the same register tile: scores = block query^T, then weighted^T += block^T exp(scores), and
+// softmax sums need no sum across lanes. A block stays in the second-level cache, a tile's query
+// and scores in the first.
 //
 // The shift of the softmax: |q| max|n| / T bounds every logit of a block. While the bound is at
 // most 60, exp needs no shift at all (e^60 times 2^40 rows is a float), so nothing is rescaled and
-// slices just add. Rows that meet a larger bound go on with a running maximum.
+// slices just add. Tiles that meet a larger bound go on with a running maximum for every row.
 //
 // Cost: 4 M K D FLOP (2 M K D without weighted); every queue element is read once per group.
 #pragma once
@@ -18,31 +20,36 @@
 namespace densecl {
 
 constexpr float unshifted_bound = 60.0f;
+constexpr int64_t sweep_block = 96;  // queue rows of a block: a tile's scores take 18 KiB at most
 
+// Rows go by in tiles: tile t holds rows [t * tile, t * tile + width), width = tile but for the
+// last. Element (row, d) of query and weighted stands at first * padded_features + d * width +
+// (row - first), first = t * tile.
 struct SweepTask {
-  const float* query;   // (rows, padded_features), divided by T, zero-padded
-  const float* length;  // (rows,) |q| / T
-  int64_t rows;         // a multiple of the tile's
-  int64_t padded_features;
-  int64_t features;
+  const float* query;      // (rows, padded_features) in tiles, divided by T, rounded to the queue
+  const float* length;     // (rows,) |q| / T
+  int64_t rows;            // a multiple of row_multiple
+  int64_t features;        // D
+  int64_t padded_features; // a multiple of feature_multiple
   const RowsView* queue;
   int64_t queue_begin, queue_end;
   float* shift;     // (rows,) out: what was subtracted from the logits
   double* sum;      // (rows,) out: sum_j exp(logit - shift); NaN where the queue is not finite
-  float* weighted;  // (rows, padded_features) out: sum_j exp(logit - shift) n_j; or null
+  float* weighted;  // (rows, padded_features) in tiles, out: sum_j exp(logit - shift) n_j; or null
 };
 
-using SweepFunction = void (*)(const SweepTask&);
+struct Sweep {
+  void (*run)(const SweepTask&);
+  int64_t tile;  // rows of a tile
+};
 
-void sweep_serial(const SweepTask&);
-void sweep_avx2(const SweepTask&);
-void sweep_avx512(const SweepTask&);
+constexpr int64_t row_multiple = 16;     // whole vectors in every instruction set
+constexpr int64_t group_multiple = 48;   // whole tiles in every set
+constexpr int64_t feature_multiple = 8;  // whole register tiles in every set
 
-// Queue rows of a block: both packed forms together fill a quarter of a megabyte.
-static constexpr int64_t sweep_block_rows(int64_t padded_features) {
-  const int64_t rows = 32768 / padded_features / 32 * 32;
-  return rows < 32 ? 32 : rows > 512 ? 512 : rows;
-}
+Sweep sweep_serial();
+Sweep sweep_avx2();
+Sweep sweep_avx512();
 
 // |row|, or a bound on it where the squares overflow; infinite or NaN where the row is not finite.
 template <class V>
@@ -62,12 +69,10 @@ inline float row_length(const float* row, int64_t count) {
   return peak * __builtin_sqrtf(static_cast<float>(count));
 }
 
-// Fills rows (count, padded_features) and columns (panels, padded_features, panel_width), both
-// zero beyond the queue, and returns the largest length of a row (infinite or NaN where the block
-// is not finite).
+// Fills rows (count, padded_features), zero beyond the features, and returns the largest length of
+// a row (infinite or NaN where the block is not finite).
 template <class V>
-float pack_block(const SweepTask& task, int64_t begin, int64_t valid, int64_t count, float* rows,
-                 float* columns) {
+float pack_block(const SweepTask& task, int64_t begin, int64_t valid, int64_t count, float* rows) {
   const int64_t stride = task.padded_features;
   float longest = 0.0f;
   for (int64_t j = 0; j < count; ++j) {
@@ -82,51 +87,105 @@ float pack_block(const SweepTask& task, int64_t begin, int64_t valid, int64_t co
     const float length = row_length<V>(row, stride);
     if (longest == longest && !(length <= longest)) longest = length;
   }
-  constexpr int width = panel_width<V>;
-  for (int64_t j = 0; j < count; j += width) {
-    float* panel = columns + j * stride;
-    for (int64_t d = 0; d < stride; ++d) {
-      for (int c = 0; c < width; ++c) panel[d * width + c] = rows[(j + c) * stride + d];
-    }
-  }
   return longest;
 }
 
-// Turns one row of logits into exp(logit - shift) in place, zero from valid to count, and returns
-// their sum.
+// Moves the tile's rows to a running maximum that covers the scores (valid, width).
 template <class V>
-inline float exponentiate_row(float* logits, int64_t valid, int64_t count, float shift) {
-  const typename V::reg minus = V::broadcast(-shift);
-  typename V::reg sums = V::zero();
-  for (int64_t j = 0; j < count; j += V::width) {
-    V::store(logits + j, exponential<V>(V::add(V::load(logits + j), minus)));
-    if (j + V::width > valid) {
-      for (int64_t k = j > valid ? j : valid; k < j + V::width; ++k) logits[k] = 0.0f;
-    }
-    sums = V::add(sums, V::load(logits + j));
+void raise_shift(const SweepTask& task, int64_t first, int64_t width, const float* scores,
+                 int64_t valid) {
+  float* shift = task.shift + first;
+  double* sum = task.sum + first;
+  float rescale[V::tile_vectors * V::width];
+  for (int64_t i = 0; i < width; i += V::width) {
+    typename V::reg peak = V::load(scores + i);
+    for (int64_t j = 1; j < valid; ++j) peak = V::max(V::load(scores + j * width + i), peak);
+    V::store(rescale + i, peak);
   }
-  return V::sum(sums);
+  for (int64_t i = 0; i < width; ++i) {
+    const float old = sum[i] == 0.0 ? -__builtin_inff() : shift[i];
+    shift[i] = rescale[i] > old ? rescale[i] : old;
+    rescale[i] = old - shift[i];
+  }
+  for (int64_t i = 0; i < width; i += V::width) {
+    V::store(rescale + i, exponential<V>(V::load(rescale + i)));
+  }
+  for (int64_t i = 0; i < width; ++i) sum[i] *= rescale[i];
+  if (task.weighted == nullptr) return;
+  float* weighted = task.weighted + first * task.padded_features;
+  for (int64_t d = 0; d < task.padded_features; ++d) {
+    for (int64_t i = 0; i < width; i += V::width) {
+      float* at = weighted + d * width + i;
+      V::store(at, V::mul(V::load(at), V::load(rescale + i)));
+    }
+  }
+}
+
+// scores = exp(scores - shift), and adds them up into sum.
+template <class V>
+void exponentiate(const SweepTask& task, int64_t first, int64_t width, float* scores,
+                  int64_t valid) {
+  for (int64_t i = 0; i < width; i += V::width) {
+    const typename V::reg shift = V::load(task.shift + first + i);
+    typename V::reg total = V::zero();
+    for (int64_t j = 0; j < valid; ++j) {
+      float* at = scores + j * width + i;
+      const typename V::reg weight = exponential<V>(V::sub(V::load(at), shift));
+      V::store(at, weight);
+      total = V::add(total, weight);
+    }
+    float lanes[V::width];
+    V::store(lanes, total);
+    for (int k = 0; k < V::width; ++k) task.sum[first + i + k] += lanes[k];
+  }
 }
 
 template <class V>
-inline float largest_logit(const float* logits, int64_t valid) {
-  typename V::reg best = V::broadcast(-__builtin_inff());
-  int64_t j = 0;
-  for (; j + V::width <= valid; j += V::width) best = V::max(V::load(logits + j), best);
-  float result = V::largest(best);
-  for (; j < valid; ++j) result = logits[j] > result ? logits[j] : result;
-  return result;
+bool needs_shift(const SweepTask& task, int64_t first, int64_t width, float longest) {
+  for (int64_t i = first; i < first + width; ++i) {
+    if (task.shift[i] != 0.0f || !(task.length[i] * longest <= unshifted_bound)) return true;
+  }
+  return false;
+}
+
+// One tile of rows against one block of queue rows.
+template <class V, int vectors>
+void sweep_tile(const SweepTask& task, int64_t first, const float* block, int64_t valid,
+                float longest, float* scores) {
+  constexpr int64_t width = vectors * V::width;
+  constexpr int64_t depth_step = 256;  // partial sums of the logits' product: less rounding
+  const int64_t stride = task.padded_features;
+  const float* query = task.query + first * stride;
+  for (int64_t j = 0; j < valid; j += V::tile_rows) {
+    for (int64_t d = 0; d < task.features; d += depth_step) {
+      const int64_t depth = task.features - d < depth_step ? task.features - d : depth_step;
+      multiply_tile<V, V::tile_rows, vectors, Operand::row_major>(
+          depth, block + j * stride + d, stride, query + d * width, width, scores + j * width,
+          width, d > 0);
+    }
+  }
+  if (needs_shift<V>(task, first, width, longest)) {
+    raise_shift<V>(task, first, width, scores, valid);
+  }
+  exponentiate<V>(task, first, width, scores, valid);
+  if (longest - longest != 0.0f) {
+    for (int64_t i = first; i < first + width; ++i) task.sum[i] = __builtin_nan("");
+  }
+  if (task.weighted == nullptr) return;
+  float* weighted = task.weighted + first * stride;
+  for (int64_t d = 0; d < stride; d += V::tile_rows) {
+    multiply_tile<V, V::tile_rows, vectors, Operand::depth_major>(
+        valid, block + d, stride, scores, width, weighted + d * width, width, true);
+  }
 }
 
 template <class V>
 void sweep(const SweepTask& task) {
-  constexpr int width = panel_width<V>;
-  constexpr int tile_rows = V::tile_rows;
-  constexpr int64_t depth_step = 256;  // partial sums of the logits' product: less rounding
+  static_assert(row_multiple % V::width == 0 && feature_multiple % V::tile_rows == 0 &&
+                group_multiple % (V::tile_vectors * V::width) == 0 &&
+                sweep_block % V::tile_rows == 0 && V::tile_vectors <= 3);
   const int64_t stride = task.padded_features;
-  const int64_t block = sweep_block_rows(stride);
-
-  AlignedFloats rows(block * stride), columns(block * stride), logits(tile_rows * block);
+  AlignedFloats block(sweep_block * stride), scores(sweep_block * V::tile_vectors * V::width);
   for (int64_t r = 0; r < task.rows; ++r) {
     task.shift[r] = 0.0f;
     task.sum[r] = 0.0;
@@ -134,47 +193,19 @@ void sweep(const SweepTask& task) {
   if (task.weighted) {
     for (int64_t i = 0; i < task.rows * stride; ++i) task.weighted[i] = 0.0f;
   }
-
-  for (int64_t begin = task.queue_begin; begin < task.queue_end; begin += block) {
+  for (int64_t begin = task.queue_begin; begin < task.queue_end; begin += sweep_block) {
     const int64_t left = task.queue_end - begin;
-    const int64_t valid = left < block ? left : block;
-    const int64_t count = (valid + width - 1) / width * width;
-    const float longest = pack_block<V>(task, begin, valid, count, rows.get(), columns.get());
-    const bool finite = longest - longest == 0.0f;
-
-    for (int64_t r0 = 0; r0 < task.rows; r0 += tile_rows) {
-      const float* query = task.query + r0 * stride;
-      for (int64_t j = 0; j < count; j += width) {
-        for (int64_t d = 0; d < stride; d += depth_step) {
-          const int64_t depth = stride - d < depth_step ? stride - d : depth_step;
-          multiply_tile<V>(depth, query + d, stride, columns.get() + j * stride + d * width, width,
-                           logits.get() + j, block, d > 0);
-        }
-      }
-      for (int r = 0; r < tile_rows; ++r) {
-        const int64_t row = r0 + r;
-        float* own = logits.get() + r * block;
-        float& shift = task.shift[row];
-        double& sum = task.sum[row];
-        if (shift != 0.0f || !(task.length[row] * longest <= unshifted_bound)) {
-          const float old = sum == 0.0 ? -__builtin_inff() : shift;
-          const float peak = largest_logit<V>(own, valid);
-          shift = peak > old ? peak : old;
-          const float rescale = __builtin_expf(old - shift);
-          sum *= rescale;
-          if (task.weighted) {
-            float* weighted = task.weighted + row * stride;
-            for (int64_t d = 0; d < stride; ++d) weighted[d] *= rescale;
-          }
-        }
-        sum += exponentiate_row<V>(own, valid, count, shift);
-        if (!finite) sum = __builtin_nan("");
-      }
-      if (!task.weighted) continue;
-      for (int64_t d = 0; d < stride; d += width) {
-        multiply_tile<V>(count, logits.get(), block, rows.get() + d, stride,
-                         task.weighted + r0 * stride + d, stride, true);
-      }
+    const int64_t valid = left < sweep_block ? left : sweep_block;
+    const int64_t count = (valid + V::tile_rows - 1) / V::tile_rows * V::tile_rows;
+    const float longest = pack_block<V>(task, begin, valid, count, block.get());
+    int64_t row = 0;
+    for (; row + V::tile_vectors * V::width <= task.rows; row += V::tile_vectors * V::width) {
+      sweep_tile<V, V::tile_vectors>(task, row, block.get(), valid, longest, scores.get());
+    }
+    if (task.rows - row == 2 * V::width) {
+      sweep_tile<V, 2>(task, row, block.get(), valid, longest, scores.get());
+    } else if (task.rows - row == V::width) {
+      sweep_tile<V, 1>(task, row, block.get(), valid, longest, scores.get());
     }
   }
 }

@@ -48,18 +48,16 @@ void store_strip(const float* in, int64_t count, void* data, DType dtype, int64_
   }
 }
 
-template <class V>
-constexpr int panel_width = V::panel_vectors* V::width;
+// Where the element (row, depth) of the broadcast operand stands.
+enum class Operand { row_major, depth_major };
 
-// c (tile_rows, panel_width) [+]= a (tile_rows, depth) b (depth, panel_width), row strides lda,
-// ldb, ldc. One panel of b and all sums stay in registers; every lane adds up in the order of
-// depth, so equal columns give equal bits wherever they stand.
-template <class V>
+// c (rows, vectors * width) [+]= a (rows, depth) b (depth, vectors * width), row strides lda, ldb,
+// ldc. All sums stay in registers; every lane adds up in the order of depth, so equal columns give
+// equal bits wherever they stand.
+template <class V, int rows, int vectors, Operand order>
 inline __attribute__((always_inline)) void multiply_tile(int64_t depth, const float* a, int64_t lda,
                                                          const float* b, int64_t ldb, float* c,
                                                          int64_t ldc, bool accumulate) {
-  constexpr int rows = V::tile_rows;
-  constexpr int vectors = V::panel_vectors;
   typename V::reg sums[rows][vectors];
 #pragma GCC unroll 16
   for (int r = 0; r < rows; ++r) {
@@ -74,7 +72,8 @@ inline __attribute__((always_inline)) void multiply_tile(int64_t depth, const fl
     for (int v = 0; v < vectors; ++v) column[v] = V::load(b + k * ldb + v * V::width);
 #pragma GCC unroll 16
     for (int r = 0; r < rows; ++r) {
-      const typename V::reg x = V::broadcast(a[r * lda + k]);
+      const typename V::reg x =
+          V::broadcast(order == Operand::row_major ? a[r * lda + k] : a[k * lda + r]);
 #pragma GCC unroll 4
       for (int v = 0; v < vectors; ++v) sums[r][v] = V::fma(x, column[v], sums[r][v]);
     }

@@ -8,8 +8,8 @@ namespace densecl::avx2 {
 struct Vec {
   using reg = __m256;
   static constexpr int width = 8;
-  static constexpr int tile_rows = 6;  // 12 sums + 2 columns + 1 broadcast of 16 registers
-  static constexpr int panel_vectors = 2;
+  static constexpr int tile_rows = 4;  // 12 sums + 3 columns + 1 broadcast of 16 registers
+  static constexpr int tile_vectors = 3;
 
   static reg zero() { return _mm256_setzero_ps(); }
   static reg broadcast(float x) { return _mm256_set1_ps(x); }

@@ -8,8 +8,8 @@ namespace densecl::avx512 {
 struct Vec {
   using reg = __m512;
   static constexpr int width = 16;
-  static constexpr int tile_rows = 12;  // 24 sums + 2 columns + 1 broadcast of 32 registers
-  static constexpr int panel_vectors = 2;
+  static constexpr int tile_rows = 8;  // 24 sums + 3 columns + 1 broadcast of 32 registers
+  static constexpr int tile_vectors = 3;
 
   static reg zero() { return _mm512_setzero_ps(); }
   static reg broadcast(float x) { return _mm512_set1_ps(x); }

@@ -11,7 +11,7 @@ struct Vec {
   typedef float reg __attribute__((vector_size(16)));  // GCC's and clang's generic vector
   static constexpr int width = 4;
   static constexpr int tile_rows = 4;  // 8 sums + 2 columns + 1 broadcast of 16 registers
-  static constexpr int panel_vectors = 2;
+  static constexpr int tile_vectors = 2;
 
   static reg zero() { return broadcast(0.0f); }
   static reg broadcast(float x) { return reg{x, x, x, x}; }
