@@ -181,14 +181,17 @@ class DaliLoader(EpochLoader):
         views = [self._to_torch(output) for output in outputs]
         self._pipeline.release_outputs()
         crops = torch.tensor(
-            [[(*drawn.box, drawn.flip) for drawn in slot.parameters] for slot in slots],
+            [
+                [(*slot.parameters[view].box, slot.parameters[view].flip) for slot in slots]
+                for view in (QUERY_VIEW, KEY_VIEW)
+            ],
             dtype=torch.float32,
         ).to(self.device)
         return TwoViews(
             views[QUERY_VIEW],
             views[KEY_VIEW],
-            crops[:, QUERY_VIEW].contiguous(),
-            crops[:, KEY_VIEW].contiguous(),
+            crops[QUERY_VIEW],
+            crops[KEY_VIEW],
             torch.tensor([slot.file for slot in slots], dtype=torch.int64),
         )
 

@@ -36,8 +36,8 @@ class _Sample(NamedTuple):
 
 
 class _Batch(NamedTuple):
-    views: Tensor  # uint8 (N, 2, 3, size, size)
-    crops: Tensor  # float32 (N, 2, 5)
+    views: Tensor  # uint8 (2, N, 3, size, size)
+    crops: Tensor  # float32 (2, N, 5)
     files: Tensor  # int64 (N,)
     unreadable: list[tuple[int, str]]
 
@@ -122,8 +122,8 @@ class TwoViewDataset(Dataset[_Sample]):
 
 def _collate(samples: list[_Sample]) -> _Batch:
     return _Batch(
-        torch.from_numpy(np.stack([sample.views for sample in samples])),
-        torch.from_numpy(np.stack([sample.crops for sample in samples])),
+        torch.from_numpy(np.stack([sample.views for sample in samples], axis=1)),
+        torch.from_numpy(np.stack([sample.crops for sample in samples], axis=1)),
         torch.tensor([sample.file for sample in samples], dtype=torch.int64),
         [entry for sample in samples for entry in sample.unreadable],
     )
@@ -177,10 +177,10 @@ class TorchvisionLoader(EpochLoader):
                 self._skip(index, reason)
             crops = batch.crops.to(self.device, non_blocking=True)
             yield TwoViews(
-                self._normalised(batch.views[:, 0]),
-                self._normalised(batch.views[:, 1]),
-                crops[:, 0].contiguous(),
-                crops[:, 1].contiguous(),
+                self._normalised(batch.views[QUERY_VIEW]),
+                self._normalised(batch.views[KEY_VIEW]),
+                crops[QUERY_VIEW],
+                crops[KEY_VIEW],
                 batch.files,
             )
 
