@@ -26,6 +26,7 @@ from nvidia.dali.types import DALIDataType, DALIImageType, DALIInterpType
 from densecl_ext.data.augmentation import (
     BRIGHTNESS,
     CONTRAST,
+    HUE,
     SATURATION,
     Augmentation,
     ViewParameters,
@@ -34,10 +35,12 @@ from densecl_ext.data.augmentation import (
 ENCODED = "encoded"
 VIEW_INPUTS = ("query_parameters", "key_parameters")
 
-# Columns of a view's row of numbers.
+# Columns of a view's row of numbers. Hue is the expensive operation and has one place in the graph;
+# of the other three, those that come before it fill the first three steps, the rest the last three.
 _Y0, _X0, _HEIGHT, _WIDTH, _FLIP, _JITTER, _HUE, _GRAY, _SIGMA = range(9)
-_OPERATION = 9  # four columns: which operation comes first, second, third, fourth
-_FACTOR = 13  # four columns: its factor
+_OPERATION = 9  # six columns: the operation of each step
+_FACTOR = 15  # six columns: its factor
+_NOTHING = -1
 
 # A shift of a result that DALI rounds, so that it truncates as Pillow does.
 _TRUNCATE = -0.5
@@ -50,17 +53,20 @@ def row_of(parameters: ViewParameters) -> np.ndarray:
         parameters: The drawn parameters.
 
     Returns:
-        float32 (17,).
+        float32 (21,).
     """
     x0, y0, x1, y1 = parameters.box
-    factors = (parameters.brightness, parameters.contrast, parameters.saturation, 0.0)
-    order = parameters.order or (BRIGHTNESS,) * 4
+    factors = (parameters.brightness, parameters.contrast, parameters.saturation)
+    operations, values = [_NOTHING] * 6, [1.0] * 6
+    for place, operation in enumerate(parameters.order):
+        if operation != HUE:
+            step = place if place < parameters.order.index(HUE) else place + 2
+            operations[step], values[step] = operation, factors[operation]
     # Pillow holds hue in 256 steps a turn, and torchvision truncates the shift to 1/255 turns.
     hue = int(parameters.hue * 255) / 256
     return np.array(
         [y0, x0, y1 - y0, x1 - x0, parameters.flip, bool(parameters.order), 6 * hue]
-        + [parameters.gray, parameters.blur_sigma, *order]
-        + [factors[operation] for operation in order],
+        + [parameters.gray, parameters.blur_sigma, *operations, *values],
         dtype=np.float32,
     )
 
@@ -83,30 +89,32 @@ def _rotate_hue(image: Any, sextants: Any) -> Any:
 
     Works with hue times chroma, which needs no division and is 0 for gray. With `red` the signed
     distance of a hue from red on a circle of 6 chroma, each channel is the minimum plus a trapezoid
-    of its own primary's distance: whole up to 1 chroma away, nothing from 2 on.
+    of its own primary's distance: whole up to 1 chroma away, nothing from 2 on. Written for few
+    operators, as each is a pass over the image.
     """
     r, g, b = (fn.cast(image[:, :, c : c + 1], dtype=DALIDataType.FLOAT) for c in range(3))
-    value = math.max(math.max(r, g), b)
-    low = math.min(math.min(r, g), b)
+    high, between = math.max(g, b), math.min(g, b)
+    value, low = math.max(high, r), math.min(between, r)
     chroma = value - low
     chroma2 = chroma + chroma
-    chroma4 = chroma2 + chroma2
-    red_leads = r >= value
-    green_leads = g >= value
-    behind = green_leads * (chroma2 + b - r) + (1.0 - green_leads) * (r - g - chroma2)
-    red = red_leads * (g - b) + (1.0 - red_leads) * behind + sextants * chroma
+    # |g - b| where red leads, one chroma and more where it does not.
+    distance = (value - r) + (high - between) + 2.0 * math.max(between - r, 0.0)
+    red = distance * (1.0 - 2.0 * (b > g)) + sextants * chroma
 
     def channel(distance: Any) -> Any:
         # The second term serves distances that went round the circle.
         rise = math.max(chroma2 - distance, distance - chroma4)
-        return fn.cast(low + math.min(math.max(rise, 0.0), chroma), dtype=DALIDataType.UINT8)
+        return low + math.min(math.max(rise, 0.0), chroma)
 
+    chroma4 = chroma2 + chroma2
     channels = (math.abs(red), math.abs(red - chroma2), math.abs(red + chroma2))
-    return fn.cat(*(channel(distance) for distance in channels), axis=2)
+    return fn.cast(
+        fn.cat(*(channel(distance) for distance in channels), axis=2), dtype=DALIDataType.UINT8
+    )
 
 
-def _adjust(image: Any, operation: Any, factor: Any, hue: Any, device: str) -> Any:
-    """One of the four colour operations, chosen for each sample."""
+def _adjust(image: Any, operation: Any, factor: Any, device: str) -> Any:
+    """Brightness, contrast, saturation or nothing, chosen for each sample."""
     if operation == BRIGHTNESS:
         image = fn.brightness_contrast(
             image, contrast=factor, contrast_center=0.0, brightness_shift=_TRUNCATE / 255
@@ -122,8 +130,6 @@ def _adjust(image: Any, operation: Any, factor: Any, hue: Any, device: str) -> A
         image = fn.cast(
             image * factor + (_gray(image) * (1.0 - factor) + _TRUNCATE), dtype=DALIDataType.UINT8
         )
-    else:
-        image = _rotate_hue(image, hue)
     return image
 
 
@@ -141,8 +147,11 @@ def _view(image: Any, row: Any, size: int, augmentation: Augmentation, device: s
         view, size=(size, size), interp_type=DALIInterpType.INTERP_LINEAR, antialias=True
     )
     if row[_JITTER] > 0.0:
-        for step in range(4):
-            view = _adjust(view, row[_OPERATION + step], row[_FACTOR + step], row[_HUE], device)
+        for step in range(3):
+            view = _adjust(view, row[_OPERATION + step], row[_FACTOR + step], device)
+        view = _rotate_hue(view, row[_HUE])
+        for step in range(3, 6):
+            view = _adjust(view, row[_OPERATION + step], row[_FACTOR + step], device)
     if row[_GRAY] > 0.0:
         gray = _gray(view)
         view = fn.cat(gray, gray, gray, axis=2)
