@@ -120,9 +120,8 @@ void prepare_row(const InfoNceProblem& problem, const InfoNcePlan& plan, int64_t
     return;
   }
   query.read(problem.query, row / problem.positions, row % problem.positions, problem);
-  const float inverse = static_cast<float>(1.0 / problem.temperature);
-  for (int64_t d = 0; d < problem.features; ++d) {
-    out[d * lane.stride] = query.rounded.get()[d] * inverse;
+  for (int64_t d = 0; d < plan.padded_features; ++d) {
+    out[d * lane.stride] = d < problem.features ? query.rounded.get()[d] : 0.0f;
   }
   work.length[row] = static_cast<float>(query.rounded_norm / problem.temperature);
 }
@@ -191,12 +190,14 @@ void finish_row(const InfoNceProblem& problem, const InfoNcePlan& plan, int64_t 
   }
 }
 
-Sweep sweep_of(Isa isa) {
+Sweep sweep_of(Isa isa, DType queue) {
 #if defined(__x86_64__)
-  if (isa == Isa::avx512) return sweep_avx512();
+  if (isa == Isa::avx512bf16 && queue == DType::bf16) return sweep_avx512bf16();
+  if (isa >= Isa::avx512) return sweep_avx512();
   if (isa == Isa::avx2) return sweep_avx2();
 #endif
   (void)isa;
+  (void)queue;
   return sweep_serial();
 }
 
@@ -237,7 +238,7 @@ Status info_nce(const InfoNceProblem& problem, const InfoNcePlan& plan, void* wo
     }
   }
   const Workspace work(plan, problem.grad_query != nullptr, workspace);
-  const Sweep sweep = sweep_of(isa);
+  const Sweep sweep = sweep_of(isa, problem.queue.dtype);
 
   constexpr int64_t chunk = 96;  // rows of a task outside the sweep
   const int64_t chunks = (plan.padded_rows + chunk - 1) / chunk;
@@ -259,6 +260,7 @@ Status info_nce(const InfoNceProblem& problem, const InfoNcePlan& plan, void* wo
     part.rows = std::min(plan.group_rows, plan.padded_rows - first);
     part.padded_features = plan.padded_features;
     part.features = problem.features;
+    part.inverse_temperature = static_cast<float>(1.0 / problem.temperature);
     part.queue = &problem.queue;
     part.queue_begin = slice * plan.slice_rows;
     part.queue_end = std::min(part.queue_begin + plan.slice_rows, problem.queue_length);

@@ -26,11 +26,12 @@ constexpr int64_t sweep_block = 96;  // queue rows of a block: a tile's scores t
 // last. Element (row, d) of query and weighted stands at first * padded_features + d * width +
 // (row - first), first = t * tile.
 struct SweepTask {
-  const float* query;      // (rows, padded_features) in tiles, divided by T, rounded to the queue
-  const float* length;     // (rows,) |q| / T
-  int64_t rows;            // a multiple of row_multiple
-  int64_t features;        // D
-  int64_t padded_features; // a multiple of feature_multiple
+  const float* query;       // (rows, padded_features) in tiles, rounded to the queue's type
+  const float* length;      // (rows,) |q| / T
+  int64_t rows;             // a multiple of row_multiple
+  int64_t features;         // D
+  int64_t padded_features;  // a multiple of feature_multiple
+  float inverse_temperature;
   const RowsView* queue;
   int64_t queue_begin, queue_end;
   float* shift;     // (rows,) out: what was subtracted from the logits
@@ -45,11 +46,12 @@ struct Sweep {
 
 constexpr int64_t row_multiple = 16;     // whole vectors in every instruction set
 constexpr int64_t group_multiple = 48;   // whole tiles in every set
-constexpr int64_t feature_multiple = 8;  // whole register tiles in every set
+constexpr int64_t feature_multiple = 16;  // whole vectors and register tiles in every set
 
 Sweep sweep_serial();
 Sweep sweep_avx2();
 Sweep sweep_avx512();
+Sweep sweep_avx512bf16();  // bfloat16 queues only
 
 // |row|, or a bound on it where the squares overflow; infinite or NaN where the row is not finite.
 template <class V>
@@ -90,7 +92,7 @@ float pack_block(const SweepTask& task, int64_t begin, int64_t valid, int64_t co
   return longest;
 }
 
-// Moves the tile's rows to a running maximum that covers the scores (valid, width).
+// Moves the tile's rows to a running maximum that covers the scores q.n (valid, width).
 template <class V>
 void raise_shift(const SweepTask& task, int64_t first, int64_t width, const float* scores,
                  int64_t valid) {
@@ -104,7 +106,8 @@ void raise_shift(const SweepTask& task, int64_t first, int64_t width, const floa
   }
   for (int64_t i = 0; i < width; ++i) {
     const float old = sum[i] == 0.0 ? -__builtin_inff() : shift[i];
-    shift[i] = rescale[i] > old ? rescale[i] : old;
+    const float peak = rescale[i] * task.inverse_temperature;
+    shift[i] = peak > old ? peak : old;
     rescale[i] = old - shift[i];
   }
   for (int64_t i = 0; i < width; i += V::width) {
@@ -121,16 +124,18 @@ void raise_shift(const SweepTask& task, int64_t first, int64_t width, const floa
   }
 }
 
-// scores = exp(scores - shift), and adds them up into sum.
+// scores = exp(scores / T - shift), and adds them up into sum.
 template <class V>
 void exponentiate(const SweepTask& task, int64_t first, int64_t width, float* scores,
                   int64_t valid) {
+  const typename V::reg inverse_temperature = V::broadcast(task.inverse_temperature);
   for (int64_t i = 0; i < width; i += V::width) {
-    const typename V::reg shift = V::load(task.shift + first + i);
+    const typename V::reg minus_shift = V::sub(V::zero(), V::load(task.shift + first + i));
     typename V::reg total = V::zero();
     for (int64_t j = 0; j < valid; ++j) {
       float* at = scores + j * width + i;
-      const typename V::reg weight = exponential<V>(V::sub(V::load(at), shift));
+      const typename V::reg logit = V::fma(V::load(at), inverse_temperature, minus_shift);
+      const typename V::reg weight = exponential<V>(logit);
       V::store(at, weight);
       total = V::add(total, weight);
     }
@@ -180,19 +185,25 @@ void sweep_tile(const SweepTask& task, int64_t first, const float* block, int64_
 }
 
 template <class V>
-void sweep(const SweepTask& task) {
-  static_assert(row_multiple % V::width == 0 && feature_multiple % V::tile_rows == 0 &&
-                group_multiple % (V::tile_vectors * V::width) == 0 &&
-                sweep_block % V::tile_rows == 0 && V::tile_vectors <= 3);
-  const int64_t stride = task.padded_features;
-  AlignedFloats block(sweep_block * stride), scores(sweep_block * V::tile_vectors * V::width);
+void clear_sums(const SweepTask& task) {
   for (int64_t r = 0; r < task.rows; ++r) {
     task.shift[r] = 0.0f;
     task.sum[r] = 0.0;
   }
   if (task.weighted) {
-    for (int64_t i = 0; i < task.rows * stride; ++i) task.weighted[i] = 0.0f;
+    for (int64_t i = 0; i < task.rows * task.padded_features; ++i) task.weighted[i] = 0.0f;
   }
+}
+
+template <class V>
+void sweep(const SweepTask& task) {
+  static_assert(row_multiple % V::width == 0 && feature_multiple % V::tile_rows == 0 &&
+                feature_multiple % V::width == 0 &&
+                group_multiple % (V::tile_vectors * V::width) == 0 &&
+                sweep_block % V::tile_rows == 0 && V::tile_vectors <= 3);
+  const int64_t stride = task.padded_features;
+  AlignedFloats block(sweep_block * stride), scores(sweep_block * V::tile_vectors * V::width);
+  clear_sums<V>(task);
   for (int64_t begin = task.queue_begin; begin < task.queue_end; begin += sweep_block) {
     const int64_t left = task.queue_end - begin;
     const int64_t valid = left < sweep_block ? left : sweep_block;

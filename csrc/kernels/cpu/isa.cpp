@@ -13,6 +13,8 @@ const char* name(Isa isa) {
       return "avx2";
     case Isa::avx512:
       return "avx512";
+    case Isa::avx512bf16:
+      return "avx512bf16";
     case Isa::count:
       break;
   }
@@ -27,6 +29,9 @@ bool available(Isa isa) {
     return available(Isa::avx2) && __builtin_cpu_supports("avx512f") &&
            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512vl");
+  }
+  if (isa == Isa::avx512bf16) {
+    return available(Isa::avx512) && __builtin_cpu_supports("avx512bf16");
   }
 #endif
   return false;
@@ -56,7 +61,8 @@ const char* message(Status status) {
     case Status::ok:
       return "ok";
     case Status::isa_unknown:
-      return "DENSECL_CPU_ISA names no instruction set, expected serial, avx2 or avx512";
+      return "DENSECL_CPU_ISA names no instruction set, expected serial, avx2, avx512 or "
+             "avx512bf16";
     case Status::isa_unavailable:
       return "DENSECL_CPU_ISA names an instruction set that this machine lacks";
     case Status::match_out_of_range:

@@ -5,8 +5,8 @@
 
 namespace densecl {
 
-// In rising order of preference.
-enum class Isa : int32_t { serial, avx2, avx512, count };
+// In rising order of preference; each holds all of those before it.
+enum class Isa : int32_t { serial, avx2, avx512, avx512bf16, count };
 
 const char* name(Isa isa);
 
