@@ -43,7 +43,7 @@ def generator(seed: int) -> torch.Generator:
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=generator(seed))
+    return torch.randn(shape, generator=generator(seed))
 
 
 def unit(rows: Tensor) -> Tensor:
