@@ -21,7 +21,7 @@ MatchFunction match_of(Isa isa) {
 void run(const DenseMatchProblem& problem, bool backwards, MatchFunction match,
          Executor& executor) {
   const int64_t positions = backwards ? problem.key_positions : problem.query_positions;
-  const int64_t blocks = (positions + match_block_rows - 1) / match_block_rows;
+  const int64_t blocks = (positions + match_panel - 1) / match_panel;
   for_each_task(executor, problem.images * blocks, [&](int64_t index) {
     MatchTask task{};
     task.problem = &problem;
@@ -30,8 +30,8 @@ void run(const DenseMatchProblem& problem, bool backwards, MatchFunction match,
     task.query_positions = positions;
     task.key_positions = backwards ? problem.query_positions : problem.key_positions;
     task.image = index / blocks;
-    task.begin = index % blocks * match_block_rows;
-    task.end = std::min(task.begin + match_block_rows, positions);
+    task.begin = index % blocks * match_panel;
+    task.end = std::min(task.begin + match_panel, positions);
     task.match = (backwards ? problem.back : problem.match) + task.image * positions + task.begin;
     match(task);
   });

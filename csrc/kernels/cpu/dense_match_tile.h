@@ -1,8 +1,9 @@
 // Similarities of a block of query positions with all key positions of one image, and their
 // running argmax; the (Sq, Sk) similarities are never stored as a whole.
 //
-// Key positions go by in panels of 64, the features in steps of 128, both packed to float32 for
-// the register tile. Cost: 2 C Sq Sk FLOP, features read ceil(Sk / 64) and ceil(Sq / 64) times.
+// Positions go by in panels of 64, the features in steps of 128. Both sides are packed the way that
+// contiguous features already lie, feature by feature, so packing is a copy. Cost: 2 C Sq Sk FLOP;
+// query features are read ceil(Sk / 64) times, key features ceil(Sq / 64) times.
 #pragma once
 
 #include "cpu/aligned.h"
@@ -11,7 +12,8 @@
 
 namespace densecl {
 
-constexpr int64_t match_block_rows = 64;  // a whole number of register tiles in every set
+constexpr int64_t match_panel = 64;  // positions; whole register tiles in every set
+constexpr int64_t match_step = 128;  // features
 
 struct MatchTask {
   const DenseMatchProblem* problem;
@@ -19,7 +21,7 @@ struct MatchTask {
   const GridView* key;
   int64_t query_positions, key_positions;
   int64_t image;
-  int64_t begin, end;  // query positions, at most match_block_rows
+  int64_t begin, end;  // query positions, at most match_panel
   int64_t* match;      // (end - begin,) out
 };
 
@@ -34,71 +36,75 @@ static inline float inverse_length(double square) {
   return square == 0.0 ? 0.0f : static_cast<float>(1.0 / __builtin_sqrt(square));
 }
 
+// Fills out (depth, match_panel) with features [first_feature, first_feature + depth) of count
+// positions from first on, zero beyond them, and adds their squares to squares (match_panel,).
+template <class V>
+void pack_positions(const GridView& grid, int64_t image, int64_t first_feature, int64_t depth,
+                    int64_t first, int64_t count, float* out, double* squares) {
+  const int64_t base = image * grid.image_stride + first_feature * grid.feature_stride +
+                       first * grid.position_stride;
+  if (grid.feature_stride == 1 && grid.position_stride != 1) {  // channels last: read along them
+    float strip[match_step];
+    for (int64_t i = 0; i < count; ++i) {
+      load_strip<V>(grid.data, grid.dtype, base + i * grid.position_stride, 1, depth, strip);
+      for (int64_t c = 0; c < depth; ++c) out[c * match_panel + i] = strip[c];
+    }
+  } else {
+    for (int64_t c = 0; c < depth; ++c) {
+      load_strip<V>(grid.data, grid.dtype, base + c * grid.feature_stride, grid.position_stride,
+                    count, out + c * match_panel);
+    }
+  }
+  float partial[match_panel] = {};
+  for (int64_t c = 0; c < depth; ++c) {
+    float* row = out + c * match_panel;
+    for (int64_t i = count; i < match_panel; ++i) row[i] = 0.0f;
+    for (int64_t i = 0; i < match_panel; i += V::width) {
+      const typename V::reg x = V::load(row + i);
+      V::store(partial + i, V::fma(x, x, V::load(partial + i)));
+    }
+  }
+  for (int64_t i = 0; i < match_panel; ++i) squares[i] += partial[i];
+}
+
 template <class V>
 void match_positions(const MatchTask& task) {
-  constexpr int64_t panel = 64, step = 128;
+  constexpr int64_t panel = match_panel, step = match_step;
   constexpr int width = 2 * V::width;
-  static_assert(match_block_rows % V::tile_rows == 0 && panel % width == 0);
+  static_assert(panel % V::tile_rows == 0 && panel % width == 0);
   const int64_t rows = task.end - task.begin;
   const int64_t features = task.problem->features;
 
-  AlignedFloats query(match_block_rows * step), key(step * panel);
-  AlignedFloats similarity(match_block_rows * panel), strip(panel);
-  double query_square[match_block_rows], key_square[panel];
-  float query_inverse[match_block_rows];
-  float best[match_block_rows];
-  for (int64_t r = 0; r < match_block_rows; ++r) {
+  AlignedFloats query(step * panel), key(step * panel), similarity(panel * panel);
+  float best[panel];
+  for (int64_t r = 0; r < rows; ++r) {
     best[r] = -__builtin_inff();
-    query_square[r] = 0.0;
+    task.match[r] = 0;
   }
-  for (int64_t r = 0; r < rows; ++r) task.match[r] = 0;
-  for (int64_t i = 0; i < match_block_rows * step; ++i) query.get()[i] = 0.0f;
-
   for (int64_t first = 0; first < task.key_positions; first += panel) {
     const int64_t left = task.key_positions - first;
     const int64_t columns = left < panel ? left : panel;
-    for (int64_t j = 0; j < panel; ++j) key_square[j] = 0.0;
-    for (int64_t c0 = 0; c0 < features; c0 += step) {
-      const int64_t depth = features - c0 < step ? features - c0 : step;
-      for (int64_t c = 0; c < depth; ++c) {
-        const GridView& from = *task.query;
-        load_strip<V>(from.data, from.dtype,
-                      task.image * from.image_stride + (c0 + c) * from.feature_stride +
-                          task.begin * from.position_stride,
-                      from.position_stride, rows, strip.get());
-        for (int64_t r = 0; r < rows; ++r) {
-          const float x = strip.get()[r];
-          query.get()[r * step + c] = x;
-          if (first == 0) query_square[r] += static_cast<double>(x) * x;
-        }
-      }
-      for (int64_t c = 0; c < depth; ++c) {
-        const GridView& from = *task.key;
-        float* row = key.get() + c * panel;
-        load_strip<V>(from.data, from.dtype,
-                      task.image * from.image_stride + (c0 + c) * from.feature_stride +
-                          first * from.position_stride,
-                      from.position_stride, columns, row);
-        for (int64_t j = columns; j < panel; ++j) row[j] = 0.0f;
-        for (int64_t j = 0; j < panel; ++j) key_square[j] += static_cast<double>(row[j]) * row[j];
-      }
+    double query_square[panel] = {}, key_square[panel] = {};
+    for (int64_t c = 0; c < features; c += step) {
+      const int64_t depth = features - c < step ? features - c : step;
+      pack_positions<V>(*task.query, task.image, c, depth, task.begin, rows, query.get(),
+                        query_square);
+      pack_positions<V>(*task.key, task.image, c, depth, first, columns, key.get(), key_square);
       for (int64_t r = 0; r < rows; r += V::tile_rows) {
         for (int64_t j = 0; j < columns; j += width) {
-          multiply_tile<V, V::tile_rows, 2, Operand::row_major>(
-              depth, query.get() + r * step, step, key.get() + j, panel,
-                           similarity.get() + r * panel + j, panel, c0 > 0);
+          multiply_tile<V, V::tile_rows, 2, Operand::depth_major>(
+              depth, query.get() + r, panel, key.get() + j, panel, similarity.get() + r * panel + j,
+              panel, c > 0);
         }
       }
-    }
-    if (first == 0) {
-      for (int64_t r = 0; r < rows; ++r) query_inverse[r] = inverse_length(query_square[r]);
     }
     float key_inverse[panel];
     for (int64_t j = 0; j < columns; ++j) key_inverse[j] = inverse_length(key_square[j]);
     for (int64_t r = 0; r < rows; ++r) {
+      const float query_inverse = inverse_length(query_square[r]);
       const float* row = similarity.get() + r * panel;
       for (int64_t j = 0; j < columns; ++j) {
-        const float cosine = row[j] * (query_inverse[r] * key_inverse[j]);
+        const float cosine = row[j] * (query_inverse * key_inverse[j]);
         const bool first_nan = cosine != cosine && best[r] == best[r];
         if (cosine > best[r] || first_nan) {
           best[r] = cosine;
