@@ -63,6 +63,16 @@ def is_counter(op: str, name: str, tensor: object, limit: int, *, below: bool) -
             raise ValueError(f"{op}: {name} must lie in [0, {limit}{bracket}, got {value}")
 
 
+def is_writable(op: str, name: str, tensor: Tensor) -> None:
+    """ValueError where an expanded tensor keeps several elements in one place."""
+    layout = zip(tensor.stride(), tensor.shape, strict=True)
+    if any(step == 0 and count > 1 for step, count in layout):
+        raise ValueError(
+            f"{op}: {name} must have a place of its own for every element, got strides "
+            f"{tuple(tensor.stride())} for {size(tensor)}; pass a clone of the expanded tensor"
+        )
+
+
 def is_queue(op: str, queue: Tensor, dim: int, other: str) -> None:
     """A (K, dim) float matrix with K >= 1 that asks for no gradient."""
     is_float(op, "queue", queue)

@@ -24,7 +24,8 @@ def ema_update_(targets: Sequence[Tensor], sources: Sequence[Tensor], momentum: 
         momentum: in [0, 1]; 1 changes nothing, 0 copies.
 
     Raises:
-        ValueError: lists of different lengths, shapes that differ, momentum outside [0, 1].
+        ValueError: lists of different lengths, shapes that differ, momentum outside [0, 1], an
+            expanded target.
         TypeError: not a list of tensors, a dtype outside the three, integer buffers for example.
         RuntimeError: devices that differ, or without kernels.
     """
@@ -49,6 +50,7 @@ def ema_update_(targets: Sequence[Tensor], sources: Sequence[Tensor], momentum: 
                 f"{op}: sources[{i}] must be {_checks.size(target)} to match targets[{i}], "
                 f"got {_checks.size(source)}"
             )
+        _checks.is_writable(op, f"targets[{i}]", target)
         _checks.on_one_device(op, {f"targets[{i}]": target, f"sources[{i}]": source})
     if not targets:
         return

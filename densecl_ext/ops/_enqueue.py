@@ -32,13 +32,14 @@ def enqueue_(
         normalize: scale the keys to unit length first, rows shorter than 1e-12 divided by that.
 
     Raises:
-        ValueError: shapes or values that do not fit; a queue that requires grad.
+        ValueError: shapes or values that do not fit; a queue that requires grad, or is expanded.
         TypeError: a dtype outside the three, a pointer or filled that is no int64 tensor.
         RuntimeError: tensors on different devices, or on one without kernels.
     """
     op = "enqueue_"
     _checks.is_rows(op, "keys", keys, "(B, D)")
     _checks.is_queue(op, queue, keys.shape[1], "keys")
+    _checks.is_writable(op, "queue", queue)
     _checks.is_counter(op, "pointer", pointer, queue.shape[0], below=True)
     _checks.on_one_device(op, {"queue": queue, "pointer": pointer, "keys": keys})
     if filled is not None:

@@ -254,7 +254,11 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | No
             # Positions that share a key add up; an unmatched one's row is zero, wherever it goes.
             index = match.clamp(min=0).unsqueeze(2).expand_as(rows)
             shape = (rows.shape[0], ctx.key_positions, rows.shape[2])
-            rows = rows.new_zeros(shape).scatter_add(1, index, rows)  # (N, Sk, D)
+            rows = (
+                rows.new_zeros(shape).scatter_add(1, index, rows)  # (N, Sk, D)
+                if ctx.key_positions
+                else rows.new_zeros(shape)
+            )
         positive = rows.transpose(1, 2).to(positive_dtype)  # (N, D, Sk)
     return query, positive, None, None, None, None, None, None, None
 
