@@ -24,11 +24,16 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "build_backend"))
 
-import build_plan  # noqa: E402
+import build_plan
+import plain_wheel
 
 KERNELS = build_plan.sources(ROOT, "csrc/kernels/cpu/*.cpp")
 CUDA_SOURCES = build_plan.sources(ROOT, "csrc/kernels/cuda/**/*.cu", "csrc/ops/cuda/*.cu")
-INCLUDE_DIRS = [str(ROOT / "csrc" / "kernels" / "include"), str(ROOT / "csrc" / "kernels"), str(ROOT / "csrc")]
+INCLUDE_DIRS = [
+    str(ROOT / "csrc" / "kernels" / "include"),
+    str(ROOT / "csrc" / "kernels"),
+    str(ROOT / "csrc"),
+]
 HEADERS = build_plan.sources(ROOT, "csrc/**/*.h", "csrc/**/*.hpp", "csrc/**/*.inc")
 
 
@@ -58,7 +63,8 @@ def extensions() -> list[Extension]:
 class BuildModules(build_ext):
     """Compiles with torch's BuildExtension (ninja) and records what was built.
 
-    torch is imported only when there is something to compile: metadata and source distributions do without.
+    torch is imported only when there is something to compile: metadata and source distributions
+    do without.
     """
 
     def run(self) -> None:
@@ -73,12 +79,17 @@ class BuildModules(build_ext):
     def build_extensions(self) -> None:
         """Hands the compilation to torch's BuildExtension."""
         cxx = shlex.split(os.environ.get("CXX", "c++"))[0]
-        problem = build_plan.toolchain_problem(cxx, Path(sysconfig.get_path("include")) / "Python.h")
+        problem = build_plan.toolchain_problem(
+            cxx, Path(sysconfig.get_path("include")) / "Python.h"
+        )
         if problem is not None:
             raise build_plan.BuildError(problem)
         torch, cpp_extension = import_torch()
         decision = build_plan.cuda_decision(
-            os.environ.get("DENSECL_CUDA", "auto"), CUDA_SOURCES, torch.version.cuda, find_nvcc(cpp_extension)
+            os.environ.get("DENSECL_CUDA", "auto"),
+            CUDA_SOURCES,
+            torch.version.cuda,
+            find_nvcc(cpp_extension),
         )
 
         drop_rpaths(self.compiler)
@@ -90,7 +101,8 @@ class BuildModules(build_ext):
         compile_command = cpp_extension.BuildExtension(self.distribution)
         ninja = compile_command.use_ninja
         vars(compile_command).update(vars(self))
-        compile_command.force = compile_command.force or ninja  # ninja knows better what is up to date
+        # ninja knows better than distutils what is up to date.
+        compile_command.force = compile_command.force or ninja
         compile_command.extensions = [ops]
         compile_command.build_extensions()
         # The kernels' objects serve both modules.
@@ -109,10 +121,12 @@ class BuildModules(build_ext):
 
 
 def drop_rpaths(compiler: Any) -> None:
-    """Takes out the run paths that some Pythons were configured with: the modules must not name this machine."""
+    """Takes out the run paths some Pythons were configured with: they name this machine."""
     for name in ("linker_so", "linker_so_cxx"):
         if hasattr(compiler, name):
-            command = [part for part in getattr(compiler, name) if not part.startswith("-Wl,-rpath")]
+            command = [
+                part for part in getattr(compiler, name) if not part.startswith("-Wl,-rpath")
+            ]
             setattr(compiler, name, command)
 
 
@@ -123,8 +137,9 @@ def import_torch() -> tuple[Any, Any]:
         from torch.utils import cpp_extension
     except ImportError as error:
         raise build_plan.BuildError(
-            f"densecl_ext is built against torch >= {build_plan.TARGET_ABI}, which could not be imported ({error}). "
-            "Install torch first, or build without --no-build-isolation, which fetches one"
+            f"densecl_ext is built against torch >= {build_plan.TARGET_ABI}, which could not be "
+            f"imported ({error}). Install torch first, or build without --no-build-isolation, which "
+            "fetches one"
         ) from error
     if build_plan.release(torch.__version__) < build_plan.MINIMUM_TORCH:
         raise build_plan.BuildError(
@@ -157,5 +172,9 @@ def compiler_line(cxx: str) -> str:
     return printed.splitlines()[0]
 
 
-# The licence is told here because setuptools before 77 and after 2026 read different spellings in pyproject.toml.
-setup(license="Apache-2.0", ext_modules=extensions(), cmdclass={"build_ext": BuildModules})
+commands: dict[str, Any] = {"build_ext": BuildModules}
+if plain_wheel.is_needed():
+    commands["bdist_wheel"] = plain_wheel.PlainWheel
+# The licence is told here because setuptools before 77 and after 2026 read different spellings in
+# pyproject.toml.
+setup(license="Apache-2.0", ext_modules=extensions(), cmdclass=commands)

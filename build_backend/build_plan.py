@@ -1,7 +1,7 @@
 """What a build of densecl_ext consists of, decided without importing torch or compiling anything.
 
-Pure functions and small data, so that the tests can ask for every answer. ``setup.py`` carries the plan out and
-``densecl_build.py`` (the PEP 517 backend) asks where a torch is.
+Pure functions and small data, so that the tests can ask for every answer. ``setup.py`` carries
+the plan out and ``densecl_build.py`` (the PEP 517 backend) asks where a torch is.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ TARGET_ABI = "2.10"
 TORCH_REQUIREMENT = f"torch>={TARGET_ABI}"
 
 CXX_FLAGS = ("-std=c++20", "-O3", "-g0", "-fvisibility=hidden")
-# Major and minor of the oldest torch that may load the module; torch's own headers then hide whatever is newer, and
-# refuse every header outside the stable ABI.
+# Major and minor of the oldest torch that may load the module; torch's own headers then hide
+# whatever is newer, and refuse every header outside the stable ABI.
 STABLE_ABI_FLAGS = ("-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY")
 
 CUDA_SETTINGS = ("auto", "0", "1")
@@ -48,7 +48,8 @@ def cuda_decision(
     A GPU in the building machine plays no part: a machine without one builds for machines with one.
 
     Args:
-        setting: The value of ``DENSECL_CUDA``: "auto" builds where it can, "1" insists, "0" leaves it.
+        setting: The value of ``DENSECL_CUDA``: "auto" builds where it can, "1" insists, "0"
+            leaves it.
         sources: The ``.cu`` files of this version.
         torch_cuda: The CUDA version torch was built with, None for a CPU build.
         nvcc: Path of the CUDA compiler, None where there is none.
@@ -76,8 +77,10 @@ def cuda_decision(
 
 
 def sources(root: Path, *patterns: str) -> list[str]:
-    """Source files below ``root`` that match, sorted, as paths relative to it (setuptools wants them so)."""
-    found = {path.relative_to(root).as_posix() for pattern in patterns for path in root.glob(pattern)}
+    """Source files below ``root`` that match, sorted, as the relative paths setuptools wants."""
+    found = {
+        path.relative_to(root).as_posix() for pattern in patterns for path in root.glob(pattern)
+    }
     return sorted(found)
 
 
@@ -90,7 +93,7 @@ def release(version: str) -> tuple[int, int]:
 def environment_paths() -> list[str]:
     """The site-packages folders of the environment that asked for the build.
 
-    Inside pip's isolated build ``sys.path`` no longer holds them, while ``sysconfig`` still names them.
+    Inside pip's isolated build ``sys.path`` no longer holds them; ``sysconfig`` still names them.
     """
     folders = [sysconfig.get_path("platlib"), sysconfig.get_path("purelib")]
     if sys.prefix == sys.base_prefix and site.ENABLE_USER_SITE:
@@ -99,24 +102,24 @@ def environment_paths() -> list[str]:
 
 
 def torch_version(paths: Iterable[str]) -> str | None:
-    """Version of the torch installed in one of ``paths``, read from its metadata: importing it takes seconds."""
+    """Version of the torch in one of ``paths``, from its metadata: importing it takes seconds."""
     for found in distributions(name="torch", path=list(paths)):
         return found.version
     return None
 
 
 def toolchain_problem(cxx: str, python_header: Path) -> str | None:
-    """What is missing for compiling a Python extension, with the Debian package that brings it; None if nothing is."""
+    """What is missing for compiling an extension, with the Debian package; None if nothing is."""
     if shutil.which(cxx) is None:
         return (
-            f"no C++ compiler: {cxx!r} was not found. Install one (Debian, Ubuntu: apt-get install g++) or name it "
-            "in the environment variable CXX"
+            f"no C++ compiler: {cxx!r} was not found. Install one (Debian, Ubuntu: apt-get install "
+            "g++) or name it in the environment variable CXX"
         )
     if not python_header.is_file():
         version = f"{sys.version_info.major}.{sys.version_info.minor}"
         return (
-            f"no Python headers: {python_header} does not exist. Install them (Debian, Ubuntu: apt-get install "
-            f"python3-dev, or python{version}-dev where several Pythons are installed)"
+            f"no Python headers: {python_header} does not exist. Install them (Debian, Ubuntu: "
+            f"apt-get install python3-dev, or python{version}-dev where there are several Pythons)"
         )
     return None
 

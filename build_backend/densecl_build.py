@@ -1,7 +1,8 @@
-"""PEP 517 backend: setuptools' own, taught to build against the torch that the environment already has.
+"""PEP 517 backend: setuptools' own, taught to build against the torch that the environment has.
 
-An isolated build would otherwise download a second torch (5 GB) only for its headers. One build runs under every torch
-from 2.10 on, so any such torch is as good as another; where there is none, one is asked for.
+An isolated build would otherwise download a second torch (5 GB) only for its headers. One build
+runs under every torch from 2.10 on, so any such torch is as good as another; where there is none,
+one is asked for.
 """
 
 from __future__ import annotations
@@ -10,9 +11,7 @@ import sys
 from collections.abc import Mapping
 from importlib.util import find_spec
 
-from setuptools import build_meta
-from setuptools.build_meta import build_sdist as build_sdist
-
+import plain_wheel
 from build_plan import (
     MINIMUM_TORCH,
     TORCH_REQUIREMENT,
@@ -21,6 +20,8 @@ from build_plan import (
     release,
     torch_version,
 )
+from setuptools import build_meta
+from setuptools.build_meta import build_sdist as build_sdist
 
 Settings = Mapping[str, object] | None
 
@@ -35,6 +36,8 @@ __all__ = [
     "prepare_metadata_for_build_wheel",
 ]
 
+prepare_metadata_for_build_wheel = build_meta.prepare_metadata_for_build_wheel
+prepare_metadata_for_build_editable = build_meta.prepare_metadata_for_build_editable
 get_requires_for_build_sdist = build_meta.get_requires_for_build_sdist
 
 
@@ -46,22 +49,6 @@ def get_requires_for_build_wheel(config_settings: Settings = None) -> list[str]:
 def get_requires_for_build_editable(config_settings: Settings = None) -> list[str]:
     """As for a wheel."""
     return build_meta.get_requires_for_build_editable(config_settings) + _torch_requirement()
-
-
-def prepare_metadata_for_build_wheel(
-    metadata_directory: str, config_settings: Settings = None
-) -> str:
-    """Writes the metadata; needs no torch."""
-    _check_bdist_wheel()
-    return build_meta.prepare_metadata_for_build_wheel(metadata_directory, config_settings)
-
-
-def prepare_metadata_for_build_editable(
-    metadata_directory: str, config_settings: Settings = None
-) -> str:
-    """As for a wheel."""
-    _check_bdist_wheel()
-    return build_meta.prepare_metadata_for_build_editable(metadata_directory, config_settings)
 
 
 def build_wheel(
@@ -76,17 +63,13 @@ def build_editable(
     wheel_directory: str, config_settings: Settings = None, metadata_directory: str | None = None
 ) -> str:
     """Builds the modules in place and the wheel that points at them."""
+    if plain_wheel.is_needed():
+        raise BuildError(
+            "an editable install with a setuptools older than 70.1 needs the package wheel: "
+            "pip install wheel, or install without --no-build-isolation"
+        )
     _reach_torch()
     return build_meta.build_editable(wheel_directory, config_settings, metadata_directory)
-
-
-def _check_bdist_wheel() -> None:
-    """An environment used with --no-build-isolation may lack what an isolated one always has."""
-    if find_spec("setuptools.command.bdist_wheel") is None and find_spec("wheel") is None:
-        raise BuildError(
-            "a setuptools older than 70.1 needs the package wheel: pip install wheel, "
-            "or build without --no-build-isolation"
-        )
 
 
 def _environment_has_torch() -> bool:
@@ -98,6 +81,6 @@ def _torch_requirement() -> list[str]:
 
 
 def _reach_torch() -> None:
-    """Makes the environment's torch importable, behind everything that the build environment brings itself."""
+    """Makes the environment's torch importable, behind all that the build environment brings."""
     if find_spec("torch") is None and _environment_has_torch():
         sys.path.extend(path for path in environment_paths() if path not in sys.path)

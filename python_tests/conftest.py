@@ -1,4 +1,4 @@
-"""What every test starts from: fixed seeds, one thread per worker, and a reason where a GPU is missing."""
+"""What every test starts from: fixed seeds, one thread per worker, a reason for a missing GPU."""
 
 from __future__ import annotations
 

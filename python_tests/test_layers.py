@@ -34,7 +34,7 @@ LEVELS = [
     {"model", "data"},
     {"checkpoints"},
     {"train", "evaluate", "visualize", "info"},
-    {"cli"},
+    {"cli", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 # Built modules and the ops' registry stay behind these.

@@ -1,4 +1,4 @@
-"""The build's decisions, the backend's requirements, and what the built modules ask of a machine."""
+"""The build's decisions, the backend's requirements, what the built modules ask of a machine."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import zipfile
 from pathlib import Path
-
-import pytest
-from setuptools import build_meta
 
 import build_plan
 import densecl_build
-import densecl_ext
+import plain_wheel
+import pytest
 from build_plan import BuildError, cuda_decision, toolchain_problem
+from setuptools import build_meta
+
+import densecl_ext
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = Path(densecl_ext.__file__).parent
@@ -81,7 +83,11 @@ def install_fake_torch(folder: Path, version: str) -> None:
 )
 @pytest.mark.parametrize("kind", ["wheel", "editable"])
 def test_torch_is_asked_for_only_where_there_is_none(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, version: str | None, wanted: list[str], kind: str
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    version: str | None,
+    wanted: list[str],
+    kind: str,
 ) -> None:
     if version is not None:
         install_fake_torch(tmp_path, version)
@@ -91,9 +97,7 @@ def test_torch_is_asked_for_only_where_there_is_none(
     assert requirements == ["wheel", *wanted]
 
 
-def test_the_environments_torch_comes_last(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_the_environments_torch_comes_last(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     install_fake_torch(tmp_path, "2.11.0")
     monkeypatch.setattr(densecl_build, "environment_paths", lambda: [str(tmp_path)])
     monkeypatch.setattr(densecl_build, "find_spec", lambda name: None)
@@ -108,6 +112,29 @@ def test_an_importable_torch_is_left_alone(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setattr(sys, "path", [*sys.path])
     densecl_build._reach_torch()
     assert str(tmp_path) not in sys.path
+
+
+def test_a_wheel_is_written_without_the_package_wheel(tmp_path: Path) -> None:
+    egg_info, tree = tmp_path / "egg", tmp_path / "tree"
+    egg_info.mkdir()
+    (egg_info / "PKG-INFO").write_text("Metadata-Version: 2.1\nName: x\n\nWhat it is.\n")
+    (egg_info / "requires.txt").write_text(
+        "torch>=2.10\n\n[train]\npillow\n\n[train:os == 'y']\nz\n"
+    )
+    dist_info = tree / "x-1.dist-info"
+    plain_wheel.write_dist_info(egg_info, dist_info)
+    metadata = (dist_info / "METADATA").read_text()
+    assert metadata == (
+        "Metadata-Version: 2.1\nName: x\nRequires-Dist: torch>=2.10\n"
+        'Requires-Dist: pillow ; extra == "train"\n'
+        "Requires-Dist: z ; (os == 'y') and extra == \"train\"\n\nWhat it is.\n"
+    )
+    (tree / "x.py").write_text("")
+    plain_wheel.write_wheel(tree, tmp_path / "x.whl", dist_info.name)
+    with zipfile.ZipFile(tmp_path / "x.whl") as archive:
+        assert {"x.py", "x-1.dist-info/METADATA", "x-1.dist-info/RECORD"} <= set(archive.namelist())
+        record = archive.read("x-1.dist-info/RECORD").decode()
+    assert "x.py,sha256=47DEQpj8HBSa-_TImW-5JCeuQeRkm5NMpJWZG3hSuFU,0\n" in record
 
 
 def test_the_build_is_recorded() -> None:

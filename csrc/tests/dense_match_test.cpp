@@ -55,7 +55,7 @@ struct MatchCase {
   }
 };
 
-const Shape shapes[] = {{1, 1, 1, 1},    {2, 3, 5, 7},     {1, 129, 49, 49},  {3, 64, 9, 130},
+const Shape shapes[] = {{1, 1, 1, 1},     {2, 3, 5, 7},      {1, 129, 49, 49},  {3, 64, 9, 130},
                         {2, 130, 61, 64}, {1, 257, 121, 65}, {1, 2048, 49, 25}, {2, 16, 196, 196}};
 
 std::string describe(const Shape& s) {
@@ -68,7 +68,7 @@ TEST_P(DenseMatch, FindsTheMostSimilarKey) {
     for (const DType dtype : {DType::f32, DType::bf16, DType::f16}) {
       SCOPED_TRACE(describe(s) + ", " + dtype_name(dtype));
       MatchCase run(s, normal(s.images * s.features * s.query_positions, 1),
-              normal(s.images * s.features * s.key_positions, 2, 3.0f), dtype);
+                    normal(s.images * s.features * s.key_positions, 2, 3.0f), dtype);
       SerialExecutor executor;
       ASSERT_EQ(dense_match(run.problem(false), executor), Status::ok);
       for (int64_t n = 0; n < s.images; ++n) {
@@ -107,7 +107,7 @@ TEST_P(DenseMatch, TheLowestIndexWinsAnExactTie) {
 TEST_P(DenseMatch, AllEqualMeansTheFirst) {
   const Shape s{2, 12, 30, 70};
   MatchCase run(s, std::vector<float>(s.images * s.features * s.query_positions, 0.5f),
-          std::vector<float>(s.images * s.features * s.key_positions, 0.25f), DType::f32);
+                std::vector<float>(s.images * s.features * s.key_positions, 0.25f), DType::f32);
   SerialExecutor executor;
   ASSERT_EQ(dense_match(run.problem(false), executor), Status::ok);
   for (int64_t i = 0; i < run.match.size(); ++i) EXPECT_EQ(run.match[i], 0);
@@ -197,7 +197,7 @@ TEST_P(DenseMatch, NoImagesAndNoQueries) {
   SerialExecutor executor;
   for (const Shape& s : {Shape{0, 4, 3, 3}, Shape{2, 4, 0, 3}}) {
     MatchCase run(s, std::vector<float>(s.images * s.features * s.query_positions),
-            std::vector<float>(s.images * s.features * s.key_positions, 1.0f), DType::f32);
+                  std::vector<float>(s.images * s.features * s.key_positions, 1.0f), DType::f32);
     EXPECT_EQ(dense_match(run.problem(true), executor), Status::ok);
   }
 }

@@ -14,10 +14,9 @@ struct Case {
   int64_t length, features, batch, pointer;
 };
 
-const Case cases[] = {
-    {8, 4, 3, 0},   {8, 4, 3, 6},      {8, 4, 8, 5},      {8, 4, 0, 7},   {8, 4, 29, 3},
-    {1, 5, 1, 0},   {1, 5, 4, 0},      {200, 33, 130, 150}, {7, 1, 7, 6}, {300, 128, 65, 299},
-    {5, 1024, 3, 4}};
+const Case cases[] = {{8, 4, 3, 0},  {8, 4, 3, 6},        {8, 4, 8, 5},   {8, 4, 0, 7},
+                      {8, 4, 29, 3}, {1, 5, 1, 0},        {1, 5, 4, 0},   {200, 33, 130, 150},
+                      {7, 1, 7, 6},  {300, 128, 65, 299}, {5, 1024, 3, 4}};
 
 // Writes one key after the other, wrapping round; a key that is overwritten later leaves no trace.
 std::vector<float> expected_queue(const Case& c, Typed& keys, const std::vector<float>& before,
@@ -94,8 +93,8 @@ TEST(Enqueue, StridedKeysAndQueue) {
   SerialExecutor executor;
   EXPECT_EQ(enqueue(problem, executor), 3);
 
-  const auto expected = expected_queue(c, dense, std::vector<float>(c.length * c.features, 5.0f),
-                                       true, DType::f32);
+  const auto expected =
+      expected_queue(c, dense, std::vector<float>(c.length * c.features, 5.0f), true, DType::f32);
   for (int64_t d = 0; d < c.features; ++d) {
     for (int64_t k = 0; k < c.length; ++k) {
       EXPECT_EQ(queue[d * queue_stride + k], expected[k * c.features + d]) << k << " " << d;

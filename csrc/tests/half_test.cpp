@@ -84,15 +84,12 @@ TEST_P(Half, OverflowAndSpecialValues) {
   EXPECT_TRUE(std::isnan(format.widen(format.narrow(std::bit_cast<float>(0x7f800001u)))));
 }
 
-std::string format_name(const testing::TestParamInfo<Format>& format) {
-  return format.param.name;
-}
+std::string format_name(const testing::TestParamInfo<Format>& format) { return format.param.name; }
 
-INSTANTIATE_TEST_SUITE_P(
-    , Half,
-    testing::Values(Format{"bf16", 8, 7, 0x7f80u, bf16_to_f32, f32_to_bf16},
-                    Format{"f16", 5, 10, 0x7c00u, f16_to_f32, f32_to_f16}),
-    format_name);
+INSTANTIATE_TEST_SUITE_P(, Half,
+                         testing::Values(Format{"bf16", 8, 7, 0x7f80u, bf16_to_f32, f32_to_bf16},
+                                         Format{"f16", 5, 10, 0x7c00u, f16_to_f32, f32_to_f16}),
+                         format_name);
 
 }  // namespace
 }  // namespace densecl

@@ -171,9 +171,7 @@ class InfoNceCase {
   }
   static double length(const std::vector<double>& a) { return std::sqrt(dot(a, a)); }
 
-  double divisor(const Vector& v) const {
-    return shape.normalize ? std::max(v.norm, 1e-12) : 1.0;
-  }
+  double divisor(const Vector& v) const { return shape.normalize ? std::max(v.norm, 1e-12) : 1.0; }
 
   Vector read(Typed& grid, int64_t image, int64_t position, int64_t positions) {
     Vector v;

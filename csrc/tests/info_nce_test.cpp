@@ -93,8 +93,7 @@ TEST_P(InfoNce, OneDominantNegativeAndDuplicates) {
 TEST_P(InfoNce, AllEqual) {
   const InfoNceShape shape{.images = 7, .features = 16, .queue_length = 333};
   const std::vector<float> ones(shape.rows() * shape.features, 1.0f);
-  InfoNceCase c(shape, ones, ones,
-                std::vector<float>(shape.queue_length * shape.features, 0.25f));
+  InfoNceCase c(shape, ones, ones, std::vector<float>(shape.queue_length * shape.features, 0.25f));
   SerialExecutor executor;
   ASSERT_EQ(c.run(executor), Status::ok);
   c.check();

@@ -1,4 +1,5 @@
-// What the kernel tests share: buffers with guard zones, typed test data, threads, instruction sets.
+// What the kernel tests share: buffers with guard zones, typed test data, threads, instruction
+// sets.
 #pragma once
 
 #include <gtest/gtest.h>
