@@ -137,9 +137,9 @@ def import_torch() -> tuple[Any, Any]:
         from torch.utils import cpp_extension
     except ImportError as error:
         raise build_plan.BuildError(
-            f"densecl_ext is built against torch >= {build_plan.TARGET_ABI}, which could not be "
-            f"imported ({error}). Install torch first, or build without --no-build-isolation, which "
-            "fetches one"
+            f"densecl_ext is built against torch >= {build_plan.TARGET_ABI}, which could not "
+            f"be imported ({error}). Install torch first, or build without --no-build-isolation, "
+            "which fetches one"
         ) from error
     if build_plan.release(torch.__version__) < build_plan.MINIMUM_TORCH:
         raise build_plan.BuildError(
