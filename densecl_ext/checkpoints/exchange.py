@@ -1,4 +1,4 @@
-"""Backbones out of the project (export) and into it (import), each checked by loading it before anything is written."""
+"""Backbones out of the project (export) and into it (import), checked before they are written."""
 
 from __future__ import annotations
 
@@ -46,8 +46,9 @@ class BackboneFile:
 def read_backbone(path: str | os.PathLike[str], *, trusted: bool = False) -> BackboneFile:
     """Reads the query backbone out of any known checkpoint.
 
-    Understands runs of this project, its exports, torchvision's files, MoCo, OpenSelfSup / mmselfsup /
-    mmpretrain (with them the official DenseCL); `densecl_ext.checkpoints.formats` lists the forms.
+    Understands runs of this project, its exports, torchvision's files, MoCo, OpenSelfSup /
+    mmselfsup / mmpretrain (with them the official DenseCL); `densecl_ext.checkpoints.formats`
+    lists the forms.
 
     Args:
         path: the checkpoint.
@@ -93,17 +94,19 @@ def export_backbone(
 ) -> BackboneFile:
     """Writes a run's query backbone for use elsewhere, and proves that it arrives.
 
-    Before the file takes its name, the weights are loaded strictly into torchvision's own model, and both
-    models' feature maps on a random image must be equal bit for bit; what was written is read back.
+    Before the file takes its name, the weights are loaded strictly into torchvision's own model,
+    and both models' feature maps on a random image must be equal bit for bit; what was written is
+    read back.
 
     Args:
         checkpoint: a run's checkpoint (or its folder), or anything `read_backbone` reads.
         output: the file to write.
-        to: "torchvision": a state_dict that `torchvision.models.<architecture>().load_state_dict` takes
-            strictly; "backbone": the same without `fc`, which `load_backbone` takes.
-        fc: with "torchvision": include `fc.weight` and `fc.bias`, which its strict loading demands. Pre-training
-            has no classifier, so they are torchvision's own random initialisation (1,000 classes, fixed seed):
-            train or replace them before using the network's class outputs.
+        to: "torchvision": a state_dict that `torchvision.models.<architecture>().load_state_dict`
+            takes strictly; "backbone": the same without `fc`, which `load_backbone` takes.
+        fc: with "torchvision": include `fc.weight` and `fc.bias`, which its strict loading
+            demands. Pre-training has no classifier, so they are torchvision's own random
+            initialisation (1,000 classes, fixed seed): train or replace them before using the
+            network's class outputs.
 
     Returns:
         What was written, with notes for the person who uses it.
@@ -122,11 +125,13 @@ def export_backbone(
     if to == "torchvision" and fc:
         tensors |= {f"fc.{key}": value for key, value in network.fc.state_dict().items()}
         notes.append(
-            "fc.weight and fc.bias are torchvision's random initialisation (pre-training has no classifier): "
-            "train or replace them"
+            "fc.weight and fc.bias are torchvision's random initialisation (pre-training has no "
+            "classifier): train or replace them"
         )
     elif to == "torchvision":
-        notes.append("without fc: load with strict=False, or after `model.fc = torch.nn.Identity()`")
+        notes.append(
+            "without fc: load with strict=False, or after `model.fc = torch.nn.Identity()`"
+        )
     _verify(source, network)
     _write(Path(output), tensors)
     return dataclasses.replace(source, path=Path(output), tensors=tensors, notes=notes)
@@ -154,7 +159,8 @@ def import_backbone(
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not readable, of no known form, not exactly a torchvision ResNet, or another architecture.
+        ValueError: not readable, of no known form, not exactly a torchvision ResNet, or another
+            architecture.
         RuntimeError: the check failed; nothing was written.
         OSError: the output could not be written.
     """
@@ -206,7 +212,8 @@ def match_architecture(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-    # Files from before torch 0.4.1 have no num_batches_tracked, and batch norm's loading fills it in.
+    # Files from before torch 0.4.1 have no num_batches_tracked, and batch norm's loading fills it
+    # in.
     return {k: v.shape for k, v in tensors.items() if not k.endswith("num_batches_tracked")}
 
 
@@ -256,11 +263,14 @@ def _verify(source: BackboneFile, network: ResNet) -> None:
     if not torch.equal(seen[0], ours):
         error = (seen[0] - ours).abs().max().item()
         raise RuntimeError(
-            f"{source.path}: torchvision's {source.architecture} computes other features from these weights "
+            f"{source.path}: torchvision's {source.architecture} computes other features from "
+            "these weights "
             f"(largest difference {error:.3g}); nothing was written"
         )
     if not torch.isfinite(ours).all():
-        raise RuntimeError(f"{source.path}: the backbone's features are not finite; nothing was written")
+        raise RuntimeError(
+            f"{source.path}: the backbone's features are not finite; nothing was written"
+        )
 
 
 def _write(output: Path, tensors: dict[str, Tensor]) -> None:

@@ -1,7 +1,8 @@
 """Where other projects keep the query backbone inside their checkpoints.
 
-Only key names matter here: every project listed trains torchvision's ResNet under its own prefix. A form is
-recognised by its prefix in front of the stem's `conv1.weight`; the first that fits is taken.
+Only key names matter here: every project listed trains torchvision's ResNet under its own prefix.
+A form is recognised by its prefix in front of the stem's `conv1.weight`; the first that fits is
+taken.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ class Form:
 FORMS = (
     Form("densecl_ext run", "model.backbone."),
     # MoCo v1/v2 and reimplementations on top of it: DistributedDataParallel around a model whose
-    # encoder_q is a torchvision ResNet with the head as `fc` (and CoinCheung/DenseCL's `dense_head`).
+    # encoder_q is a torchvision ResNet with the head as `fc` (and CoinCheung/DenseCL's
+    # `dense_head`).
     Form("MoCo", "module.encoder_q.", ("fc.", "dense_head.")),
     Form("MoCo without DistributedDataParallel", "encoder_q.", ("fc.", "dense_head.")),
     # Official DenseCL (OpenSelfSup), mmselfsup, mmpretrain: the backbone is a module of that name.
@@ -50,10 +52,12 @@ def find_tensors(content: Any) -> dict[str, Tensor]:
     """Finds the flat name -> tensor mapping inside a loaded checkpoint.
 
     Args:
-        content: what the file holds: a state_dict, or a dict that keeps one under "state_dict" or "model".
+        content: what the file holds: a state_dict, or a dict that keeps one under "state_dict" or
+            "model".
 
     Returns:
-        The tensors, by name. Names found under "model" of a run of this project get the prefix "model.".
+        The tensors, by name. Names found under "model" of a run of this project get the prefix
+        "model.".
 
     Raises:
         ValueError: no tensors there.
@@ -85,8 +89,8 @@ def extract_backbone(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], 
         tensors: all tensors of a checkpoint.
 
     Returns:
-        The backbone's tensors by torchvision's names, the names under the same prefix that were left out
-        as heads, and the form that was recognised.
+        The backbone's tensors by torchvision's names, the names under the same prefix that were
+        left out as heads, and the form that was recognised.
 
     Raises:
         ValueError: none of the known forms; the message shows some of the names.

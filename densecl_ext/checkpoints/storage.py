@@ -19,8 +19,9 @@ TEMPORARY_PREFIX = ".unfinished-"
 def atomic_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     """Opens a file that replaces `path` only once it is complete and on the disk.
 
-    The bytes go to a temporary file in the same folder, are flushed to the device, and take the name in one
-    step (rename within a file system is atomic). A crash, a full disk or an exception leaves the old file.
+    The bytes go to a temporary file in the same folder, are flushed to the device, and take the
+    name in one step (rename within a file system is atomic). A crash, a full disk or an exception
+    leaves the old file.
 
     Args:
         path: the file to write.
@@ -61,7 +62,8 @@ def save_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> None
 
     Args:
         path: the file; an older one stays in place until the new one is complete.
-        state: tensors and plain containers, so that `load_checkpoint` reads it without running code.
+        state: tensors and plain containers, so that `load_checkpoint` reads it without running
+            code.
 
     Raises:
         OSError: it could not be written; the message says that the older file is intact.
@@ -80,8 +82,8 @@ def load_checkpoint(path: str | os.PathLike[str], *, trusted: bool = False) -> A
 
     Args:
         path: a file written by `torch.save`.
-        trusted: also accept pickled Python objects, which can run any code when they are read. Only for
-            files whose origin you trust.
+        trusted: also accept pickled Python objects, which can run any code when they are read.
+            Only for files whose origin you trust.
 
     Returns:
         What the file holds, usually a dict.
@@ -98,9 +100,14 @@ def load_checkpoint(path: str | os.PathLike[str], *, trusted: bool = False) -> A
     except pickle.UnpicklingError as error:
         if not trusted and "weights_only" in str(error).lower():
             raise ValueError(
-                f"load_checkpoint: {path} is damaged, or holds Python objects beyond tensors, which could run code "
-                "when read; if you trust its origin, allow that (trusted=True, on the command line --trusted)"
+                f"load_checkpoint: {path} is damaged, or holds Python objects beyond tensors, "
+                "which could run code when read; if you trust its origin, allow that "
+                "(trusted=True, on the command line --trusted)"
             ) from error
-        raise ValueError(f"load_checkpoint: {path} is not a readable checkpoint: {error}") from error
+        raise ValueError(
+            f"load_checkpoint: {path} is not a readable checkpoint: {error}"
+        ) from error
     except (RuntimeError, EOFError, KeyError, AttributeError, ImportError) as error:
-        raise ValueError(f"load_checkpoint: {path} is not a readable checkpoint: {error}") from error
+        raise ValueError(
+            f"load_checkpoint: {path} is not a readable checkpoint: {error}"
+        ) from error

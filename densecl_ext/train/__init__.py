@@ -1,7 +1,7 @@
 """Training: the configuration and the loop.
 
-`PretrainConfig` needs the standard library alone; `pretrain` needs the extra `densecl_ext[train]` and is
-imported on first use.
+`PretrainConfig` needs the standard library alone; `pretrain` needs the extra `densecl_ext[train]`
+and is imported on first use.
 """
 
 from __future__ import annotations

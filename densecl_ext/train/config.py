@@ -1,4 +1,4 @@
-"""The configuration of a pre-training run: one flat dataclass, its recipes, its automatic values."""
+"""The configuration of a pre-training run: one flat dataclass, recipes, automatic values."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 class PretrainConfig:
     """Everything that decides a pre-training run.
 
-    The defaults are the paper's COCO recipe (Wang et al., CVPR 2021, section 4.1) where the size of the data
-    does not matter, and "auto" where it does; `resolved` gives the rules. Values may be strings, as they come
-    from YAML or the command line: they are converted and checked on construction.
+    The defaults are the paper's COCO recipe (Wang et al., CVPR 2021, section 4.1) where the size
+    of the data does not matter, and "auto" where it does; `resolved` gives the rules. Values may
+    be strings, as they come from YAML or the command line: they are converted and checked on
+    construction.
 
     Raises:
         ValueError: a value does not fit; the message names the option, what fits and what came.
@@ -52,13 +53,12 @@ class PretrainConfig:
     )
 
     # --- model
-    backbone: str = option(
-        "resnet50", text("NAME"), "name of a torchvision ResNet", group="model"
-    )
+    backbone: str = option("resnet50", text("NAME"), "name of a torchvision ResNet", group="model")
     weights: str = option(
         "none",
         text("none|FILE|NAME"),
-        "start from nothing, from a file (a checkpoint, an export, anything `densecl import` reads), or from "
+        "start from nothing, from a file (a checkpoint, an export, anything `densecl import` "
+        "reads), or from "
         "torchvision's weights of that name (IMAGENET1K_V1)",
         group="model",
     )
@@ -67,7 +67,8 @@ class PretrainConfig:
     grid_size: int | str = option(
         "none",
         word_or("none", integer(1)),
-        "pool features to this many positions a side before the dense head; none keeps the backbone's own grid",
+        "pool features to this many positions a side before the dense head; none keeps the "
+        "backbone's own grid",
         group="model",
     )
     matching: str = option(
@@ -79,7 +80,8 @@ class PretrainConfig:
     queue_length: int | str = option(
         "auto",
         word_or("auto", integer(1)),
-        "negatives in each queue; auto: the largest power of two up to half the images, at most 65536",
+        "negatives in each queue; auto: the largest power of two up to half the images, at most "
+        "65536",
         group="model",
     )
     queue_dtype: str = option(
@@ -171,11 +173,13 @@ class PretrainConfig:
     )
 
     # --- output
-    output: str = option(
-        "runs/densecl", text("DIR"), "run folder", group="output", may_change=True
-    )
+    output: str = option("runs/densecl", text("DIR"), "run folder", group="output", may_change=True)
     checkpoint_every: int | str = option(
-        "1ep", duration(), "how often checkpoints/last.pt is renewed", group="output", may_change=True
+        "1ep",
+        duration(),
+        "how often checkpoints/last.pt is renewed",
+        group="output",
+        may_change=True,
     )
     keep_every: int = option(
         0,
@@ -186,7 +190,11 @@ class PretrainConfig:
     )
     log_every: int = option(10, integer(1), "steps between two log rows", group="output")
     tensorboard: bool = option(
-        True, boolean(), "write TensorBoard logs beside metrics.csv", group="output", may_change=True
+        True,
+        boolean(),
+        "write TensorBoard logs beside metrics.csv",
+        group="output",
+        may_change=True,
     )
     max_steps: int | str = option(
         "none",
@@ -222,23 +230,25 @@ class PretrainConfig:
         """Returns plain names and values, ready for YAML or a checkpoint."""
         return dataclasses.asdict(self)
 
-    def resolved(self, *, images: int, native_bf16: bool) -> PretrainConfig:
-        """Replaces every "auto" that changes the result by its value, so that the run can be repeated.
+    def resolved(self, *, images: int, native_bf16: bool, loader: str) -> PretrainConfig:
+        """Replaces every "auto" that changes the result by its value, so that runs can be repeated.
 
-        - queue_length: the largest power of two not above half the images, at most 65,536. A queue near the
-          size of the data set holds keys of the very images in the batch, as false negatives, and keys an
-          epoch old; with a fixed 65,536, training on small sets is unstable.
-        - key_momentum: 1 - 10 / steps, kept within [0.9, 0.999]: the key encoder averages over a tenth of the
-          run at most, and reaches the paper's 0.999 from 10,000 steps on.
+        - queue_length: the largest power of two not above half the images, at most 65,536. A queue
+          near the size of the data set holds keys of the very images in the batch, as false
+          negatives, and keys an epoch old; with a fixed 65,536, training on small sets is unstable.
+        - key_momentum: 1 - 10 / steps, kept within [0.9, 0.999]: the key encoder averages over a
+          tenth of the run at most, and reaches the paper's 0.999 from 10,000 steps on.
         - lr: base_lr * batch_size / 256 (linear scaling).
         - precision: bf16 if `native_bf16`, else fp32.
+        - loader: `loader`.
 
         Args:
             images: number of images in the data set.
             native_bf16: whether the device multiplies bfloat16 in hardware.
+            loader: the backend that was found ("dali" or "torchvision").
 
         Returns:
-            A new config; what depends on the machine alone (device, workers, threads) stays as it is.
+            A new config; what depends on the machine alone (device, workers, threads) stays.
         """
         steps = self.epochs * max(1, images // self.batch_size)
         values: dict[str, Any] = {}
@@ -248,6 +258,8 @@ class PretrainConfig:
             values["key_momentum"] = min(0.999, max(0.9, 1.0 - 10.0 / steps))
         if self.lr == "auto":
             values["lr"] = self.base_lr * self.batch_size / 256
+        if self.loader == "auto":
+            values["loader"] = loader
         if self.precision == "auto":
             values["precision"] = "bf16" if native_bf16 else "fp32"
         return dataclasses.replace(self, **values)
@@ -298,7 +310,8 @@ def load_recipe(recipe: str | Path) -> dict[str, Any]:
         near = difflib.get_close_matches(str(recipe), recipe_names(), n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ValueError(
-            f"recipe: {str(recipe)!r} is neither a file nor one of {', '.join(recipe_names())}{hint}"
+            f"recipe: {str(recipe)!r} is neither a file nor one of "
+            f"{', '.join(recipe_names())}{hint}"
         )
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -313,7 +326,9 @@ def load_recipe(recipe: str | Path) -> dict[str, Any]:
     return check_names(values, source=f"recipe {path}")
 
 
-def merge_resumed(config: PretrainConfig, stored: PretrainConfig) -> tuple[PretrainConfig, list[str]]:
+def merge_resumed(
+    config: PretrainConfig, stored: PretrainConfig
+) -> tuple[PretrainConfig, list[str]]:
     """Decides the configuration of a resumed run.
 
     Args:
@@ -333,8 +348,9 @@ def merge_resumed(config: PretrainConfig, stored: PretrainConfig) -> tuple[Pretr
             continue
         if not field.metadata["may_change"]:
             raise ValueError(
-                f"pretrain: cannot resume with {field.name} = {asked!r}: the run in {config.output} was started "
-                f"with {had!r}; leave the option out, or start a new run in another --output"
+                f"pretrain: cannot resume with {field.name} = {asked!r}: the run in "
+                f"{config.output} was started with {had!r}; leave the option out, or "
+                "start a new run in another --output"
             )
         values[field.name] = asked
         changed.append(field.name)

@@ -15,7 +15,8 @@ from densecl_ext.train.config import PretrainConfig
 class KeepInputs(MixedPrecision):
     """Autocast to bfloat16 that leaves the inputs alone.
 
-    Fabric's own plugin rounds every floating input, which would move the crop boxes by whole pixels.
+    Fabric's own plugin rounds every floating input, which would move the crop boxes by whole
+    pixels.
     """
 
     def convert_input(self, data: Any) -> Any:
@@ -47,7 +48,8 @@ def pick_device(name: str) -> torch.device:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device.index >= count:
         raise RuntimeError(
-            f"pretrain: device {name!r} is not available: torch {torch.__version__} sees {count} GPUs; "
+            f"pretrain: device {name!r} is not available: torch {torch.__version__} sees {count} "
+            "GPUs; "
             "`densecl info` tells why"
         )
     return device
@@ -57,7 +59,7 @@ def has_native_bf16(device: torch.device) -> bool:
     """Whether the device multiplies bfloat16 in hardware."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
@@ -77,7 +79,8 @@ def build_fabric(config: PretrainConfig, device: torch.device, loggers: list[Log
     )
     if fabric.world_size > 1:
         raise RuntimeError(
-            f"pretrain: started as one of {fabric.world_size} processes, but a run uses one process and one device; "
+            f"pretrain: started as one of {fabric.world_size} processes, but a run uses one "
+            "process and one device; "
             "start it without a launcher"
         )
     return fabric

@@ -22,11 +22,13 @@ FIRST_COLUMNS = ("step", "epoch", "loss", "loss_global", "loss_dense", "lr", "im
 class Window:
     """Sums of the metrics since the last log row.
 
-    Sums stay on the device, so that adding never waits for the GPU. They are part of a run's state: a resumed
-    run logs the same means as an uninterrupted one.
+    Sums stay on the device, so that adding never waits for the GPU. They are part of a run's
+    state: a resumed run logs the same means as an uninterrupted one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        """Starts empty; sums of a loaded state go to `device`."""
+        self._device = device
         self._reset()
 
     def _reset(self) -> None:
@@ -64,16 +66,17 @@ class Window:
         """Sums and count; not the clock."""
         return {"count": self.count, "sums": {k: v.cpu() for k, v in self._sums.items()}}
 
-    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
-        """Goes on from a saved window, on the given device."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a saved window."""
         self.count = state["count"]
-        self._sums = {name: value.to(device) for name, value in state["sums"].items()}
+        self._sums = {name: value.to(self._device) for name, value in state["sums"].items()}
 
 
 class CsvLog(Logger):
     """metrics.csv: one row a log step, cut back when a run is resumed.
 
-    Columns: step, epoch, loss, loss_global, loss_dense, lr, images_per_second, then the model's metrics.
+    Columns: step, epoch, loss, loss_global, loss_dense, lr, images_per_second, then the model's
+    metrics.
     """
 
     def __init__(self, path: Path, *, resume_step: int | None = None) -> None:
@@ -81,8 +84,8 @@ class CsvLog(Logger):
 
         Args:
             path: the file.
-            resume_step: None starts a new file; a step keeps the rows up to it and drops later ones, which
-                the resumed run writes again.
+            resume_step: None starts a new file; a step keeps the rows up to it and drops later
+                ones, which the resumed run writes again.
         """
         self.path = path
         self._columns: list[str] = list(FIRST_COLUMNS)
@@ -98,7 +101,10 @@ class CsvLog(Logger):
             return list(reader)
 
     def _rewrite(self, rows: list[dict[str, str]]) -> None:
-        lines = [self._columns, *([row.get(column) or "" for column in self._columns] for row in rows)]
+        lines = [
+            self._columns,
+            *([row.get(column) or "" for column in self._columns] for row in rows),
+        ]
         with atomic_file(self.path) as file:
             for line in lines:
                 file.write((",".join(line) + "\n").encode())
@@ -113,7 +119,7 @@ class CsvLog(Logger):
         """No versions: a run folder has one log."""
         return ""
 
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:  # type: ignore[override]
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Appends a row.
 
         Args:
@@ -129,7 +135,9 @@ class CsvLog(Logger):
         with self.path.open("a", encoding="utf-8") as file:
             file.write(",".join(row.get(column, "") for column in self._columns) + "\n")
 
-    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+    def log_hyperparams(
+        self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any
+    ) -> None:
         """Nothing to do: config.yaml has them."""
 
 

@@ -1,8 +1,9 @@
 """Parsers for the options of a configuration: one value in, a checked value out.
 
-A value comes from Python, from YAML or from the command line, where it is a string. Each parser accepts all
-three, returns the value in its own type, and says what it expected when it cannot. `option` ties a parser, a
-help text and a group to a dataclass field; the command line and the recipe reader are generated from these.
+A value comes from Python, from YAML or from the command line, where it is a string. Each parser
+accepts all three, returns the value in its own type, and says what it expected when it cannot.
+`option` ties a parser, a help text and a group to a dataclass field; the command line and the
+recipe reader are generated from these.
 """
 
 from __future__ import annotations

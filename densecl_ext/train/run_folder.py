@@ -64,7 +64,8 @@ class RunFolder:
         if self.exists():
             if not overwrite:
                 raise FileExistsError(
-                    f"pretrain: {self.path} already holds a run; go on with it (--resume), replace it (--overwrite), "
+                    f"pretrain: {self.path} already holds a run; go on with it (--resume), "
+                    "replace it (--overwrite), "
                     "or choose another --output"
                 )
             self._remove()
@@ -80,14 +81,16 @@ class RunFolder:
         """
         if not self.last.is_file():
             raise FileNotFoundError(
-                f"pretrain: nothing to resume in {self.path}: {self.last} does not exist; start without --resume"
+                f"pretrain: nothing to resume in {self.path}: {self.last} does not exist; start "
+                "without --resume"
             )
         checkpoint = load_checkpoint(self.last)
         if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
             raise ValueError(f"pretrain: {self.last} is not the checkpoint of a run")
         if checkpoint["version"] != VERSION:
             raise ValueError(
-                f"pretrain: {self.last} has version {checkpoint['version']}, this densecl_ext reads {VERSION}"
+                f"pretrain: {self.last} has version {checkpoint['version']}, this densecl_ext "
+                f"reads {VERSION}"
             )
         return checkpoint
 
@@ -108,7 +111,7 @@ class RunFolder:
         return self.last
 
     def keep(self, name: str) -> None:
-        """Keeps the newest checkpoint under another name beside it, without a second copy if possible."""
+        """Keeps the newest checkpoint under another name too, by a link where possible."""
         kept = self.checkpoints / name
         kept.unlink(missing_ok=True)
         try:
@@ -124,7 +127,8 @@ class RunFolder:
         needed, free = self.last.stat().st_size, shutil.disk_usage(self.path).free
         if free < needed:
             raise OSError(
-                f"pretrain: {self.path} has {free / 1e6:.0f} MB free, and every checkpoint needs {needed / 1e6:.0f} MB "
+                f"pretrain: {self.path} has {free / 1e6:.0f} MB free, and every checkpoint needs "
+                f"{needed / 1e6:.0f} MB "
                 "beside the older one"
             )
 

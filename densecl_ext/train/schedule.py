@@ -14,7 +14,8 @@ def cosine_lr(base: float, step: int, total: int, *, every: int = 1) -> float:
         base: the learning rate of step 0.
         step: 0-based index of the step about to be taken.
         total: steps in the whole run.
-        every: change only at multiples of this many steps (the length of an epoch, for the paper's schedule).
+        every: change only at multiples of this many steps (the length of an epoch, for the paper's
+            schedule).
 
     Returns:
         The learning rate of this step; above 0 for every step < total.

@@ -13,12 +13,12 @@ from typing import Any
 class StopRequest:
     """Turns the first Ctrl-C (SIGINT) or SIGTERM into a flag; a second one interrupts at once.
 
-    Use as a context manager around the run; it restores the handlers it found. Outside the main thread, where
-    Python allows no handlers, it does nothing.
+    Use as a context manager around the run; it restores the handlers it found. Outside the main
+    thread, where Python allows no handlers, it does nothing.
 
-    A terminal's Ctrl-C, and many schedulers' SIGTERM, reach the loader's worker processes too. Workers forked
-    under this handler ignore Ctrl-C, so the batch in flight still arrives; and once a stop is requested, a
-    dying worker no longer raises in the middle of a step.
+    A terminal's Ctrl-C, and many schedulers' SIGTERM, reach the loader's worker processes too.
+    Workers forked under this handler ignore Ctrl-C, so the batch in flight still arrives; and once
+    a stop is requested, a dying worker no longer raises in the middle of a step.
 
     Attributes:
         requested: whether to stop after the current step.

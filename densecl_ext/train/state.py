@@ -1,0 +1,105 @@
+"""Everything that the next step of a run depends on: taken for a checkpoint, and put back."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from densecl_ext import _version
+from densecl_ext.train.config import PretrainConfig
+
+PARTS = ("model", "optimizer", "loader", "window")
+VALUES = ("epoch", "step", "metrics")
+
+
+def initial_state(config: PretrainConfig, files: Iterable[Path], **parts: Any) -> dict[str, Any]:
+    """The state of a run before its first step.
+
+    Args:
+        config: the resolved configuration.
+        files: all images.
+        parts: what has `state_dict` and `load_state_dict`, under the names in PARTS.
+
+    Returns:
+        A dict of plain values ("epoch", "step", ...) and of the parts themselves.
+    """
+    return {
+        "densecl_ext": _version.__version__,
+        "config": config.to_mapping(),
+        "data": data_identity(files),
+        "epoch": 0,
+        "step": 0,
+        "metrics": {},
+        **parts,
+    }
+
+
+def snapshot(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Turns a state into what a checkpoint holds: tensors and plain containers."""
+    plain = {name: v.state_dict() if name in PARTS else v for name, v in state.items()}
+    return {**plain, "rng": rng_state()}
+
+
+def restore(state: dict[str, Any], checkpoint: Mapping[str, Any]) -> None:
+    """Puts a run back to where `snapshot` found it.
+
+    Args:
+        state: what `initial_state` gave for the same configuration; changed in place.
+        checkpoint: what `snapshot` gave.
+
+    Raises:
+        ValueError: the images are not those of the interrupted run.
+        RuntimeError: the model does not fit.
+    """
+    if checkpoint["data"] != state["data"]:
+        raise ValueError(
+            f"pretrain: cannot resume: {state['config']['data']} holds {state['data']['images']} "
+            f"images, and the run was started with {checkpoint['data']['images']} or with others"
+        )
+    for name in VALUES:
+        state[name] = checkpoint[name]
+    for name in PARTS:
+        state[name].load_state_dict(checkpoint[name])
+    set_rng_state(checkpoint["rng"])
+
+
+def data_identity(files: Iterable[Path]) -> dict[str, Any]:
+    """Number and names of the images, to tell whether a resumed run sees the same ones."""
+    names = [path.name for path in files]  # without folders: the data may have moved
+    digest = hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape"))
+    return {"images": len(names), "names": digest.hexdigest()}
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds Python's, NumPy's and torch's global generators."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def rng_state() -> dict[str, Any]:
+    """State of all global generators, as tensors and plain values."""
+    numpy_state: Any = np.random.get_state()
+    kind, keys, position, has_gauss, gauss = numpy_state
+    return {
+        "python": random.getstate(),
+        "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_rng_state(state: Mapping[str, Any]) -> None:
+    """Puts all global generators back; those of GPUs only where their number is the same."""
+    kind, keys, position, has_gauss, gauss = state["numpy"]
+    random.setstate(state["python"])
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
