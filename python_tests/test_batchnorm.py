@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+import copy
+from collections import namedtuple
+
+import pytest
+import torch
+from tiny_models import TinyBackbone
+from torch import Tensor, nn
+
+from densecl_ext.batchnorm import SplitBatchNorm, shuffled_forward, split_batch_norms
+
+KINDS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
+
+
+def group_by_group(norm: nn.Module, x: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The same by plain batch norm, one group at a time: outputs and mean running statistics."""
+    y, means, variances = torch.empty_like(x), [], []
+    for group in range(groups):
+        plain = copy.deepcopy(norm)
+        y[group::groups] = plain(x[group::groups])
+        means.append(plain.running_mean)
+        variances.append(plain.running_var)
+    return y, torch.stack(means).mean(0), torch.stack(variances).mean(0)
+
+
+@pytest.mark.parametrize("shape", [(12, 5), (12, 5, 4), (12, 5, 4, 3), (12, 5, 2, 3, 4)])
+@pytest.mark.parametrize("groups", [1, 2, 5, 6])  # 5 does not divide 12
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+def test_equals_plain_batch_norm_per_group(
+    shape: tuple[int, ...], groups: int, layout: str
+) -> None:
+    torch.manual_seed(0)
+    plain = KINDS[len(shape)](5, momentum=0.3)
+    nn.init.uniform_(plain.weight)
+    nn.init.uniform_(plain.bias)
+    nn.init.uniform_(plain.running_mean)
+    split = split_batch_norms(copy.deepcopy(plain), groups)
+    assert isinstance(split, SplitBatchNorm)
+    x = 2.0 + 3.0 * torch.randn(shape)
+    if layout == "transposed":
+        x = x.transpose(0, 1).contiguous().transpose(0, 1)
+    expected, mean, var = group_by_group(plain, x, groups)
+    torch.testing.assert_close(split(x), expected)
+    torch.testing.assert_close(split.running_mean, mean)
+    torch.testing.assert_close(split.running_var, var)
+    assert int(split.num_batches_tracked) == 1
+
+    split.eval()
+    plain.load_state_dict(split.state_dict())
+    assert torch.equal(split(x), plain.eval()(x))
+    torch.testing.assert_close(split.running_mean, mean)
+
+
+def test_channels_last_stays_so() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(8, 6, 4, 4)
+    split = SplitBatchNorm(6, groups=4)
+    y = split(x.contiguous(memory_format=torch.channels_last))
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(y, split(x))
+
+
+@pytest.mark.parametrize(("batch", "groups"), [(1, 1), (2, 1), (3, 1), (4, 2), (7, 3), (16, 8)])
+def test_small_batches_form_fewer_groups(batch: int, groups: int) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(batch, 3, 4, 4)
+    expected, _, _ = group_by_group(nn.BatchNorm2d(3), x, groups)
+    torch.testing.assert_close(SplitBatchNorm(3, groups=8)(x), expected)
+
+
+def test_cumulative_and_missing_statistics() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(6, 3, 4, 4)
+    cumulative = SplitBatchNorm(3, groups=2, momentum=None)
+    plain = nn.BatchNorm2d(3, momentum=None)
+    for _ in range(2):
+        _, mean, _ = group_by_group(plain, x, 2)
+        cumulative(x)
+        torch.testing.assert_close(cumulative.running_mean, mean)
+        plain.load_state_dict(cumulative.state_dict())
+    bare = SplitBatchNorm(3, groups=2, affine=False, track_running_stats=False)
+    expected = torch.empty_like(x)
+    for group in range(2):
+        expected[group::2] = nn.BatchNorm2d(3, affine=False, track_running_stats=False)(x[group::2])
+    torch.testing.assert_close(bare(x), expected)
+    torch.testing.assert_close(bare.eval()(x), expected)
+    assert not bare.state_dict()
+
+
+def test_conversion_keeps_the_state_dict() -> None:
+    module = TinyBackbone()
+    module(torch.randn(4, 3, 16, 16))
+    split = split_batch_norms(copy.deepcopy(module), 4)
+    assert sum(isinstance(layer, SplitBatchNorm) for layer in split.modules()) == 3
+    assert not any(isinstance(layer, nn.BatchNorm2d) for layer in split.modules())
+    before, after = module.state_dict(), split.state_dict()
+    assert list(before) == list(after)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    split.load_state_dict(TinyBackbone().state_dict())  # and both ways
+    assert nn.SyncBatchNorm.convert_sync_batchnorm(split).layers[1] is split.layers[1]
+
+
+def test_conversion_keeps_shared_layers_and_modes() -> None:
+    norm = nn.BatchNorm2d(4)
+    module = nn.Sequential(norm, nn.Sequential(norm)).eval()
+    split_batch_norms(module, 2)
+    assert module[0] is module[1][0] and not module[0].training
+
+
+def test_conversion_refuses_what_it_would_break() -> None:
+    class NormAndActivation(nn.BatchNorm2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).relu()
+
+    with pytest.raises(ValueError, match=r"'0.*NormAndActivation.*key_bn_groups=1"):
+        split_batch_norms(nn.Sequential(NormAndActivation(4)), 2)
+    with pytest.raises(ValueError, match="groups"):
+        split_batch_norms(nn.Sequential(), 0)
+    with pytest.raises(ValueError, match=r"\(N, 3, ...\)"):
+        SplitBatchNorm(3, groups=2)(torch.randn(4, 5, 2, 2))
+
+
+def test_no_image_sees_another_group() -> None:
+    torch.manual_seed(0)
+    encoder = split_batch_norms(TinyBackbone(), 4)
+    images = torch.randn(12, 3, 16, 16)
+    before = encoder(images)
+    changed = images.clone()
+    changed[5] += 1.0
+    after = encoder(changed)
+    same = torch.tensor([torch.equal(a, b) for a, b in zip(before, after, strict=True)])
+    assert same.tolist() == [n % 4 != 5 % 4 for n in range(12)]
+    leaking = split_batch_norms(encoder, 1)  # nothing left to convert: groups stay
+    for layer in leaking.modules():
+        if isinstance(layer, SplitBatchNorm):
+            layer.groups = 1
+    assert not any(map(torch.equal, leaking(images), leaking(changed)))
+
+
+def test_shuffled_forward_restores_the_order_of_every_output() -> None:
+    Outputs = namedtuple("Outputs", "images doubled nothing")
+    seen: list[Tensor] = []
+
+    def encoder(images: Tensor, *, factor: float) -> Outputs:
+        seen.append(images)
+        return Outputs(images, factor * images, None)
+
+    images = torch.arange(32.0).view(16, 2)
+    torch.manual_seed(0)
+    out = shuffled_forward(encoder, images, factor=2.0)
+    assert torch.equal(out.images, images) and torch.equal(out.doubled, 2.0 * images)
+    assert out.nothing is None
+    assert not torch.equal(seen[0], images)
+    assert torch.equal(seen[0].sort(dim=0).values, images)
+    shuffled_forward(encoder, images, factor=2.0)
+    assert not torch.equal(seen[0], seen[1])  # another order at every step
+    torch.manual_seed(0)
+    shuffled_forward(encoder, images, factor=2.0)
+    assert torch.equal(seen[0], seen[2])
+    pair = shuffled_forward(lambda x: (x, x + 1), images)
+    assert torch.equal(pair[1], images + 1)
