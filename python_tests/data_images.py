@@ -1,4 +1,4 @@
-"""Small images with the statistics of photographs, and folders of them, for the tests of the loaders."""
+"""Small images with the statistics of photographs, and folders of them, for the loaders' tests."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def encode(image: Image.Image, kind: str, **options: object) -> bytes:
 
 
 def photo_folder(folder: Path, count: int = 24) -> Path:
-    """A folder of JPEG scenes; the folder that DENSECL_TEST_PHOTOS names instead, where it is set."""
+    """A folder of JPEG scenes, or the folder that DENSECL_TEST_PHOTOS names, where it is set."""
     if os.environ.get("DENSECL_TEST_PHOTOS"):
         return Path(os.environ["DENSECL_TEST_PHOTOS"])
     folder.mkdir(parents=True, exist_ok=True)

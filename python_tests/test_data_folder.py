@@ -9,11 +9,11 @@ import pytest
 
 pytest.importorskip("PIL")
 
-from data_images import encode, scene
-from PIL import Image
+from data_images import encode, scene  # noqa: E402
+from PIL import Image  # noqa: E402
 
-from densecl_ext.data import find_images
-from densecl_ext.data.folder import decode_rgb
+from densecl_ext.data import find_images  # noqa: E402
+from densecl_ext.data.folder import decode_rgb  # noqa: E402
 
 
 def test_find_images_takes_any_tree_in_sorted_order(tmp_path):

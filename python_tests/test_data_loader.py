@@ -17,11 +17,11 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("torchvision")
 pytest.importorskip("PIL")
 
-from data_images import encode, photo_folder, scene
-from PIL import Image
+from data_images import encode, photo_folder, scene  # noqa: E402
+from PIL import Image  # noqa: E402
 
-from densecl_ext.data import Augmentation, UnreadableImageWarning, build_loader
-from densecl_ext.data.folder import decode_rgb
+from densecl_ext.data import Augmentation, UnreadableImageWarning, build_loader  # noqa: E402
+from densecl_ext.data.folder import decode_rgb  # noqa: E402
 
 SIZE = 32
 STILL = Augmentation(
@@ -338,9 +338,9 @@ def test_close_leaves_nothing_behind_and_may_be_undone(photos, backend):
 def test_epochs_neither_grow_nor_vanish(photos, backend):
     with build(photos, backend, batch_size=8, size=64) as loader:
         peaks = []
-        for epoch in range(16):
+        for epoch in range(10):
             loader.set_epoch(epoch)
             assert sum(1 for _ in loader) == len(loader)
             peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-    # Twelve epochs of leaked views alone would be 28 MB.
-    assert peaks[-1] - peaks[3] < 10
+    # Six epochs of leaked views alone would be 14 MB.
+    assert peaks[-1] - peaks[3] < 8

@@ -40,8 +40,8 @@ class Augmentation:
         contrast: The same for the contrast about the image's mean gray.
         saturation: The same for the blend with the image's grayscale.
         hue: Shift in turns drawn from [-hue, hue], in HSV; at most 0.5.
-        jitter_probability: How often the four above are applied at all, in an order drawn anew each
-            time.
+        jitter_probability: How often those of the four above that are not 0 are applied at all, in
+            an order drawn anew each time.
         gray_probability: How often the view becomes grayscale (three equal channels).
         blur_sigma: Range of the Gaussian blur's standard deviation in pixels of the view, uniform.
         blur_probability: How often the view is blurred.
@@ -227,10 +227,16 @@ def draw_parameters(
     factors = [1.0, 1.0, 1.0]
     hue = 0.0
     if rest[0] < augmentation.jitter_probability:
+        strengths = (
+            augmentation.brightness,
+            augmentation.contrast,
+            augmentation.saturation,
+            augmentation.hue,
+        )
         # Sorting four uniforms gives each of the 24 orders the same chance.
-        order = tuple(sorted(range(4), key=rest[1:5].__getitem__))
-        strengths = (augmentation.brightness, augmentation.contrast, augmentation.saturation)
-        for operation, strength in enumerate(strengths):
+        shuffled = sorted(range(4), key=rest[1:5].__getitem__)
+        order = tuple(operation for operation in shuffled if strengths[operation] > 0)
+        for operation, strength in enumerate(strengths[:HUE]):
             low, high = max(0.0, 1.0 - strength), 1.0 + strength
             factors[operation] = low + (high - low) * rest[5 + operation]
         hue = augmentation.hue * (2.0 * rest[8] - 1.0)

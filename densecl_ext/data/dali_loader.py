@@ -205,7 +205,7 @@ class DaliLoader(EpochLoader):
 
     def _repair(self, epoch: int, slots: list[_Slot], error: RuntimeError) -> None:
         """Replace, in place, the slots that DALI cannot decode; raise `error` if there is none."""
-        failed = [position for position, slot in enumerate(slots) if not self._decodes(slot)]
+        failed = self._undecodable(slots)
         if not failed:
             raise error
         for position in failed:
@@ -219,17 +219,24 @@ class DaliLoader(EpochLoader):
                 self._unreadable[slot.file] = reason_of(cause)
             slots[position] = self._prepare(epoch, slot.sample)
 
-    def _decodes(self, slot: _Slot) -> bool:
-        pipeline = decode_pipeline(
-            batch_size=1, prefetch_queue_depth=1, **self._pipeline_settings()
-        )
-        try:
-            pipeline.build()
-            pipeline.feed_input(ENCODED, [np.frombuffer(slot.encoded, dtype=np.uint8)])
-            pipeline.run()
-        except RuntimeError:
-            return False
-        return True
+    def _undecodable(self, slots: list[_Slot]) -> list[int]:
+        """Positions of the slots that DALI fails to decode, each tried on its own."""
+        failed = []
+        probe: Any = None
+        for position, slot in enumerate(slots):
+            if probe is None:
+                probe = decode_pipeline(
+                    batch_size=1, prefetch_queue_depth=1, **self._pipeline_settings()
+                )
+                probe.build()
+            try:
+                probe.feed_input(ENCODED, [np.frombuffer(slot.encoded, dtype=np.uint8)])
+                probe.run()
+            except RuntimeError:
+                failed.append(position)
+                # DALI declares a pipeline invalid once an operator has failed.
+                probe = None
+        return failed
 
     def close(self) -> None:
         """End the reading threads and the pipeline."""

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 from nvidia.dali import fn, math, pipeline_def
-from nvidia.dali.types import DALIDataType, DALIImageType, DALIInterpType
+from nvidia.dali.types import Constant, DALIDataType, DALIImageType, DALIInterpType
 
 from densecl_ext.data.augmentation import (
     BRIGHTNESS,
@@ -42,8 +42,9 @@ _OPERATION = 9  # six columns: the operation of each step
 _FACTOR = 15  # six columns: its factor
 _NOTHING = -1
 
-# A shift of a result that DALI rounds, so that it truncates as Pillow does.
-_TRUNCATE = -0.5
+# Added to results that DALI rounds, so that they come out truncated, as Pillow leaves them. A
+# little short of one half, lest whole numbers fall below themselves.
+_TRUNCATE = -0.498
 
 
 def row_of(parameters: ViewParameters) -> np.ndarray:
@@ -58,9 +59,12 @@ def row_of(parameters: ViewParameters) -> np.ndarray:
     x0, y0, x1, y1 = parameters.box
     factors = (parameters.brightness, parameters.contrast, parameters.saturation)
     operations, values = [_NOTHING] * 6, [1.0] * 6
+    after_hue = False
     for place, operation in enumerate(parameters.order):
-        if operation != HUE:
-            step = place if place < parameters.order.index(HUE) else place + 2
+        if operation == HUE:
+            after_hue = True
+        else:
+            step = place + 2 if after_hue else place
             operations[step], values[step] = operation, factors[operation]
     # Pillow holds hue in 256 steps a turn, and torchvision truncates the shift to 1/255 turns.
     hue = int(parameters.hue * 255) / 256
@@ -84,33 +88,38 @@ def _mean_gray(image: Any, device: str) -> Any:
     return mean.cpu() if device == "gpu" else mean
 
 
-def _rotate_hue(image: Any, sextants: Any) -> Any:
-    """Rotate the hue in HSV by a signed number of sextants of at most 3; value and chroma stay.
+def _rotate_hue(image: Any, sextants: Any, most: float) -> Any:
+    """Rotate the hue in HSV by a signed number of sextants of at most `most`, itself at most 3.
 
-    Works with hue times chroma, which needs no division and is 0 for gray. With `red` the signed
-    distance of a hue from red on a circle of 6 chroma, each channel is the minimum plus a trapezoid
-    of its own primary's distance: whole up to 1 chroma away, nothing from 2 on. Written for few
-    operators, as each is a pass over the image.
+    Value and chroma stay. Works with hue times chroma, which needs no division and is 0 for gray.
+    With `red` the signed distance of a hue from red on a circle of 6 chroma, each channel is the
+    minimum plus a trapezoid of its own primary's distance: whole up to 1 chroma away, nothing from
+    2 on. Every operator is a pass over the batch in memory, so there are few and their integers are
+    short: 8 bits where nothing is negative or above 255, else 16.
     """
-    r, g, b = (fn.cast(image[:, :, c : c + 1], dtype=DALIDataType.FLOAT) for c in range(3))
+    zero, one, two = (Constant(value, dtype=DALIDataType.INT16) for value in range(3))
+    r, g, b = (image[:, :, channel : channel + 1] for channel in range(3))
     high, between = math.max(g, b), math.min(g, b)
     value, low = math.max(high, r), math.min(between, r)
     chroma = value - low
-    chroma2 = chroma + chroma
+    chroma2 = chroma * two
+    chroma4 = chroma2 * two
     # |g - b| where red leads, one chroma and more where it does not.
-    distance = (value - r) + (high - between) + 2.0 * math.max(between - r, 0.0)
-    red = distance * (1.0 - 2.0 * (b > g)) + sextants * chroma
+    distance = (value - r) + (math.max(between, r) - r) * two + (high - between)
+    red = distance * (one - (b > g) * two) + fn.cast(chroma * sextants, dtype=DALIDataType.INT16)
 
-    def channel(distance: Any) -> Any:
+    if most > 1:
+        # Beyond one sextant a hue may leave the range where one fold of the distances is enough.
+        chroma3 = chroma2 + chroma
+        red = red + (chroma3 * two) * ((red < zero - chroma3) - (red > chroma3) * one)
+
+    def channel_at(distance: Any) -> Any:
         # The second term serves distances that went round the circle.
         rise = math.max(chroma2 - distance, distance - chroma4)
-        return low + math.min(math.max(rise, 0.0), chroma)
+        return fn.cast(low + math.clamp(rise, zero, chroma), dtype=DALIDataType.UINT8)
 
-    chroma4 = chroma2 + chroma2
-    channels = (math.abs(red), math.abs(red - chroma2), math.abs(red + chroma2))
-    return fn.cast(
-        fn.cat(*(channel(distance) for distance in channels), axis=2), dtype=DALIDataType.UINT8
-    )
+    distances = (math.abs(red), math.abs(red - chroma2), math.abs(red + chroma2))
+    return fn.cat(*(channel_at(distance) for distance in distances), axis=2)
 
 
 def _adjust(image: Any, operation: Any, factor: Any, device: str) -> Any:
@@ -149,7 +158,8 @@ def _view(image: Any, row: Any, size: int, augmentation: Augmentation, device: s
     if row[_JITTER] > 0.0:
         for step in range(3):
             view = _adjust(view, row[_OPERATION + step], row[_FACTOR + step], device)
-        view = _rotate_hue(view, row[_HUE])
+        if augmentation.hue > 0:
+            view = _rotate_hue(view, row[_HUE], 6 * augmentation.hue)
         for step in range(3, 6):
             view = _adjust(view, row[_OPERATION + step], row[_FACTOR + step], device)
     if row[_GRAY] > 0.0:

@@ -74,7 +74,7 @@ def render_view(image: Image.Image, parameters: ViewParameters, size: int) -> np
         view = view.filter(ImageFilter.GaussianBlur(parameters.blur_sigma))
     if parameters.flip:
         view = F.hflip(view)
-    return np.asarray(view).transpose(2, 0, 1)
+    return np.ascontiguousarray(np.asarray(view).transpose(2, 0, 1))
 
 
 class TwoViewDataset(Dataset[_Sample]):
