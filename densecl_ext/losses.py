@@ -34,8 +34,13 @@ class InfoNCELoss(nn.Module):
         normalize: scale queries and positives to unit length first.
 
     Example:
-        >>> queue = KeyQueue(4096, 128)
-        >>> loss = InfoNCELoss(temperature=0.2)(query, positive, queue)
+        >>> import torch
+        >>> from densecl_ext import InfoNCELoss, KeyQueue
+        >>> criterion, queue = InfoNCELoss(temperature=0.2), KeyQueue(4096, 128)
+        >>> queue.enqueue_(torch.randn(64, 128))
+        >>> query = torch.randn(32, 128, requires_grad=True)
+        >>> positive = torch.randn(32, 128)
+        >>> criterion(query, positive, queue).backward()
         >>> queue.enqueue_(positive)
     """
 
@@ -102,9 +107,13 @@ class DenseCLLoss(nn.Module):
         ValueError: a setting out of its range, or an input that the settings need is missing.
 
     Example:
-        >>> criterion = DenseCLLoss()
-        >>> loss, loss_global, loss_dense = criterion(
-        ...     query.vector, key.vector, query.grid, key.grid, global_queue, dense_queue,
+        >>> import torch
+        >>> from densecl_ext import DenseCLLoss, DenseCLNeck, KeyQueue
+        >>> neck = DenseCLNeck(512)
+        >>> query, key = neck(torch.randn(4, 512, 7, 7)), neck(torch.randn(4, 512, 7, 7))
+        >>> queues = KeyQueue(4096, 128), KeyQueue(4096, 128)
+        >>> loss, loss_global, loss_dense = DenseCLLoss()(
+        ...     query.vector, key.vector, query.grid, key.grid, *queues,
         ...     query_features=query.features, key_features=key.features)
     """
 

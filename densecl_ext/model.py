@@ -46,7 +46,7 @@ class Encoder(nn.Module):
         self, images: Tensor, *, with_global: bool = True, with_dense: bool = True
     ) -> NeckOutput:
         """Run the backbone and the heads that are asked for."""
-        features = self.backbone(images)
+        features = self.backbone(images)  # (N, C, h, w)
         return self.neck(features, with_global=with_global, with_dense=with_dense)
 
 
@@ -110,9 +110,18 @@ class DenseCL(nn.Module):
         ValueError: a setting out of range, views of different shapes, or crops that are missing.
 
     Example:
-        >>> model = DenseCL("resnet50", queue_length=16384)
-        >>> out = model(view_q, view_k)
-        >>> out.loss.backward()
+        >>> import torch
+        >>> from densecl_ext import DenseCL
+        >>> backbone = torch.nn.Conv2d(3, 64, kernel_size=8, stride=8)  # or "resnet50"
+        >>> model = DenseCL(backbone, queue_length=1024)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.03)
+        >>> for _ in range(2):
+        ...     out = model(torch.randn(4, 3, 32, 32), torch.randn(4, 3, 32, 32))
+        ...     optimizer.zero_grad()
+        ...     out.loss.backward()
+        ...     optimizer.step()
+        >>> sorted(out.metrics)[:2]
+        ['feature_std', 'loss_lambda']
     """
 
     step: Tensor

@@ -29,9 +29,13 @@ class MomentumEncoder(nn.Module):
         ValueError: ``momentum`` outside [0, 1], or a module of another build is passed to a method.
 
     Example:
+        >>> import torch
+        >>> from densecl_ext import MomentumEncoder
+        >>> encoder = torch.nn.Linear(8, 4)
         >>> key_encoder = MomentumEncoder(encoder, momentum=0.999)
         >>> key_encoder.update_(encoder)
-        >>> keys = key_encoder(images)
+        >>> key_encoder(torch.randn(2, 8)).requires_grad
+        False
     """
 
     def __init__(self, module: nn.Module, momentum: float = 0.999, *, bn_groups: int = 1) -> None:

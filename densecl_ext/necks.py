@@ -42,6 +42,8 @@ class DenseCLNeck(nn.Module):
         ValueError: a size below 1, or features of another number of channels.
 
     Example:
+        >>> import torch
+        >>> from densecl_ext import DenseCLNeck
         >>> neck = DenseCLNeck(512, grid_size=5)
         >>> out = neck(torch.randn(2, 512, 7, 7))
         >>> out.vector.shape, out.grid.shape, out.features.shape

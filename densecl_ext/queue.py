@@ -39,6 +39,8 @@ class KeyQueue(nn.Module):
         TypeError: ``dtype`` is not one of the three.
 
     Example:
+        >>> import torch
+        >>> from densecl_ext import KeyQueue
         >>> queue = KeyQueue(length=4096, dim=128)
         >>> queue.enqueue_(torch.randn(48, 128))
         >>> int(queue.filled)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import copy
+import doctest
+import importlib
 import os
 from pathlib import Path
 
@@ -334,6 +336,12 @@ def test_inputs_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match=r"crop_q.*\(4, 5\).*\(3, 5\)"):
         model(view_q, view_k, crop_q=crop[:3], crop_k=crop[:3])
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["queue", "losses", "momentum", "necks", "model"])
+def test_examples_run(name: str) -> None:
+    result = doctest.testmod(importlib.import_module(f"densecl_ext.{name}"))
+    assert result.attempted > 0 and result.failed == 0
 
 
 def test_gathering_alone_changes_nothing() -> None:
