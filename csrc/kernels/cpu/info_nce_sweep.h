@@ -145,10 +145,13 @@ void exponentiate(const SweepTask& task, int64_t first, int64_t width, float* sc
   }
 }
 
+// Whether a row of the tile needs a shift. Rows that are not finite end in NaN either way and must
+// not move the others to another rounding.
 template <class V>
 bool needs_shift(const SweepTask& task, int64_t first, int64_t width, float longest) {
   for (int64_t i = first; i < first + width; ++i) {
-    if (task.shift[i] != 0.0f || !(task.length[i] * longest <= unshifted_bound)) return true;
+    const float bound = task.length[i] * longest;
+    if (task.shift[i] != 0.0f || (bound > unshifted_bound && bound < __builtin_inff())) return true;
   }
   return false;
 }
@@ -158,11 +161,11 @@ template <class V, int vectors>
 void sweep_tile(const SweepTask& task, int64_t first, const float* block, int64_t valid,
                 float longest, float* scores) {
   constexpr int64_t width = vectors * V::width;
-  constexpr int64_t depth_step = 256;  // partial sums of the logits' product: less rounding
+  constexpr int64_t depth_step = 128;  // the longest chain of roundings in a logit
   const int64_t stride = task.padded_features;
   const float* query = task.query + first * stride;
   for (int64_t j = 0; j < valid; j += V::tile_rows) {
-    for (int64_t d = 0; d < task.features; d += depth_step) {
+    for (int64_t d = 0; d == 0 || d < task.features; d += depth_step) {
       const int64_t depth = task.features - d < depth_step ? task.features - d : depth_step;
       multiply_tile<V, V::tile_rows, vectors, Operand::row_major>(
           depth, block + j * stride + d, stride, query + d * width, width, scores + j * width,

@@ -52,8 +52,9 @@ void store_strip(const float* in, int64_t count, void* data, DType dtype, int64_
 enum class Operand { row_major, depth_major };
 
 // c (rows, vectors * width) [+]= a (rows, depth) b (depth, vectors * width), row strides lda, ldb,
-// ldc. All sums stay in registers; every lane adds up in the order of depth, so equal columns give
-// equal bits wherever they stand.
+// ldc. All sums stay in registers, start from zero and join c at the end: chains of roundings stay
+// as short as depth. Every lane adds up in the order of depth, so equal columns give equal bits
+// wherever they stand.
 template <class V, int rows, int vectors, Operand order>
 inline __attribute__((always_inline)) void multiply_tile(int64_t depth, const float* a, int64_t lda,
                                                          const float* b, int64_t ldb, float* c,
@@ -63,7 +64,7 @@ inline __attribute__((always_inline)) void multiply_tile(int64_t depth, const fl
   for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) {
-      sums[r][v] = accumulate ? V::load(c + r * ldc + v * V::width) : V::zero();
+      sums[r][v] = V::zero();
     }
   }
   for (int64_t k = 0; k < depth; ++k) {
@@ -81,7 +82,10 @@ inline __attribute__((always_inline)) void multiply_tile(int64_t depth, const fl
 #pragma GCC unroll 16
   for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) V::store(c + r * ldc + v * V::width, sums[r][v]);
+    for (int v = 0; v < vectors; ++v) {
+      float* at = c + r * ldc + v * V::width;
+      V::store(at, accumulate ? V::add(V::load(at), sums[r][v]) : sums[r][v]);
+    }
   }
 }
 
