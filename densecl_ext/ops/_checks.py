@@ -93,7 +93,7 @@ def is_queue(op: str, queue: Tensor, dim: int, other: str) -> None:
 
 def is_temperature(op: str, temperature: float) -> None:
     """ValueError unless a positive finite number."""
-    if not (temperature > 0.0 and math.isfinite(temperature)):
+    if not 0.0 < temperature < math.inf:
         raise ValueError(f"{op}: temperature must be positive and finite, got {temperature}")
 
 
