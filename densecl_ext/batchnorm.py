@@ -90,7 +90,7 @@ class SplitBatchNorm(_NormBase):
                 self.eps,
             ).view_as(x)
         else:
-            # Strided slices would take batch norm's slow path: a compact copy is three times faster.
+            # Compact copies: strided slices take a path of batch norm that is three times slower.
             layout = _memory_format(x)
             y = torch.empty_like(x)
             channels = self.num_features
