@@ -223,13 +223,17 @@ def test_every_format_and_mode_becomes_rgb(tmp_path, backend):
 
 @pytest.fixture
 def damaged(tmp_path):
-    """Ten good images among eight that do not read, each in its own way."""
+    """Ten good images among nine that do not read, each in its own way."""
     for number in range(10):
         (tmp_path / f"good{number}.jpg").write_bytes(encode(scene(number), "JPEG"))
     bad = {"bad_empty.jpg": b"", "bad_text.jpg": b"this is no image", "bad_zeros.png": bytes(900)}
     for kind in ("JPEG", "PNG", "WEBP", "BMP"):
         data = encode(scene(20), kind)
         bad[f"bad_truncated.{kind.lower()}"] = data[: len(data) // 2]
+    data = encode(scene(20), "PNG")
+    half = len(data) // 2
+    # Header and end are whole: only decoding tells.
+    bad["bad_middle.png"] = data[:half] + bytes(20) + data[half + 20 :]
     for name, data in bad.items():
         (tmp_path / name).write_bytes(data)
     (tmp_path / "bad_link.jpg").symlink_to(tmp_path / "nowhere.jpg")
@@ -246,9 +250,9 @@ def test_unreadable_files_are_named_once_counted_and_skipped(damaged, backend, w
             assert all(loader.files[index].name.startswith("good") for index in batch.index)
             assert torch.isfinite(batch.view_q).all()
         assert {path.name[:3] for path in loader.skipped} == {"bad"}
-        assert len(loader.skipped) == 8
+        assert len(loader.skipped) == 9
         messages = [str(warning.message) for warning in caught]
-        assert len(messages) == 8
+        assert len(messages) == 9
         for path, reason in loader.skipped.items():
             assert sum(f"skipped {path}: {reason}" == message for message in messages) == 1
             assert reason and "\n" not in reason
@@ -285,17 +289,39 @@ def test_dali_hands_what_it_cannot_decode_to_pillow(tmp_path, monkeypatch):
     pytest.importorskip("nvidia.dali")
     from densecl_ext.data import dali_loader
 
-    # DALI has no GIF decoder: claiming that it has makes the batch fail inside the pipeline.
-    native = dali_loader._NATIVE | {("GIF", "P"), ("GIF", "RGB")}
     for number in range(6):
         (tmp_path / f"{number}.jpg").write_bytes(encode(scene(number), "JPEG"))
     (tmp_path / "x.gif").write_bytes(encode(scene(7).quantize(), "GIF"))
-    with build(tmp_path, "dali", batch_size=7) as loader:
+    (tmp_path / "y.bmp").write_bytes(encode(scene(8), "BMP"))
+    with build(tmp_path, "dali", batch_size=8) as loader:
         expected = list(loader)
-    monkeypatch.setattr(dali_loader, "_NATIVE", native)
-    with build(tmp_path, "dali", batch_size=7) as loader:
+
+    native_size = dali_loader._native_size
+
+    def deluded(header, data):
+        if header.format == "GIF":
+            return header.size  # DALI has no decoder for it
+        if header.format == "BMP":
+            return 1000, 1000  # crops will lie outside
+        return native_size(header, data)
+
+    monkeypatch.setattr(dali_loader, "_native_size", deluded)
+    with build(tmp_path, "dali", batch_size=8) as loader:
         assert_equal(list(loader), expected)
+        assert loader._through_pillow == {6, 7}
         assert loader.skipped == {}
+
+
+def test_dali_errors_that_no_file_explains_are_not_hidden(photos, monkeypatch):
+    pytest.importorskip("nvidia.dali")
+    from densecl_ext.data import dali_loader
+
+    row_of = dali_loader.row_of
+    outside = np.zeros(21, dtype=np.float32)
+    outside[:4] = 5000, 5000, 10, 10
+    monkeypatch.setattr(dali_loader, "row_of", lambda drawn: row_of(drawn) + outside)
+    with build(photos, "dali") as loader, pytest.raises(RuntimeError, match="slice"):
+        next(iter(loader))
 
 
 def test_a_folder_without_a_readable_image_is_an_error(tmp_path, backend):

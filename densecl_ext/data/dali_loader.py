@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +25,9 @@ from densecl_ext.data.dali_pipeline import (
 from densecl_ext.data.folder import decode_rgb, orientation_of, reason_of
 from densecl_ext.data.loader import EpochLoader, TwoViews, candidates
 
+if TYPE_CHECKING:
+    from PIL import Image
+
 # Batches whose files are read ahead of the one in the pipeline.
 _READ_AHEAD = 2
 
@@ -34,8 +37,42 @@ _NATIVE = frozenset(
 )
 
 
+def _looks_complete(data: bytes, kind: str | None) -> bool:
+    """Whether a file's end is there; Pillow has the last word on one whose end is not.
+
+    Finds nearly all truncated files before they fail a batch.
+    """
+    if kind == "JPEG":
+        return b"\xff\xd9" in data[-64:]
+    if kind == "PNG":
+        return b"IEND" in data[-64:]
+    if kind == "WEBP":
+        return len(data) >= 8 + int.from_bytes(data[4:8], "little")
+    if kind == "BMP":
+        return len(data) >= int.from_bytes(data[2:6], "little")
+    return True
+
+
+def _native_size(header: Image.Image, data: bytes) -> tuple[int, int] | None:
+    """Upright width and height of an image that DALI decodes as Pillow does; None for any other."""
+    if (header.format, header.mode) not in _NATIVE or getattr(header, "n_frames", 1) != 1:
+        return None
+    if not _looks_complete(data, header.format):
+        return None
+    width, height = header.size
+    if header.format == "PNG":
+        # Pillow would decode all of it to look for an orientation, which hardly any PNG has.
+        oriented = b"eXIf" in data or b"Raw profile type" in data or b"tiff:Orientation" in data
+        return None if oriented else (width, height)
+    orientation = orientation_of(header)
+    if orientation != 1 and b"tiff:Orientation" in data:
+        return None  # Pillow also reads XMP's orientation, DALI only that of EXIF
+    return (width, height) if orientation < 5 else (height, width)
+
+
 class _Slot(NamedTuple):
     encoded: bytes
+    shape: tuple[int, int, int]  # of the decoded image, as the header tells it
     parameters: list[ViewParameters]
     file: int
     sample: int
@@ -45,8 +82,9 @@ class _Slot(NamedTuple):
 class DaliLoader(EpochLoader):
     """Views from DALI; see :func:`densecl_ext.data.build_loader`.
 
-    DALI's operators cannot skip a sample: one file that does not decode fails its whole batch. Such
-    a batch is looked through file by file, the culprit is skipped or, where Pillow can read it,
+    DALI's operators cannot skip a sample: one file that does not decode fails its whole batch. Most
+    such files show it in their header or at their end and never get there. A batch that fails all
+    the same is looked through file by file, the culprit is skipped or, where Pillow can read it,
     handed over decoded from then on, and the batch is run again.
     """
 
@@ -87,12 +125,9 @@ class DaliLoader(EpochLoader):
         if not data:
             raise ValueError("the file is empty")
         with Image.open(io.BytesIO(data)) as header:
-            native = (header.format, header.mode) in _NATIVE and index not in self._through_pillow
-            if native and getattr(header, "n_frames", 1) == 1:
-                width, height = header.size
-                return (
-                    (data, width, height) if orientation_of(header) < 5 else (data, height, width)
-                )
+            size = None if index in self._through_pillow else _native_size(header, data)
+            if size is not None:
+                return data, *size
         image = decode_rgb(data)
         portable = b"P6 %d %d 255\n" % image.size
         return portable + image.tobytes(), image.width, image.height
@@ -123,7 +158,7 @@ class DaliLoader(EpochLoader):
             )
             for view in (QUERY_VIEW, KEY_VIEW)
         ]
-        return _Slot(encoded, drawn, index, sample, unreadable)
+        return _Slot(encoded, (height, width, 3), drawn, index, sample, unreadable)
 
     def _batches(self, epoch: int, requests: list[list[int]]) -> Iterator[TwoViews]:
         if self._pipeline is None:
@@ -220,7 +255,7 @@ class DaliLoader(EpochLoader):
             slots[position] = self._prepare(epoch, slot.sample)
 
     def _undecodable(self, slots: list[_Slot]) -> list[int]:
-        """Positions of the slots that DALI fails to decode, each tried on its own."""
+        """Positions of the slots that DALI decodes not at all or not as their headers say."""
         failed = []
         probe: Any = None
         for position, slot in enumerate(slots):
@@ -231,7 +266,9 @@ class DaliLoader(EpochLoader):
                 probe.build()
             try:
                 probe.feed_input(ENCODED, [np.frombuffer(slot.encoded, dtype=np.uint8)])
-                probe.run()
+                (shapes,) = probe.run()
+                if tuple(shapes.at(0)) != slot.shape:
+                    failed.append(position)
             except RuntimeError:
                 failed.append(position)
                 # DALI declares a pipeline invalid once an operator has failed.
