@@ -139,6 +139,16 @@ def test_lambda_one_leaves_out_the_global_branch() -> None:
     torch.testing.assert_close(second.loss, second.loss_dense)
 
 
+@pytest.mark.parametrize("loss_lambda", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("warmup", [0, 5])
+def test_what_is_trainable_gets_a_gradient(loss_lambda: float, warmup: int) -> None:
+    """DistributedDataParallel waits for the gradient of every parameter that asks for one."""
+    model = build(loss_lambda=loss_lambda, lambda_warmup_steps=warmup)
+    model(*two_views(6)).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+
+
 def test_first_step_of_empty_queues_has_no_loss_but_keeps_its_keys() -> None:
     model = build()
     out = model(*two_views(6))
