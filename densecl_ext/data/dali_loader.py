@@ -99,12 +99,19 @@ class DaliLoader(EpochLoader):
         self._pool: ThreadPoolExecutor | None = None
 
     @property
-    def _dali_device(self) -> str:
-        return "gpu" if self.device.type == "cuda" else "cpu"
+    def _on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    def _stream(self) -> torch.cuda.Stream | None:
+        return torch.cuda.current_stream(self.device) if self._on_gpu else None
 
     def _pipeline_settings(self) -> dict[str, Any]:
-        index = self.device.index or 0 if self.device.type == "cuda" else None
-        return {"num_threads": self._threads, "device_id": index, "device": self._dali_device}
+        settings = {"num_threads": self._threads, "device_id": None, "device": "cpu"}
+        if self._on_gpu:
+            index = self.device.index
+            index = torch.cuda.current_device() if index is None else index
+            settings.update(device_id=index, device="gpu")
+        return settings
 
     def _build(self) -> Any:
         pipeline = two_view_pipeline(
@@ -204,7 +211,8 @@ class DaliLoader(EpochLoader):
     def _finish(self, epoch: int, slots: list[_Slot]) -> TwoViews:
         """The views of the batch in flight."""
         try:
-            outputs = self._pipeline.share_outputs()
+            # Bound to the consumer's stream, the outputs are not reused before it has copied them.
+            outputs = self._pipeline.share_outputs(cuda_stream=self._stream())
         except RuntimeError as error:
             self._repair(epoch, slots, error)
             self._pipeline = self._build()
@@ -232,11 +240,11 @@ class DaliLoader(EpochLoader):
 
     def _to_torch(self, output: Any) -> torch.Tensor:
         dense = output.as_tensor()
-        views = torch.empty(dense.shape(), dtype=torch.float32, device=self.device)
-        stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
+        device = self.device if self._on_gpu else "cpu"
+        views = torch.empty(dense.shape(), dtype=torch.float32, device=device)
         # A copy: DALI writes the next batches into the same memory.
-        feed_ndarray(dense, views, cuda_stream=stream)
-        return views
+        feed_ndarray(dense, views, cuda_stream=self._stream())
+        return views.to(self.device)
 
     def _repair(self, epoch: int, slots: list[_Slot], error: RuntimeError) -> None:
         """Replace, in place, the slots that DALI cannot decode; raise `error` if there is none."""

@@ -82,6 +82,11 @@ def _gray(image: Any) -> Any:
     )
 
 
+def _beside(number: Any, device: str) -> Any:
+    """A number of each sample where arithmetic with its image takes it."""
+    return number.gpu() if device == "gpu" else number
+
+
 def _mean_gray(image: Any, device: str) -> Any:
     mean = math.floor(fn.reductions.mean(_gray(image), axes=(0, 1, 2)) + 0.5)
     # Arguments of operators live on the CPU.
@@ -136,6 +141,7 @@ def _adjust(image: Any, operation: Any, factor: Any, device: str) -> Any:
             brightness_shift=_TRUNCATE / 255,
         )
     elif operation == SATURATION:
+        factor = _beside(factor, device)
         image = fn.cast(
             image * factor + (_gray(image) * (1.0 - factor) + _TRUNCATE), dtype=DALIDataType.UINT8
         )
@@ -159,7 +165,7 @@ def _view(image: Any, row: Any, size: int, augmentation: Augmentation, device: s
         for step in range(3):
             view = _adjust(view, row[_OPERATION + step], row[_FACTOR + step], device)
         if augmentation.hue > 0:
-            view = _rotate_hue(view, row[_HUE], 6 * augmentation.hue)
+            view = _rotate_hue(view, _beside(row[_HUE], device), 6 * augmentation.hue)
         for step in range(3, 6):
             view = _adjust(view, row[_OPERATION + step], row[_FACTOR + step], device)
     if row[_GRAY] > 0.0:
