@@ -227,7 +227,8 @@ def _meta_state(architecture: str) -> dict[str, Tensor]:
 
 
 def _build(source: BackboneFile) -> nn.Module:
-    backbone = build_backbone(source.architecture)
+    with torch.random.fork_rng(devices=[]):  # the random start is thrown away
+        backbone = build_backbone(source.architecture)
     backbone.load_state_dict(source.tensors, strict=True)
     return backbone.eval()
 

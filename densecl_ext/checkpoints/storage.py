@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import pickle
 import tempfile
@@ -107,6 +108,10 @@ def load_checkpoint(path: str | os.PathLike[str], *, trusted: bool = False) -> A
         raise ValueError(
             f"load_checkpoint: {path} is not a readable checkpoint: {error}"
         ) from error
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # what torch's reader makes of a file that was cut short
+            raise
+        raise ValueError(f"load_checkpoint: {path} is damaged or cut short: {error}") from error
     except (RuntimeError, EOFError, KeyError, AttributeError, ImportError) as error:
         raise ValueError(
             f"load_checkpoint: {path} is not a readable checkpoint: {error}"

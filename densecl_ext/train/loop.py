@@ -214,7 +214,10 @@ def batches(state: dict[str, Any], epochs: int, last: int, stop: StopRequest) ->
         remaining = iter(loader)
         while state["step"] < last and not stop.requested:
             try:
-                views = next(remaining, None)
+                # torch's DataLoader draws from the global generator whenever an iteration begins,
+                # which in a resumed run is not where it was in the interrupted one.
+                with torch.random.fork_rng(devices=[]):
+                    views = next(remaining, None)
             except RuntimeError:
                 if not stop.requested:
                     raise

@@ -1,0 +1,191 @@
+"""The command line: help, errors, and a run from photographs to an exported backbone."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import train_runs as runs
+
+from densecl_ext import cli, info
+from densecl_ext.checkpoints import load_checkpoint
+
+COMMANDS = ("pretrain", "export", "import", "info")
+TINY = [
+    *("--backbone", "resnet18", "--image-size", "32", "--batch-size", "8", "--epochs", "2"),
+    *("--hidden-dim", "16", "--dim", "8", "--key-bn-groups", "2", "--precision", "fp32"),
+    *("--workers", "0", "--threads", "1", "--log-every", "2", "--device", "cpu"),
+    *("--loader", "torchvision", "--no-tensorboard"),
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.image_folder(tmp_path_factory.mktemp("photos") / "images")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command, "--help"])
+    assert stop.value.code == 0
+    assert f"example:\n  densecl {command}" in capsys.readouterr().out
+
+
+def test_help_shows_every_option_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["pretrain", "--help"])
+    out = " ".join(capsys.readouterr().out.split())
+    for name in vars(runs.PretrainConfig()):
+        assert f"--{name.replace('_', '-')} " in out
+    assert "weight of the dense loss; 0 is MoCo v2 (default: 0.5)" in out
+    assert "densecl_coco_800ep" in out
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from densecl_ext import cli\n"
+        "try: cli.main(['pretrain', '--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'lightning', 'torchvision', 'nvidia', 'PIL', 'yaml', 'tensorboard'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["pretrain", "--bach-size", "3"], "unknown '--bach-size'; did you mean --batch-size"),
+        (["pretrain", "--epoch=3"], "unknown '--epoch=3'; did you mean --epochs"),
+        (["train"], "invalid choice: 'train'"),
+        ([], "required: COMMAND"),
+        (["export", "run"], "required: --output"),
+    ],
+)
+def test_usage_errors(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error and "--help" in error and error.count("\n") == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["pretrain"], "data must name a folder"),
+        (["pretrain", "--data", "/nowhere/at/all", "--output", "{tmp}"], "/nowhere/at/all"),
+        (["pretrain", "--batch-size", "many"], "batch_size: expected an integer >= 1, got 'many'"),
+        (["pretrain", "--recipe", "coco"], "is neither a file nor one of"),
+        (["pretrain", "--resume", "--output", "{tmp}"], "nothing to resume in"),
+        (["export", "{tmp}", "--output", "{tmp}/x.pth"], "no such file"),
+        (["import", "{tmp}/none.pth", "--output", "{tmp}/x.pth"], "no such file"),
+    ],
+)
+def test_library_errors_are_one_line(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    filled = [word.replace("{tmp}", str(tmp_path)) for word in arguments]
+    assert cli.main(filled) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and captured.err.startswith(f"densecl {arguments[0]}: error: ")
+    assert captured.err.count("\n") == 1 and not captured.out
+    assert cli.main([*filled, "--debug"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_options_override_the_recipe(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("batch_size: 32\nepochs: 7\ntensorboard: true\n")
+    words = ["pretrain", "--recipe", str(tmp_path / "mine.yaml"), "--epochs", "9"]
+    options = cli.build_parser().parse_args([*words, "--no-tensorboard"])
+    config = cli.pretrain_config(options)
+    assert (config.batch_size, config.epochs, config.tensorboard) == (32, 9, False)
+
+
+def test_from_photographs_to_torchvision(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torchvision = pytest.importorskip("torchvision")
+    pytest.importorskip("lightning")
+    (data / "broken.png").write_bytes(b"not an image")
+    run, threads = str(tmp_path / "run"), torch.get_num_threads()
+    try:
+        begin = ["pretrain", "--data", str(data), "--output", run, *TINY]
+        assert cli.main([*begin, "--max-steps", "2"]) == 0
+        captured = capsys.readouterr()
+        assert "skipped 1 files that do not decode" in captured.err
+        assert "step 2 of 6" in captured.out and "--resume --max-steps none" in captured.out
+        assert cli.main(begin) == 2
+        assert "--resume" in capsys.readouterr().err
+        # Nothing but the folder is needed to go on.
+        assert cli.main(["pretrain", "--output", run, "--resume", "--max-steps", "none"]) == 0
+        assert "step 6 of 6, loss" in capsys.readouterr().out
+        assert cli.main(["pretrain", "--output", run, "--resume", "--epochs", "5"]) == 2
+        assert "cannot resume with epochs = 5" in capsys.readouterr().err
+    finally:
+        torch.set_num_threads(threads)
+        (data / "broken.png").unlink()
+
+    assert cli.main(["export", run, "--output", str(tmp_path / "b.pth")]) == 0
+    out = capsys.readouterr().out
+    assert "resnet18" in out and "fc.weight and fc.bias are torchvision's random" in out
+    model = torchvision.models.resnet18()
+    model.load_state_dict(torch.load(tmp_path / "b.pth"), strict=True)
+    trained = load_checkpoint(Path(run) / "checkpoints" / "last.pt")["model"]
+    assert torch.equal(model.conv1.weight, trained["backbone.conv1.weight"])
+
+    imported = ["import", str(tmp_path / "b.pth"), "--output", str(tmp_path / "c.pth")]
+    assert cli.main(imported) == 0
+    assert "left out as heads: fc.bias, fc.weight" in capsys.readouterr().out
+
+
+def test_ctrl_c_in_a_process_of_its_own(data: Path, tmp_path: Path) -> None:
+    """What a shell sees: exit code 130, a checkpoint, and how to go on, with loader processes."""
+    pytest.importorskip("lightning")
+    run = tmp_path / "run"
+    words = [*TINY, "--epochs", "5000", "--workers", "1", "--checkpoint-every", "1000000"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "densecl_ext", "pretrain", "--data", data, "--output", run, *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        cwd=Path(__file__).parent.parent,
+    )
+    log = run / "metrics.csv"
+    deadline = time.monotonic() + 120
+    while not log.is_file() or log.read_text().count("\n") < 2:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process of the group
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == 130, error
+    step = load_checkpoint(run / "checkpoints" / "last.pt")["step"]
+    assert step >= 2 and f"stopped at step {step} of 15000" in out
+    assert f"densecl pretrain --output {run} --resume" in out
+    assert "stopping after this step" in error and "Traceback" not in error
+
+
+def test_python_dash_m_and_version() -> None:
+    words = [sys.executable, "-m", "densecl_ext", "--version"]
+    out = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    assert re.fullmatch(r"densecl_ext \d+\.\d+\.\d+\S*\n", out)
+
+
+def test_info_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["info", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["libraries"]["torch"] == torch.__version__
+    assert cli.main(["info"]) == 0
+    assert info.format_info(told) == capsys.readouterr().out.rstrip("\n")

@@ -1,0 +1,140 @@
+"""The configuration: checks, automatic values, recipes, and what a resumed run may change."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from densecl_ext.train import PretrainConfig, load_recipe, recipe_names
+from densecl_ext.train.config import auto_queue_length, merge_resumed
+from densecl_ext.train.options import duration_in_steps
+from densecl_ext.train.schedule import cosine_lr
+
+
+def test_strings_become_values() -> None:
+    config = PretrainConfig(
+        batch_size="64",  # type: ignore[arg-type]
+        weight_decay="1e-4",  # type: ignore[arg-type]
+        queue_length="512",
+        tensorboard="false",  # type: ignore[arg-type]
+        checkpoint_every="0.5ep",
+    )
+    assert config.batch_size == 64 and isinstance(config.batch_size, int)
+    assert config.weight_decay == 1e-4
+    assert config.queue_length == 512
+    assert config.tensorboard is False
+    assert duration_in_steps(config.checkpoint_every, 37) == 18
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("batch_size", 0, "integer >= 1"),
+        ("batch_size", 1.5, "integer >= 1"),
+        ("batch_size", True, "integer >= 1"),
+        ("temperature", 0, "number > 0"),
+        ("temperature", "nan", "number > 0"),
+        ("loss_lambda", 1.1, "<= 1"),
+        ("matching", "nearest", "backbone, dense, geometric, random"),
+        ("queue_length", "large", "auto or an integer"),
+        ("lambda_warmup", "-1ep", "epochs"),
+        ("precision", "fp16", "fp32, bf16"),
+        ("data", None, "text"),
+        ("tensorboard", 3, "true or false"),
+    ],
+)
+def test_bad_value_names_option_and_what_fits(name: str, value: object, expected: str) -> None:
+    with pytest.raises(ValueError, match=f"PretrainConfig: {name}: expected .*{expected}") as error:
+        PretrainConfig(**{name: value})  # type: ignore[arg-type]
+    assert repr(value) in str(error.value)
+
+
+def test_unknown_option_suggests_the_nearest() -> None:
+    with pytest.raises(ValueError, match="my.yaml: unknown option 'batchsize'; did you mean batch"):
+        PretrainConfig.from_mapping({"batchsize": 3}, source="my.yaml")
+    assert PretrainConfig.from_mapping({"batch-size": 3}).batch_size == 3
+
+
+def test_defaults_are_the_papers_where_size_does_not_matter() -> None:
+    config = PretrainConfig()
+    assert (config.backbone, config.image_size, config.dim, config.hidden_dim) == (
+        "resnet50",
+        224,
+        128,
+        2048,
+    )
+    assert (config.temperature, config.loss_lambda, config.matching) == (0.2, 0.5, "backbone")
+    assert (config.base_lr, config.batch_size, config.weight_decay) == (0.3, 256, 1e-4)
+    assert config.sgd_momentum == 0.9
+
+
+@pytest.mark.parametrize(
+    ("images", "length"),
+    [(2, 1), (170, 64), (1000, 256), (2405, 1024), (5750, 2048), (118_287, 32768), (10**7, 65536)],
+)
+def test_auto_queue_is_well_below_the_number_of_images(images: int, length: int) -> None:
+    assert auto_queue_length(images) == length
+    assert length <= images // 2
+
+
+def test_resolved_replaces_what_changes_the_result() -> None:
+    config = PretrainConfig(batch_size=64, epochs=5)
+    small = config.resolved(images=2405, native_bf16=True, loader="dali")
+    assert (small.queue_length, small.precision, small.loader) == (1024, "bf16", "dali")
+    assert small.lr == pytest.approx(0.3 * 64 / 256)
+    assert small.key_momentum == pytest.approx(1 - 10 / 185)
+    coco = PretrainConfig(epochs=800).resolved(images=118_287, native_bf16=False, loader="dali")
+    assert (coco.key_momentum, coco.precision, coco.lr) == (0.999, "fp32", 0.3)
+    # Chosen values stay, and resolving twice changes nothing.
+    chosen = PretrainConfig(queue_length=7, key_momentum=0.5, lr=1.0, precision="fp32")
+    assert chosen.resolved(images=9, native_bf16=True, loader="dali").queue_length == 7
+    assert small.resolved(images=9, native_bf16=False, loader="torchvision") == small
+
+
+def test_shipped_recipes() -> None:
+    assert {"densecl_coco_800ep", "densecl_imagenet_200ep", "small_data"} <= set(recipe_names())
+    for name in recipe_names():
+        PretrainConfig(**load_recipe(name))
+    coco = PretrainConfig(**load_recipe("densecl_coco_800ep"))
+    assert (coco.epochs, coco.base_lr, coco.queue_length) == (800, 0.3, 65536)
+    assert (coco.key_momentum, coco.schedule, coco.queue_init) == (0.999, "epoch", "random")
+    assert PretrainConfig(**load_recipe("densecl_imagenet_200ep")).base_lr == 0.03
+    assert PretrainConfig(**load_recipe("mocov2_imagenet_200ep")).loss_lambda == 0
+
+
+def test_recipe_files(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("batch_size: 32\nweight_decay: 1e-4\n")
+    assert PretrainConfig(**load_recipe(file)).weight_decay == 1e-4
+    file.write_text("bach_size: 32\n")
+    with pytest.raises(ValueError, match=r"mine.yaml: unknown option.*did you mean batch_size"):
+        load_recipe(file)
+    file.write_text("- 3\n")
+    with pytest.raises(ValueError, match="expected lines `option: value`, got a list"):
+        load_recipe(file)
+    file.write_text("a: [\n")
+    with pytest.raises(ValueError, match="not valid YAML"):
+        load_recipe(file)
+    with pytest.raises(ValueError, match="did you mean small_data"):
+        load_recipe("smal_data")
+
+
+def test_resumed_run_keeps_its_values() -> None:
+    stored = PretrainConfig(batch_size=64).resolved(images=1000, native_bf16=True, loader="dali")
+    merged, changed = merge_resumed(PretrainConfig(batch_size=64, workers=3), stored)
+    assert changed == ["workers"]
+    assert merged == dataclasses.replace(stored, workers=3)
+    with pytest.raises(ValueError, match="cannot resume with epochs = 7.*started with 200"):
+        merge_resumed(dataclasses.replace(stored, epochs=7), stored)
+    lower, changed = merge_resumed(dataclasses.replace(stored, base_lr=0.1), stored)
+    assert lower.lr == pytest.approx(0.1 * 64 / 256) and changed == ["base_lr", "lr"]
+
+
+def test_cosine_schedule() -> None:
+    rates = [cosine_lr(2.0, step, 10) for step in range(10)]
+    assert rates[0] == 2.0 and rates[5] == pytest.approx(1.0) and 0 < rates[9] < 0.06
+    assert all(a > b for a, b in zip(rates, rates[1:], strict=False))
+    by_epoch = [cosine_lr(2.0, step, 10, every=5) for step in range(10)]
+    assert by_epoch == [2.0] * 5 + [pytest.approx(1.0)] * 5

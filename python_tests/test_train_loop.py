@@ -1,0 +1,313 @@
+"""The loop on the real model and loader: logs, checkpoints, exact resume, stops, failures."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("lightning")
+pytest.importorskip("torchvision")
+
+import train_runs as runs
+from tiny_models import TinyBackbone
+
+from densecl_ext.checkpoints import load_checkpoint
+from densecl_ext.train import TrainingDiverged, pretrain
+from densecl_ext.train.progress import ConsoleProgress, Progress
+
+
+@pytest.fixture(autouse=True, scope="module")
+def threads() -> Iterator[None]:
+    """Tiny runs take one thread; the tests that follow get back what they had."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.image_folder(tmp_path_factory.mktemp("photos") / "images")
+
+
+@pytest.fixture(scope="module")
+def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> runs.PretrainResult:
+    """An uninterrupted run of 9 steps."""
+    return runs.tiny_run(runs.tiny_config(data, tmp_path_factory.mktemp("whole")))
+
+
+def test_run_folder(whole: runs.PretrainResult) -> None:
+    assert (whole.step, whole.total_steps, whole.interrupted) == (9, 9, False)
+    assert whole.checkpoint == whole.output / "checkpoints" / "last.pt"
+    logged = runs.rows(whole)
+    first = ["step", "epoch", "loss", "loss_global", "loss_dense", "lr", "images_per_second"]
+    assert list(logged[0])[:7] == first
+    assert [row["step"] for row in logged] == ["2", "4", "6", "8", "9"]
+    assert float(logged[1]["epoch"]) == pytest.approx(4 / 3, abs=1e-6)
+    assert all(math.isfinite(float(value)) for row in logged for value in row.values())
+    assert float(logged[-1]["loss"]) == pytest.approx(whole.metrics["loss"], abs=1e-6)
+    # The config of a finished run is a recipe that repeats it: no automatic value is left open.
+    config = (whole.output / "config.yaml").read_text()
+    assert (
+        "queue_length: 20" in config and "lr: 0.09375" in config and "key_momentum: 0.9" in config
+    )
+
+
+def test_training_changes_query_and_key_weights(whole: runs.PretrainResult) -> None:
+    torch.manual_seed(5)
+    before = TinyBackbone().state_dict()["layers.0.weight"]
+    model = load_checkpoint(whole.checkpoint)["model"]
+    after = model["backbone.layers.0.weight"]
+    key = next(
+        v for k, v in model.items() if k.startswith("momentum_encoder") and v.shape == after.shape
+    )
+    assert not torch.equal(before, after)
+    assert 0 < (key - before).norm() < (after - before).norm()
+
+
+@pytest.mark.parametrize("stop", [4, 6])  # inside an epoch, and at an epoch's end
+def test_resumed_run_equals_an_uninterrupted_one(
+    stop: int, whole: runs.PretrainResult, data: Path, tmp_path: Path
+) -> None:
+    part = runs.tiny_run(runs.tiny_config(data, tmp_path, max_steps=stop))
+    assert part.step == stop and not part.interrupted
+    torch.rand(7)  # whatever else the process does meanwhile
+    resumed = runs.tiny_run(runs.tiny_config(data, tmp_path, max_steps="none"), resume=True)
+    assert resumed.step == 9
+    expected, got = load_checkpoint(whole.checkpoint), load_checkpoint(resumed.checkpoint)
+    for name in ("metrics", "config"):
+        del expected[name], got[name]  # speed and folder differ
+    runs.assert_same(got, expected)
+    keep = ("step", "loss", "loss_global", "loss_dense", "lr", "positive_similarity")
+    logged = [{name: row[name] for name in keep} for row in runs.rows(resumed)]
+    assert [row for row in logged if row["step"] != "4" or stop != 4][-3:] == [
+        {name: row[name] for name in keep} for row in runs.rows(whole)
+    ][-3:]
+
+
+def test_log_rows_after_the_checkpoint_are_dropped(data: Path, tmp_path: Path) -> None:
+    runs.tiny_run(runs.tiny_config(data, tmp_path, max_steps=4))
+    with (tmp_path / "metrics.csv").open("a") as file:
+        file.write("6,2,1.0,1.0,1.0,0.1,5,1\n8,2.6,1.0,1")  # a crash after the checkpoint
+    resumed = runs.tiny_run(runs.tiny_config(data, tmp_path, max_steps="none"), resume=True)
+    assert [row["step"] for row in runs.rows(resumed)] == ["2", "4", "6", "8", "9"]
+    assert runs.rows(resumed)[2]["loss"] != "1.0"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_ends_the_run_with_a_checkpoint(
+    number: signal.Signals, whole: runs.PretrainResult, data: Path, tmp_path: Path
+) -> None:
+    before = signal.getsignal(number)
+    progress = runs.CallAt(5, lambda: os.kill(os.getpid(), number))
+    result = runs.tiny_run(runs.tiny_config(data, tmp_path), progress=progress)
+    assert result.interrupted and result.step == 5
+    assert "stopping after this step" in progress.messages
+    assert signal.getsignal(number) is before
+    resumed = runs.tiny_run(runs.tiny_config(data, tmp_path), resume=True)
+    expected, got = load_checkpoint(whole.checkpoint), load_checkpoint(resumed.checkpoint)
+    runs.assert_same(got["model"], expected["model"])
+
+
+def test_second_signal_interrupts_at_once(data: Path, tmp_path: Path) -> None:
+    def twice() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        runs.tiny_run(runs.tiny_config(data, tmp_path), progress=runs.CallAt(5, twice))
+    assert load_checkpoint(tmp_path / "checkpoints" / "last.pt")["step"] == 3
+
+
+def test_workers_survive_the_terminals_interrupt(data: Path, tmp_path: Path) -> None:
+    """Ctrl-C in a terminal reaches the loader's processes too."""
+
+    def interrupt_children() -> None:
+        children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+        assert children
+        for child in [*children, os.getpid()]:
+            os.kill(int(child), signal.SIGINT)
+
+    config = runs.tiny_config(data, tmp_path, workers=2)
+    result = runs.tiny_run(config, progress=runs.CallAt(4, interrupt_children))
+    assert result.interrupted and result.step == 4
+    assert load_checkpoint(result.checkpoint)["step"] == 4
+
+
+def test_existing_run_is_not_overwritten(
+    whole: runs.PretrainResult, data: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(FileExistsError, match="--resume.*--overwrite"):
+        runs.tiny_run(runs.tiny_config(data, whole.output))
+    assert load_checkpoint(whole.checkpoint)["step"] == 9
+    with pytest.raises(FileNotFoundError, match="nothing to resume"):
+        runs.tiny_run(runs.tiny_config(data, tmp_path / "new"), resume=True)
+    with pytest.raises(ValueError, match="exclude each other"):
+        runs.tiny_run(runs.tiny_config(data, whole.output), resume=True, overwrite=True)
+
+
+def test_overwrite_removes_the_run_and_nothing_else(data: Path, tmp_path: Path) -> None:
+    runs.tiny_run(runs.tiny_config(data, tmp_path, keep_every=1))
+    (tmp_path / "notes.txt").write_text("mine")
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert kept == ["epoch_0001.pt", "epoch_0002.pt", "epoch_0003.pt", "last.pt"]
+    assert load_checkpoint(tmp_path / "checkpoints" / "epoch_0002.pt")["step"] == 6
+    again = runs.tiny_run(runs.tiny_config(data, tmp_path, max_steps=2), overwrite=True)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["last.pt"]
+    assert again.step == 2 and (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_other_images_cannot_be_resumed(data: Path, tmp_path: Path) -> None:
+    other = runs.image_folder(tmp_path / "images")
+    output = tmp_path / "run"
+    runs.tiny_run(runs.tiny_config(other, output, max_steps=2))
+    (other / "00.png").rename(other / "renamed.png")
+    with pytest.raises(ValueError, match="cannot resume: .* or with others"):
+        runs.tiny_run(runs.tiny_config(other, output, max_steps="none"), resume=True)
+
+
+def test_nan_keeps_the_last_good_checkpoint(data: Path, tmp_path: Path) -> None:
+    class Breaks(TinyBackbone):
+        calls = 0
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            return super().forward(images) * (math.nan if self.calls > 5 else 1.0)
+
+    config = runs.tiny_config(data, tmp_path, checkpoint_every=1, log_every=100)
+    with pytest.raises(TrainingDiverged, match="at or before step 6.*lower rate"):
+        pretrain(config, backbone=Breaks())
+    checkpoint = load_checkpoint(tmp_path / "checkpoints" / "last.pt")
+    assert checkpoint["step"] == 5
+    assert all(torch.isfinite(v).all() for v in checkpoint["model"].values())
+
+
+def test_unwritable_output_fails_before_training(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    steps: list[int] = []
+    progress = runs.CallAt(1, lambda: steps.append(1))
+    with pytest.raises(OSError):
+        runs.tiny_run(runs.tiny_config(data, tmp_path / "file" / "run"), progress=progress)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="save_checkpoint: could not write .*No space left"):
+        runs.tiny_run(runs.tiny_config(data, tmp_path / "run"), progress=progress)
+    assert not steps
+
+
+def test_disk_with_room_for_one_checkpoint_only(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(OSError, match="0 MB free, and every checkpoint needs"):
+        runs.tiny_run(runs.tiny_config(data, tmp_path))
+
+
+def test_bf16_keeps_crop_boxes_exact(data: Path, tmp_path: Path) -> None:
+    """Fabric's mixed precision would round the boxes, and with them the geometric matches."""
+    seen: dict[str, torch.Tensor] = {}
+
+    class Look(Progress):
+        def start(self, **_: object) -> None:
+            import densecl_ext.model as module
+
+            original = module.geometric_match
+
+            def spy(crop_q: torch.Tensor, *rest: object) -> torch.Tensor:
+                seen["crop_q"] = crop_q
+                return original(crop_q, *rest)  # type: ignore[arg-type]
+
+            patch.setattr(module, "geometric_match", spy)
+
+    with pytest.MonkeyPatch.context() as patch:
+        config = runs.tiny_config(
+            data, tmp_path, precision="bf16", matching="geometric", max_steps=2
+        )
+        result = runs.tiny_run(config, progress=Look())
+    assert seen["crop_q"].dtype == torch.float32
+    assert (
+        load_checkpoint(result.checkpoint)["model"]["backbone.layers.0.weight"].dtype
+        == torch.float32
+    )
+
+
+def test_starts_from_weights(data: Path, tmp_path: Path) -> None:
+    from densecl_ext.backbones import build_backbone
+
+    torch.manual_seed(3)
+    weights = build_backbone("resnet18").state_dict()
+    torch.save(weights, tmp_path / "start.pth")
+    config = runs.tiny_config(
+        data,
+        tmp_path / "run",
+        backbone="resnet18",
+        weights=str(tmp_path / "start.pth"),
+        base_lr=1e-9,
+        weight_decay=0,
+        max_steps=1,
+    )
+    model = load_checkpoint(pretrain(config).checkpoint)["model"]
+    torch.testing.assert_close(model["backbone.conv1.weight"], weights["conv1.weight"])
+    wrong = runs.tiny_config(
+        data, tmp_path / "two", backbone="resnet34", weights=str(tmp_path / "start.pth")
+    )
+    with pytest.raises(ValueError, match="holds a resnet18, but backbone is resnet34"):
+        pretrain(wrong)
+
+
+def test_tensorboard(data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    runs.tiny_run(runs.tiny_config(data, tmp_path, tensorboard=True, max_steps=4))
+    runs.tiny_run(runs.tiny_config(data, tmp_path, tensorboard=True), resume=True)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == [2, 4, 6, 8, 9]
+
+
+def test_lines_where_there_is_no_terminal(data: Path, tmp_path: Path) -> None:
+    import io
+
+    out = io.StringIO()
+    progress = ConsoleProgress(out, line_seconds=0)
+    runs.tiny_run(runs.tiny_config(data, tmp_path, max_steps=4), progress=progress)
+    text = out.getvalue()
+    assert "training for 9 steps (3 epochs of 3) on cpu, fp32" in text
+    assert "queue 20" in text and "26 images through torchvision" in text
+    assert "step 4/4, loss" in text and "images/s, 0:00 left" in text
+
+
+def test_bar_in_a_terminal(data: Path, tmp_path: Path) -> None:
+    import io
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    out = Terminal()
+    runs.tiny_run(runs.tiny_config(data, tmp_path, max_steps=4), progress=ConsoleProgress(out))
+    assert "4/4" in out.getvalue() and "images/s" in out.getvalue()
+
+
+def test_wrong_device_and_missing_data(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="device must be auto, cpu, cuda"):
+        pretrain(runs.tiny_config(data, tmp_path, device="tpu"))
+    with pytest.raises(ValueError, match="data must name a folder"):
+        pretrain(runs.tiny_config("", tmp_path))
+    with pytest.raises(RuntimeError, match="not available: torch .* sees"):
+        pretrain(runs.tiny_config(data, tmp_path, device="cuda:99"))
+    assert not (tmp_path / "checkpoints").exists()
