@@ -1,12 +1,14 @@
 # The few commands a person types. Everything is installed into $(VENV); nothing outside this folder changes.
 #   make demo     render scenes, pre-train a small network on the CPU, show what it learned
 #   make test     the whole Python test suite
+#   make bench    measure the ops against PyTorch, torch.compile, attention kernels and lightly; OUT=folder
 #   make lint     formatting, lint and types, of Python and C++
 # Needs Python 3.10+ (with its headers), a C++20 compiler and make.
 
 PYTHON ?= python3
 VENV ?= .venv
 SANITIZE ?= none
+OUT ?= build/bench
 
 BIN := $(VENV)/bin
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h')
@@ -14,10 +16,10 @@ BUILD_INPUTS := $(CPP) setup.py pyproject.toml $(wildcard build_backend/*.py) de
 comma := ,
 CPP_BUILD := build/cpp-$(subst $(comma),-,$(SANITIZE))
 
-.PHONY: help build demo test lint format cpp-test clean
+.PHONY: help build demo test bench lint format cpp-test clean
 
 help:
-	@sed -n '2,4s/^# *//p' Makefile
+	@sed -n '2,5s/^# *//p' Makefile
 
 # The environment with the pinned packages.
 $(VENV)/.packages: requirements-dev.txt
@@ -44,6 +46,14 @@ demo: $(VENV)/.built
 
 test: $(VENV)/.built
 	$(BIN)/python -m pytest
+
+$(VENV)/.bench-packages: $(VENV)/.packages benchmarks/requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r benchmarks/requirements.txt
+	@touch $@
+
+# DENSECL_BENCH_PHOTOS=folder of photographs measures data loading too; BENCH="--quick" or "-k ema" runs less.
+bench: $(VENV)/.built $(VENV)/.bench-packages
+	$(BIN)/python -m benchmarks --out $(OUT) $(BENCH)
 
 lint: $(VENV)/.packages
 	$(BIN)/ruff check .

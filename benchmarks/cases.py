@@ -1,0 +1,288 @@
+"""What is measured: a case is one size of one op, with every way to compute its result.
+
+A case is plain data, so that it can be sent to the process that measures memory; it builds its
+inputs, and from these its candidates. The loss has a file of its own, loss_cases.py.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from densecl_ext import ops, reference
+
+Results = tuple[Tensor, ...]
+MOMENTUM = 0.999
+
+
+class NotAvailable(RuntimeError):
+    """A candidate that cannot run here; the message says why and goes into the table."""
+
+
+@dataclass
+class Candidate:
+    """One way to compute a case's result."""
+
+    run: Callable[[], Any]  # what is timed; may write in place
+    results: Callable[[], Results]  # what it computes, from inputs that nobody has written to
+
+
+@dataclass(frozen=True)
+class Case:
+    """One size of one op. `names` are its candidates, ours first."""
+
+    names: ClassVar[tuple[str, ...]]
+
+    def inputs(self, device: torch.device) -> Any:
+        raise NotImplementedError
+
+    def candidate(self, name: str, inputs: Any) -> Candidate:
+        raise NotImplementedError
+
+    def expected(self, inputs: Any) -> Results:
+        """What every candidate must agree with: the tests' reference."""
+        raise NotImplementedError
+
+    def check(self, name: str, got: Results, expected: Results) -> dict[str, float]:
+        """Errors against the expected results; AssertionError where they are too large."""
+        raise NotImplementedError
+
+    def message(self) -> dict[str, Any]:
+        """The case as JSON."""
+        return {"kind": type(self).__name__, **asdict(self)}
+
+    def shrunk(self) -> Case:
+        """The same at a size that takes no time: for tests, and to warm a process up."""
+        raise NotImplementedError
+
+    @property
+    def work(self) -> float:
+        """Floating point operations of one call, 0 where bytes are what counts."""
+        return 0.0
+
+
+def relative(got: Tensor, expected: Tensor, floor: float = 1e-30) -> float:
+    """L2 error in units of the expected tensor's length, or of the floor where that is longer."""
+    expected = expected.double()
+    return float((got.double() - expected).norm() / expected.norm().clamp(min=floor))
+
+
+def within(errors: dict[str, float], bound: float, name: str) -> dict[str, float]:
+    """The errors, or AssertionError where one is beyond the bound."""
+    for what, error in errors.items():
+        if not error <= bound:
+            raise AssertionError(f"{name}: {what} is off by {error:.2e}, allowed {bound:.0e}")
+    return errors
+
+
+@contextmanager
+def forced_isa(isa: str | None) -> Iterator[None]:
+    """Our kernels run with this CPU instruction set inside."""
+    before = os.environ.get("DENSECL_CPU_ISA")
+    if isa is not None:
+        os.environ["DENSECL_CPU_ISA"] = isa
+    try:
+        yield
+    finally:
+        if isa is not None:
+            os.environ.pop("DENSECL_CPU_ISA")
+            if before is not None:
+                os.environ["DENSECL_CPU_ISA"] = before
+
+
+@dataclass(frozen=True)
+class MatchCase(Case):
+    """dense_match of N image pairs with `positions` positions each."""
+
+    names = ("ours", "normalise + matmul + max", "torch.compile")
+    images: int
+    channels: int
+    positions: int
+
+    def inputs(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        query = torch.randn(self.images, self.channels, self.positions, generator=generator)
+        noise = torch.randn(query.shape, generator=generator)
+        order = torch.randperm(self.positions, generator=generator)
+        return query.to(device), (query[:, :, order] + noise).to(device)
+
+    def candidate(self, name: str, inputs: tuple[Tensor, Tensor]) -> Candidate:
+        query, key = inputs
+        function: Callable[[Tensor, Tensor], Tensor] = match_as_published
+        if name == "ours":
+            function = ops.dense_match
+        elif name == "torch.compile":
+            function = compiled(match_as_published)
+        return Candidate(lambda: function(query, key), lambda: (function(query, key),))
+
+    def expected(self, inputs: tuple[Tensor, Tensor]) -> Results:
+        return (reference.dense_match(*inputs),)
+
+    def check(self, name: str, got: Results, expected: Results) -> dict[str, float]:
+        # Near-ties may fall either way; the keys are noisy copies, so there are none to speak of.
+        wrong = (got[0] != expected[0]).double().mean()
+        return within({"share of different matches": float(wrong)}, 1e-3, name)
+
+    def shrunk(self) -> MatchCase:
+        return MatchCase(images=2, channels=64, positions=25)
+
+    @property
+    def work(self) -> float:
+        return 2.0 * self.images * self.channels * self.positions**2
+
+
+def match_as_published(query: Tensor, key: Tensor) -> Tensor:
+    """DenseCL, section 3.3: normalise (N, C, S), multiply, take the best."""
+    query, key = F.normalize(query, dim=1), F.normalize(key, dim=1)
+    return (query.transpose(1, 2) @ key).max(dim=2)[1]
+
+
+@dataclass(frozen=True)
+class EmaCase(Case):
+    """Momentum update of ResNet-50's parameters, or of the first `count` of them."""
+
+    names = ("ours", "loop", "_foreach_mul_ + _foreach_add_", "_foreach_lerp_")
+    count: int = 161
+
+    def inputs(self, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
+        generator = torch.Generator().manual_seed(0)
+
+        def draw() -> list[Tensor]:
+            shapes = resnet50_shapes()[: self.count]
+            return [torch.randn(shape, generator=generator).to(device) for shape in shapes]
+
+        return draw(), draw()
+
+    def candidate(self, name: str, inputs: tuple[list[Tensor], list[Tensor]]) -> Candidate:
+        targets, sources = inputs
+        update = {
+            "ours": lambda targets: ops.ema_update_(targets, sources, MOMENTUM),
+            "loop": lambda targets: ema_loop(targets, sources),
+            "_foreach_mul_ + _foreach_add_": lambda targets: ema_mul_add(targets, sources),
+            "_foreach_lerp_": lambda t: torch._foreach_lerp_(t, sources, 1.0 - MOMENTUM),
+        }[name]
+
+        def results() -> Results:
+            copies = [target.clone() for target in targets]
+            update(copies)
+            return tuple(copies)
+
+        return Candidate(lambda: update(targets), results)
+
+    def expected(self, inputs: tuple[list[Tensor], list[Tensor]]) -> Results:
+        copies = [target.clone() for target in inputs[0]]
+        reference.ema_update_(copies, inputs[1], MOMENTUM)
+        return tuple(copies)
+
+    def check(self, name: str, got: Results, expected: Results) -> dict[str, float]:
+        worst = max(relative(a, b) for a, b in zip(got, expected, strict=True))
+        return within({"relative error": worst}, 1e-6, name)
+
+    def shrunk(self) -> EmaCase:
+        return EmaCase(count=8)
+
+
+@torch.no_grad()
+def ema_loop(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """MoCo's and DenseCL's published code, parameter by parameter."""
+    for target, source in zip(targets, sources, strict=True):
+        target.data = target.data * MOMENTUM + source.data * (1.0 - MOMENTUM)
+
+
+@torch.no_grad()
+def ema_mul_add(targets: list[Tensor], sources: list[Tensor]) -> None:
+    """The two-pass form of today's libraries."""
+    torch._foreach_mul_(targets, MOMENTUM)
+    torch._foreach_add_(targets, sources, alpha=1.0 - MOMENTUM)
+
+
+def resnet50_shapes() -> list[tuple[int, ...]]:
+    """Shapes of torchvision's ResNet-50 parameters, in order: 161 of them, 25,557,032 numbers."""
+
+    def unit(out: int, inner: int, kernel: int) -> list[tuple[int, ...]]:
+        return [(out, inner, kernel, kernel), (out,), (out,)]  # convolution, norm scale and offset
+
+    shapes = unit(64, 3, 7)
+    channels = 64
+    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for block in range(blocks):
+            shapes += unit(width, channels, 1) + unit(width, width, 3) + unit(4 * width, width, 1)
+            if block == 0:
+                shapes += unit(4 * width, channels, 1)
+            channels = 4 * width
+    return [*shapes, (1000, channels), (1000,)]
+
+
+@dataclass(frozen=True)
+class EnqueueCase(Case):
+    """Writing B new keys of D numbers into a queue of K."""
+
+    names = ("ours", "clone + slice assignment")
+    batch: int
+    queue_length: int
+    features: int = 128
+
+    def inputs(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        queue = torch.randn(self.queue_length, self.features, generator=generator)
+        keys = torch.randn(self.batch, self.features, generator=generator)
+        return F.normalize(queue, dim=1).to(device), keys.to(device)
+
+    def candidate(self, name: str, inputs: tuple[Tensor, Tensor]) -> Candidate:
+        queue, keys = inputs
+        published = name != "ours"
+        step = enqueue_as_published if published else ops.enqueue_
+
+        def state() -> tuple[Tensor, Tensor]:
+            rows = queue.T.contiguous() if published else queue.clone()  # published: (D, K)
+            return rows, torch.zeros(1, dtype=torch.int64, device=queue.device)
+
+        own = state()
+
+        def results() -> Results:
+            rows, pointer = state()
+            step(rows, pointer, keys)
+            return (rows.T if published else rows), pointer
+
+        return Candidate(lambda: step(*own, keys), results)
+
+    def expected(self, inputs: tuple[Tensor, Tensor]) -> Results:
+        queue, pointer = inputs[0].clone(), torch.zeros(1, dtype=torch.int64)
+        pointer = pointer.to(queue.device)
+        reference.enqueue_(queue, pointer, inputs[1])
+        return queue, pointer
+
+    def check(self, name: str, got: Results, expected: Results) -> dict[str, float]:
+        errors = {"relative error": relative(got[0], expected[0])}
+        errors["pointer"] = float((got[1] - expected[1]).abs().max())
+        return within(errors, 1e-6, name)
+
+    def shrunk(self) -> EnqueueCase:
+        return EnqueueCase(batch=4, queue_length=64, features=16)
+
+
+@torch.no_grad()
+def enqueue_as_published(queue: Tensor, pointer: Tensor, keys: Tensor) -> Tensor:
+    """MoCo's and DenseCL's published step around a (D, K) queue.
+
+    The loss reads a clone, since the queue is about to be written: the clone is part of the price.
+    """
+    negatives = queue.clone().detach()  # (D, K)
+    keys = F.normalize(keys, dim=1)
+    batch, length, start = keys.shape[0], queue.shape[1], int(pointer)
+    queue[:, start : start + batch] = keys.T
+    pointer[0] = (start + batch) % length
+    return negatives
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function under torch.compile, one graph for these very shapes."""
+    torch._dynamo.reset()
+    return torch.compile(function, fullgraph=True, dynamic=False)
