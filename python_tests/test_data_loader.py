@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import json
 import multiprocessing
+import os
 import resource
+import signal
 import sys
 import threading
 import warnings
@@ -345,6 +347,54 @@ def test_a_folder_without_a_readable_image_is_an_error(tmp_path, backend):
 def test_values_out_of_range_are_named(photos, changes, message):
     with pytest.raises(ValueError, match=message):
         build(photos, **{"backend": "torchvision", **changes})
+
+
+def test_auto_takes_dali_where_it_works(photos, monkeypatch):
+    pytest.importorskip("nvidia.dali")
+    from densecl_ext.data import dali_loader
+
+    with build(photos, "auto") as loader:
+        assert loader.backend == "dali"
+
+    def broken(self):
+        raise RuntimeError("no such driver")
+
+    monkeypatch.setattr(dali_loader.DaliLoader, "_build", broken)
+    with (
+        pytest.warns(UserWarning, match="DALI does not work here.*no such driver"),
+        build(photos, "auto") as loader,
+    ):
+        assert loader.backend == "torchvision"
+    with pytest.raises(RuntimeError, match="no such driver"):
+        build(photos, "dali")
+
+
+def test_a_missing_package_is_named(photos, monkeypatch):
+    from densecl_ext.data import loader as module
+
+    installed = module.find_spec
+    hidden = {"nvidia.dali"}
+    monkeypatch.setattr(
+        module, "find_spec", lambda name: None if name in hidden else installed(name)
+    )
+    with build(photos, "auto") as loader:
+        assert loader.backend == "torchvision"
+    with pytest.raises(ImportError, match="'dali' needs nvidia-dali"):
+        build(photos, "dali")
+    hidden.add("PIL")
+    with pytest.raises(ImportError, match="needs pillow"):
+        build(photos, "auto")
+
+
+def test_workers_leave_ctrl_c_to_the_main_process(photos):
+    with build(photos, "torchvision", workers=2) as loader:
+        complete = list(loader)
+        batches = []
+        for batch in loader:
+            batches.append(batch)
+            for worker in multiprocessing.active_children():
+                os.kill(worker.pid, signal.SIGINT)
+        assert_equal(batches, complete)
 
 
 def test_close_leaves_nothing_behind_and_may_be_undone(photos, backend):

@@ -8,6 +8,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -281,6 +282,7 @@ def build_loader(
         raise ValueError(
             f"build_loader: backend must be 'auto', 'dali' or 'torchvision', got {backend!r}"
         )
+    _require_installed(backend)
     for name, value, least in (("batch_size", batch_size, 1), ("size", size, 1), ("seed", seed, 0)):
         if value < least:
             raise ValueError(f"build_loader: {name} must be at least {least}, got {value}")
@@ -303,21 +305,39 @@ def build_loader(
         "augmentation": augmentation,
         "drop_last": drop_last,
     }
-    if backend == "dali" or (backend == "auto" and _dali_installed()):
-        from densecl_ext.data.dali_loader import DaliLoader
+    if backend == "dali" or (backend == "auto" and _has("nvidia.dali")):
+        try:
+            from densecl_ext.data.dali_loader import DaliLoader
 
-        return DaliLoader(files, workers=workers, **settings)
+            return DaliLoader(files, workers=workers, **settings)
+        except (ImportError, OSError, RuntimeError) as error:
+            if backend == "dali":
+                raise
+            reason = " ".join(str(error).split())[:200]
+            warnings.warn(f"DALI does not work here, using torchvision: {reason}", stacklevel=2)
     from densecl_ext.data.torchvision_loader import TorchvisionLoader
 
     return TorchvisionLoader(files, workers=workers, **settings)
 
 
-def _dali_installed() -> bool:
+def _has(module: str) -> bool:
     try:
-        import nvidia.dali  # noqa: F401
-    except (ImportError, OSError):
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # its parent package is missing
         return False
-    return True
+
+
+def _require_installed(backend: str) -> None:
+    """Name the missing package before anything else trips over it."""
+    needed = {"PIL": "pillow", "torchvision": "torchvision"}
+    if backend == "dali":
+        needed = {"PIL": "pillow", "nvidia.dali": "nvidia-dali"}
+    for module, package in needed.items():
+        if not _has(module):
+            raise ImportError(
+                f"build_loader: backend {backend!r} needs {package}, which is not installed; "
+                "pip install 'densecl_ext[train]' brings it"
+            )
 
 
 def available_cores() -> int:

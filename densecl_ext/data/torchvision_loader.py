@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -129,6 +130,11 @@ def _collate(samples: list[_Sample]) -> _Batch:
     )
 
 
+def _leave_interrupts_to_the_main_process(_: int) -> None:
+    # Ctrl-C reaches every process of the terminal; the trainer still wants its batch and a checkpoint.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 class _Requests:
     """The DataLoader's batch sampler: whatever the loader put into it last."""
 
@@ -165,6 +171,7 @@ class TorchvisionLoader(EpochLoader):
                 batch_sampler=self._requested,
                 num_workers=self._workers,
                 collate_fn=_collate,
+                worker_init_fn=_leave_interrupts_to_the_main_process,
                 pin_memory=self.device.type == "cuda",
                 persistent_workers=self._workers > 0,
             )
