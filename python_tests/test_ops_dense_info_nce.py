@@ -6,7 +6,16 @@ import math
 
 import pytest
 import torch
-from op_cases import ISAS, QUEUE_DTYPES, Rows, assert_close_to_truth, one_thread, randn, run, unit
+from op_cases import (
+    ISAS,
+    QUEUE_DTYPES,
+    Rows,
+    assert_close_to_truth,
+    one_thread,  # noqa: F401
+    randn,
+    run,
+    unit,
+)
 from torch import Tensor
 
 from densecl_ext import ops, reference
@@ -76,8 +85,9 @@ def test_against_float64_and_gathered_rows(
     alone = run(ops.info_nce, rows)
     torch.testing.assert_close(losses[match >= 0].detach(), alone.loss, atol=1e-6, rtol=1e-6)
     assert not losses[match < 0].any()
-    assert_close_to_truth(rows, alone, run(reference.info_nce, rows, double=True),
-                          run(reference.info_nce, rows))
+    assert_close_to_truth(
+        rows, alone, run(reference.info_nce, rows, double=True), run(reference.info_nce, rows)
+    )
 
     # The gradients are those rows' gradients, added up where positions share a key.
     expected_query, expected_key = torch.zeros_like(query), torch.zeros_like(key)
@@ -113,7 +123,11 @@ def test_reductions_count_matched_positions(reduction: str, weighted: bool) -> N
     torch.testing.assert_close(loss.detach(), expected)
     q64 = query.detach().double().requires_grad_()
     reference.dense_info_nce(
-        q64, key.double(), match, queue.double(), reduction=reduction,
+        q64,
+        key.double(),
+        match,
+        queue.double(),
+        reduction=reduction,
         row_weight=None if weight is None else weight.double(),
     ).backward()
     torch.testing.assert_close(query.grad.double(), q64.grad, atol=1e-6, rtol=1e-5)
@@ -251,8 +265,9 @@ def test_filled(as_tensor: bool) -> None:
         if filled == 0:
             assert loss == 0.0
         else:
-            exact = reference.dense_info_nce(query.double(), key.double(), match,
-                                             queue[:filled].double())
+            exact = reference.dense_info_nce(
+                query.double(), key.double(), match, queue[:filled].double()
+            )
             torch.testing.assert_close(loss.double(), exact, atol=1e-5, rtol=0.0)
 
 

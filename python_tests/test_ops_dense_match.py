@@ -1,4 +1,4 @@
-"""dense_match against float64 similarities: best value within rounding, ties, layouts, bad values."""
+"""dense_match against float64: the best value within rounding, ties, layouts, bad values."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from op_cases import ISAS, QUEUE_DTYPES, one_thread, randn
+from op_cases import ISAS, QUEUE_DTYPES, one_thread, randn  # noqa: F401
 from torch import Tensor
 
 from densecl_ext import ops, reference

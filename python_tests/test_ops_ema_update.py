@@ -29,7 +29,10 @@ def assert_mixed(target: Tensor, before: Tensor, source: Tensor, momentum: float
 @pytest.mark.parametrize("source_dtype", QUEUE_DTYPES, ids=str)
 @pytest.mark.parametrize("target_dtype", QUEUE_DTYPES, ids=str)
 def test_against_float64(
-    target_dtype: torch.dtype, source_dtype: torch.dtype, momentum: float, isa: str,
+    target_dtype: torch.dtype,
+    source_dtype: torch.dtype,
+    momentum: float,
+    isa: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("DENSECL_CPU_ISA", isa)

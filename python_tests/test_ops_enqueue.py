@@ -64,8 +64,9 @@ def test_dtypes_and_the_reference(
 def test_written_rows_have_unit_length(features: int) -> None:
     queue, keys = torch.zeros(70, features), 100.0 * randn(70, features)
     ops.enqueue_(queue, torch.zeros(1, dtype=torch.int64), keys)
-    torch.testing.assert_close(queue.double().norm(dim=1), torch.ones(70).double(),
-                               atol=1e-6, rtol=0.0)
+    torch.testing.assert_close(
+        queue.double().norm(dim=1), torch.ones(70).double(), atol=1e-6, rtol=0.0
+    )
     torch.testing.assert_close(queue, unit(keys.double()).float())
 
 

@@ -74,11 +74,14 @@ def test_long_queue(queue_dtype: torch.dtype) -> None:
 
 
 def test_the_data_show_a_wrong_weighted_sum() -> None:
-    """The negatives' part of the gradient is a fair share of it, or the tests above prove little."""
+    """The negatives make up a fair share of the gradient, or the tests above prove little."""
     for regime in REGIMES:
         rows, truth, _ = case(regime, 25, 700, 48, 0.2, torch.float32)
-        alone = run(reference.info_nce, Rows(rows.query, rows.positive, rows.queue[:1] * 0,
-                                             rows.options), double=True)
+        alone = run(
+            reference.info_nce,
+            Rows(rows.query, rows.positive, rows.queue[:1] * 0, rows.options),
+            double=True,
+        )
         if regime != "all_equal":
             difference = (truth.grad_query - alone.grad_query).norm() / truth.grad_query.norm()
             assert difference > 0.05, regime
@@ -122,7 +125,10 @@ def test_a_row_just_below_the_shortest_length_is_divided_by_it() -> None:
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_bad_rows_come_out_as_nan_and_touch_no_other(
-    bad: float, normalize: bool, queue_dtype: torch.dtype, isa: str,
+    bad: float,
+    normalize: bool,
+    queue_dtype: torch.dtype,
+    isa: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("DENSECL_CPU_ISA", isa)
@@ -164,8 +170,13 @@ def test_overflow_is_never_a_wrong_number(isa: str, monkeypatch: pytest.MonkeyPa
     """Finite rows whose products leave float32: NaN or the right value, nothing else."""
     monkeypatch.setenv("DENSECL_CPU_ISA", isa)
     query, positive, queue = randn(12, 16), randn(12, 16, seed=1), randn(40, 16, seed=2)
-    for q_scale, p_scale, n_scale in [(1e30, 1.0, 1.0), (1e20, 1e20, 1e20), (1.0, 1e37, 1e37),
-                                      (1e-30, 1.0, 1e30), (1e-38, 1e-38, 1e-38)]:
+    for q_scale, p_scale, n_scale in [
+        (1e30, 1.0, 1.0),
+        (1e20, 1e20, 1e20),
+        (1.0, 1e37, 1e37),
+        (1e-30, 1.0, 1e30),
+        (1e-38, 1e-38, 1e-38),
+    ]:
         rows = Rows(query * q_scale, positive * p_scale, queue * n_scale, {"normalize": False})
         got, truth = run(ops.info_nce, rows), run(reference.info_nce, rows, double=True)
         right = (got.loss.double() - truth.loss).abs() <= 1e-4 * truth.loss.abs() + 1e-5
@@ -295,8 +306,11 @@ def test_mixed_dtypes(
     query_dtype: torch.dtype, positive_dtype: torch.dtype, queue_dtype: torch.dtype
 ) -> None:
     query, positive = randn(13, 48), randn(13, 48, seed=1)
-    rows = Rows(query.to(query_dtype), positive.to(positive_dtype),
-                unit(query.repeat(5, 1) + randn(65, 48, seed=2)).to(queue_dtype))
+    rows = Rows(
+        query.to(query_dtype),
+        positive.to(positive_dtype),
+        unit(query.repeat(5, 1) + randn(65, 48, seed=2)).to(queue_dtype),
+    )
     exact = Rows(rows.query.float(), rows.positive.float(), rows.queue)
     truth, eager = (run(reference.info_nce, exact, double=double) for double in (True, False))
     got = run(ops.info_nce, rows)
@@ -323,14 +337,20 @@ def test_row_weight_and_reductions(weight_dtype: torch.dtype) -> None:
     }
     for reduction, value in expected.items():
         query = rows.query.clone().requires_grad_()
-        loss = ops.info_nce(query, rows.positive, rows.queue, row_weight=weight,
-                            reduction=reduction)
+        loss = ops.info_nce(
+            query, rows.positive, rows.queue, row_weight=weight, reduction=reduction
+        )
         assert loss.dtype == torch.float32
         torch.testing.assert_close(loss.double(), value)
         loss.sum().backward()
         exact = rows.query.double().requires_grad_()
-        reference.info_nce(exact, rows.positive.double(), rows.queue.double(),
-                           row_weight=weight.double(), reduction=reduction).sum().backward()
+        reference.info_nce(
+            exact,
+            rows.positive.double(),
+            rows.queue.double(),
+            row_weight=weight.double(),
+            reduction=reduction,
+        ).sum().backward()
         torch.testing.assert_close(query.grad.double(), exact.grad, atol=1e-6, rtol=1e-5)
         assert not query.grad[0].any()
     plain = {

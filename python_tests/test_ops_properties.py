@@ -86,8 +86,12 @@ def test_info_nce(rows: Rows, isa: str) -> None:
     assert torch.equal(query.grad, got.grad_query.to(query.dtype))
     assert torch.equal(positive.grad, got.grad_positive.to(positive.dtype))
     filled = int(rows.options["filled"])
-    counted = Rows(wide.query, wide.positive, rows.queue[:filled],
-                   {k: v for k, v in rows.options.items() if k != "filled"})
+    counted = Rows(
+        wide.query,
+        wide.positive,
+        rows.queue[:filled],
+        {k: v for k, v in rows.options.items() if k != "filled"},
+    )
     truth: Result = run(reference.info_nce, counted, double=True)
     assert_close_to_truth(counted, got, truth, run(reference.info_nce, counted))
 

@@ -132,8 +132,11 @@ def test_opcheck(case: str) -> None:
 
 
 def test_every_op_is_checked() -> None:
-    listed = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names()
-              if name.startswith("densecl_ext::")}
+    listed = {
+        name.split("::")[1]
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("densecl_ext::")
+    }
     assert listed == {case.split("-")[0] for case in OPCHECK}
 
 
@@ -285,8 +288,13 @@ def test_checkpoint(use_reentrant: bool) -> None:
 
 
 def _step(
-    query_grid: Tensor, key_grid: Tensor, queue: Tensor, pointer: Tensor, filled: Tensor,
-    key_weight: Tensor, weight: Tensor,
+    query_grid: Tensor,
+    key_grid: Tensor,
+    queue: Tensor,
+    pointer: Tensor,
+    filled: Tensor,
+    key_weight: Tensor,
+    weight: Tensor,
 ) -> Tensor:
     """Every op once, as a training step calls them."""
     match = ops.dense_match(query_grid, key_grid, mutual=True)
