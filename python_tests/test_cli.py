@@ -18,7 +18,7 @@ import train_runs as runs
 from densecl_ext import cli, info
 from densecl_ext.checkpoints import load_checkpoint
 
-COMMANDS = ("pretrain", "export", "import", "info")
+COMMANDS = ("pretrain", "export", "import", "evaluate", "visualize", "info")
 TINY = [
     *("--backbone", "resnet18", "--image-size", "32", "--batch-size", "8", "--epochs", "2"),
     *("--hidden-dim", "16", "--dim", "8", "--key-bn-groups", "2", "--precision", "fp32"),
