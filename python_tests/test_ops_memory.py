@@ -89,7 +89,7 @@ torch.set_num_threads(1)
 result = {}
 for isa in _host.available_isas():
     os.environ["DENSECL_CPU_ISA"] = isa
-    result[isa] = {"features": digest(1, 5, 17, 41, 129), "no features": digest(0)}
+    result[isa] = {"no features": digest(0), "features": digest(1, 5, 17, 41, 129)}
 print(json.dumps(result))
 """
 
