@@ -21,7 +21,8 @@ def _load(name: str) -> str | None:
 _missing_cpu = _load("_C")
 if _missing_cpu is not None:
     raise ImportError(
-        f"densecl_ext: the native ops are not built for this Python: {_missing_cpu}; {_HOW_TO_BUILD}"
+        f"densecl_ext: the native ops are not built for this Python: {_missing_cpu}; "
+        f"{_HOW_TO_BUILD}"
     )
 
 missing_cuda: str | None = _load("_C_cuda")

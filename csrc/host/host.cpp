@@ -30,7 +30,8 @@ const char* selected() {
 
 py::dict info_nce_plan(int64_t rows, int64_t queue_length, int64_t features, bool gradient) {
   if (rows < 0 || queue_length < 0 || features < 0) {
-    throw std::invalid_argument("info_nce_plan: rows, queue_length and features must not be negative");
+    throw std::invalid_argument(
+        "info_nce_plan: rows, queue_length and features must not be negative");
   }
   InfoNceProblem problem{};
   float wanted = 0.0f;
@@ -55,10 +56,12 @@ py::dict info_nce_plan(int64_t rows, int64_t queue_length, int64_t features, boo
 
 PYBIND11_MODULE(_host, m) {
   m.doc() = "What this machine can do and which kernels would run; knows nothing of torch.";
-  m.def("known_isas", [] { return isas(false); },
-        "Names of all CPU instruction sets that have kernels, slowest first.");
-  m.def("available_isas", [] { return isas(true); },
-        "Those of them that this build holds and this machine has.");
+  m.def(
+      "known_isas", [] { return isas(false); },
+      "Names of all CPU instruction sets that have kernels, slowest first.");
+  m.def(
+      "available_isas", [] { return isas(true); },
+      "Those of them that this build holds and this machine has.");
   m.def("selected_isa", &selected,
         "The one that runs: the best, or DENSECL_CPU_ISA. RuntimeError when that cannot run.");
   m.def("info_nce_plan", &info_nce_plan, py::arg("rows"), py::arg("queue_length"),

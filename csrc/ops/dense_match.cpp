@@ -19,8 +19,8 @@ Tensor dense_match_cpu(const Tensor& query, const Tensor& key, bool mutual) {
                   ": key_features must match query_features in images and channels");
   STD_TORCH_CHECK(problem.key_positions > 0, op, ": key_features must have a position");
 
-  Tensor match = torch::stable::new_empty(query, {problem.images, problem.query_positions},
-                                          ScalarType::Long);
+  Tensor match =
+      torch::stable::new_empty(query, {problem.images, problem.query_positions}, ScalarType::Long);
   Tensor back = torch::stable::new_empty(
       query, {mutual ? problem.images * problem.key_positions : 0}, ScalarType::Long);
   problem.match = static_cast<int64_t*>(match.mutable_data_ptr());

@@ -263,6 +263,4 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | No
     return query, positive, None, None, None, None, None, None, None
 
 
-torch.library.register_autograd(
-    "densecl_ext::_info_nce", _backward, setup_context=_setup_context
-)
+torch.library.register_autograd("densecl_ext::_info_nce", _backward, setup_context=_setup_context)

@@ -15,4 +15,3 @@ def record(*tensors: Tensor) -> None:
     if not torch.compiler.is_compiling():
         for tensor in tensors:
             torch.autograd.graph.increment_version(tensor)
-

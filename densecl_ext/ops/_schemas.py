@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from densecl_ext.ops._dense_match import dense_match
 from densecl_ext.ops._ema_update import ema_update_
@@ -29,7 +28,9 @@ def _define(schema: str, function: Any) -> None:
     _library.impl(name.split("::")[-1], function, "CompositeImplicitAutograd")
 
 
-_define(f"info_nce(Tensor query, Tensor positive, Tensor queue, {_LOSS_OPTIONS}) -> Tensor", info_nce)
+_define(
+    f"info_nce(Tensor query, Tensor positive, Tensor queue, {_LOSS_OPTIONS}) -> Tensor", info_nce
+)
 _define(
     "dense_info_nce(Tensor query_grid, Tensor key_grid, Tensor match, Tensor queue, "
     f"{_LOSS_OPTIONS}) -> Tensor",
@@ -39,12 +40,9 @@ _define(
     "dense_match(Tensor query_features, Tensor key_features, *, bool mutual=False) -> Tensor",
     dense_match,
 )
-_define(
-    "ema_update_(Tensor(a!)[] targets, Tensor[] sources, float momentum) -> ()", ema_update_
-)
+_define("ema_update_(Tensor(a!)[] targets, Tensor[] sources, float momentum) -> ()", ema_update_)
 _define(
     "enqueue_(Tensor(a!) queue, Tensor(b!) pointer, Tensor keys, *, Tensor(c!)? filled=None, "
     "bool normalize=True) -> ()",
     enqueue_,
 )
-

@@ -10,8 +10,8 @@ namespace densecl {
 class AlignedFloats {
  public:
   explicit AlignedFloats(int64_t count)
-      : data_(static_cast<float*>(
-            ::operator new(static_cast<std::size_t>(count) * sizeof(float), std::align_val_t{64}))) {}
+      : data_(static_cast<float*>(::operator new(static_cast<std::size_t>(count) * sizeof(float),
+                                                 std::align_val_t{64}))) {}
   ~AlignedFloats() { ::operator delete(data_, std::align_val_t{64}); }
   AlignedFloats(const AlignedFloats&) = delete;
   AlignedFloats& operator=(const AlignedFloats&) = delete;

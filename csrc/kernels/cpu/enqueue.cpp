@@ -17,9 +17,8 @@ int64_t enqueue(const EnqueueProblem& problem, Executor& executor) {
     const int64_t end = std::min((task + 1) * chunk, kept);
     for (int64_t i = task * chunk; i < end; ++i) {
       const int64_t key = skipped + i;
-      load_strip<serial::Vec>(problem.keys.data, problem.keys.dtype,
-                              key * problem.keys.row_stride, problem.keys.feature_stride,
-                              problem.features, row.get());
+      load_strip<serial::Vec>(problem.keys.data, problem.keys.dtype, key * problem.keys.row_stride,
+                              problem.keys.feature_stride, problem.features, row.get());
       if (problem.normalize) {
         scale_to_unit(row.get(), problem.features, row_norm(row.get(), problem.features));
       }

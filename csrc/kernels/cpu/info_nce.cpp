@@ -45,9 +45,9 @@ struct Workspace {
     shift = static_cast<float*>(take(partials, sizeof(float)));
     length = static_cast<float*>(take(plan.padded_rows, sizeof(float)));
     query = static_cast<float*>(take(plan.padded_rows * plan.padded_features, sizeof(float)));
-    weighted = wants_weighted ? static_cast<float*>(
-                                    take(partials * plan.padded_features, sizeof(float)))
-                              : nullptr;
+    weighted = wants_weighted
+                   ? static_cast<float*>(take(partials * plan.padded_features, sizeof(float)))
+                   : nullptr;
     bytes = next - static_cast<char*>(base);
   }
 };
@@ -160,15 +160,16 @@ void finish_row(const InfoNceProblem& problem, const InfoNcePlan& plan, int64_t 
   // The share of the negatives, 1 - w_+, is the logistic function of their log-sum-exp less the
   // positive's logit, and the loss is its softplus: neither cancels.
   const double excess = std::log(sum) + shift - positive_logit;
-  const bool finite = std::isfinite(query.norm + positive.norm + query.rounded_norm +
-                                    positive.rounded_norm) &&
-                      !std::isnan(excess) && !std::isinf(sum);
+  const bool finite =
+      std::isfinite(query.norm + positive.norm + query.rounded_norm + positive.rounded_norm) &&
+      !std::isnan(excess) && !std::isinf(sum);
   if (!finite) {
     const float nan = std::numeric_limits<float>::quiet_NaN();
     return fill(nan, nan);
   }
   if (problem.queue_length == 0) return fill(0.0f, 0.0f);
-  problem.loss[row] = static_cast<float>(std::max(excess, 0.0) + std::log1p(std::exp(-std::abs(excess))));
+  problem.loss[row] =
+      static_cast<float>(std::max(excess, 0.0) + std::log1p(std::exp(-std::abs(excess))));
   const double share = 1.0 / (1.0 + std::exp(-excess));
   const double factor = share / problem.temperature;
 

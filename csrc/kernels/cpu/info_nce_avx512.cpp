@@ -11,7 +11,9 @@
 #include "cpu/vec_avx512.h"
 
 namespace densecl {
-Sweep sweep_avx512() { return {sweep<avx512::Vec>, avx512::Vec::tile_vectors * avx512::Vec::width}; }
+Sweep sweep_avx512() {
+  return {sweep<avx512::Vec>, avx512::Vec::tile_vectors * avx512::Vec::width};
+}
 }  // namespace densecl
 
 #include "cpu/target_end.h"

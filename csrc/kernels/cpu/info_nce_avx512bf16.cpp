@@ -83,8 +83,8 @@ inline __attribute__((always_inline)) void multiply_pairs(int64_t depth, const f
     for (int v = 0; v < vectors; ++v) column[v] = (__m512bh)Vec::load(b + k * ldb + v * 16);
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) {
-      const __m512bh x = (__m512bh)Vec::broadcast(
-          order == Operand::row_major ? a[r * lda + k] : a[k * lda + r]);
+      const __m512bh x =
+          (__m512bh)Vec::broadcast(order == Operand::row_major ? a[r * lda + k] : a[k * lda + r]);
 #pragma GCC unroll 4
       for (int v = 0; v < vectors; ++v) sums[r][v] = _mm512_dpbf16_ps(sums[r][v], x, column[v]);
     }

@@ -2,5 +2,7 @@
 #include "cpu/vec_serial.h"
 
 namespace densecl {
-Sweep sweep_serial() { return {sweep<serial::Vec>, serial::Vec::tile_vectors * serial::Vec::width}; }
+Sweep sweep_serial() {
+  return {sweep<serial::Vec>, serial::Vec::tile_vectors * serial::Vec::width};
+}
 }  // namespace densecl

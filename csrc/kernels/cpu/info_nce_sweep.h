@@ -44,8 +44,8 @@ struct Sweep {
   int64_t tile;  // rows of a tile
 };
 
-constexpr int64_t row_multiple = 16;     // whole vectors in every instruction set
-constexpr int64_t group_multiple = 48;   // whole tiles in every set
+constexpr int64_t row_multiple = 16;      // whole vectors in every instruction set
+constexpr int64_t group_multiple = 48;    // whole tiles in every set
 constexpr int64_t feature_multiple = 16;  // whole vectors and register tiles in every set
 
 Sweep sweep_serial();
@@ -167,9 +167,9 @@ void sweep_tile(const SweepTask& task, int64_t first, const float* block, int64_
   for (int64_t j = 0; j < valid; j += V::tile_rows) {
     for (int64_t d = 0; d == 0 || d < task.features; d += depth_step) {
       const int64_t depth = task.features - d < depth_step ? task.features - d : depth_step;
-      multiply_tile<V, V::tile_rows, vectors, Operand::row_major>(
-          depth, block + j * stride + d, stride, query + d * width, width, scores + j * width,
-          width, d > 0);
+      multiply_tile<V, V::tile_rows, vectors, Operand::row_major>(depth, block + j * stride + d,
+                                                                  stride, query + d * width, width,
+                                                                  scores + j * width, width, d > 0);
     }
   }
   if (needs_shift<V>(task, first, width, longest)) {
