@@ -105,12 +105,14 @@ TEST_P(DenseMatch, TheLowestIndexWinsAnExactTie) {
 }
 
 TEST_P(DenseMatch, AllEqualMeansTheFirst) {
-  const Shape s{2, 12, 30, 70};
-  MatchCase run(s, std::vector<float>(s.images * s.features * s.query_positions, 0.5f),
-                std::vector<float>(s.images * s.features * s.key_positions, 0.25f), DType::f32);
-  SerialExecutor executor;
-  ASSERT_EQ(dense_match(run.problem(false), executor), Status::ok);
-  for (int64_t i = 0; i < run.match.size(); ++i) EXPECT_EQ(run.match[i], 0);
+  for (const int64_t features : {0, 12}) {
+    const Shape s{2, features, 30, 70};
+    MatchCase run(s, std::vector<float>(s.images * s.features * s.query_positions, 0.5f),
+                  std::vector<float>(s.images * s.features * s.key_positions, 0.25f), DType::f32);
+    SerialExecutor executor;
+    ASSERT_EQ(dense_match(run.problem(false), executor), Status::ok);
+    for (int64_t i = 0; i < run.match.size(); ++i) EXPECT_EQ(run.match[i], 0);
+  }
 }
 
 TEST_P(DenseMatch, MutualKeepsWhatAgreesBothWays) {
