@@ -17,6 +17,7 @@ import train_runs as runs
 
 from densecl_ext import cli, info
 from densecl_ext.checkpoints import load_checkpoint
+from densecl_ext.cli.pretraining import pretrain_config
 
 COMMANDS = ("pretrain", "export", "import", "evaluate", "visualize", "info")
 TINY = [
@@ -109,7 +110,7 @@ def test_options_override_the_recipe(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("batch_size: 32\nepochs: 7\ntensorboard: true\n")
     words = ["pretrain", "--recipe", str(tmp_path / "mine.yaml"), "--epochs", "9"]
     options = cli.build_parser().parse_args([*words, "--no-tensorboard"])
-    config = cli.pretrain_config(options)
+    config = pretrain_config(options)
     assert (config.batch_size, config.epochs, config.tensorboard) == (32, 9, False)
 
 
@@ -145,12 +146,51 @@ def test_from_photographs_to_torchvision(
     trained = load_checkpoint(Path(run) / "checkpoints" / "last.pt")["model"]
     assert torch.equal(model.conv1.weight, trained["backbone.conv1.weight"])
 
+    drawn = ["visualize", "losses", run, "--output", str(tmp_path / "losses.png")]
+    assert cli.main(drawn) == 0
+    image = str(data / "00.png")
+    drawn = ["visualize", "matches", run, image, "--size", "64", "--threshold", "-1"]
+    assert cli.main([*drawn, "--output", str(tmp_path / "matches.png")]) == 0
+    assert re.search(r"00.png: \d+ of [1-4] matches right", capsys.readouterr().out)
+    for picture in ("losses.png", "matches.png"):
+        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+
     imported = ["import", str(tmp_path / "b.pth"), "--output", str(tmp_path / "c.pth")]
     assert cli.main(imported) == 0
     assert "left out as heads: fc.bias, fc.weight" in capsys.readouterr().out
 
 
-def test_ctrl_c_in_a_process_of_its_own(data: Path, tmp_path: Path) -> None:
+def test_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("torchvision")
+    from data_images import scene
+    from PIL import Image
+
+    from densecl_ext.backbones import build_backbone
+
+    for folder in ("images", "masks", "splits"):
+        (tmp_path / folder).mkdir()
+    for index in range(6):
+        scene(index, 64, 64).save(tmp_path / "images" / f"{index}.png")
+        Image.new("L", (64, 64), index % 2).save(tmp_path / "masks" / f"{index}.png")
+    (tmp_path / "splits" / "train.txt").write_text("0\n1\n2\n3\n")
+    (tmp_path / "splits" / "val.txt").write_text("4\n5\n")
+    (tmp_path / "classes.txt").write_text("even\nodd\n")
+    torch.save(build_backbone("resnet18").state_dict(), tmp_path / "b.pth")
+    words = ["evaluate", str(tmp_path / "b.pth"), "--data", str(tmp_path), "--epochs", "2"]
+    numbers = tmp_path / "out" / "numbers.json"
+    assert cli.main([*words, "--compare-random", "--output", str(numbers)]) == 0
+    out = capsys.readouterr().out
+    assert all(word in out for word in ("random", "pre-trained", "mIoU", "even", "odd"))
+    told = json.loads(numbers.read_text())
+    assert 0 <= told["pre-trained"]["miou"] <= 1 and set(told["random"]["iou"]) == {"even", "odd"}
+    (tmp_path / "classes.txt").unlink()
+    assert cli.main(words) == 2
+    assert "give --num-classes" in capsys.readouterr().err
+
+
+def test_ctrl_c_in_a_process_of_its_own(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """What a shell sees: exit code 130, a checkpoint, and how to go on, with loader processes."""
     pytest.importorskip("lightning")
     run = tmp_path / "run"
@@ -168,6 +208,8 @@ def test_ctrl_c_in_a_process_of_its_own(data: Path, tmp_path: Path) -> None:
     while not log.is_file() or log.read_text().count("\n") < 2:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.1)
+    assert cli.main(["pretrain", "--output", str(run), "--resume"]) == 2
+    assert "another process is training" in capsys.readouterr().err
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process of the group
     out, error = process.communicate(timeout=60)
     assert process.returncode == 130, error

@@ -95,7 +95,7 @@ def pretrain(
         FileNotFoundError: there is no run to resume, or no such weights file.
         OSError: the output cannot be written.
         TrainingDiverged: the loss is no longer finite.
-        RuntimeError: the device is not there.
+        RuntimeError: the device is not there, or another process trains in the folder.
     """
     progress = progress or Progress()
     if not config.data:
@@ -106,13 +106,13 @@ def pretrain(
     if isinstance(config.threads, int):
         torch.set_num_threads(config.threads)
     folder = RunFolder(config.output)
-    checkpoint = folder.prepare(resume=resume, overwrite=overwrite)
-    if checkpoint is not None:
-        config, changed = merge_resumed(config, PretrainConfig(**checkpoint["config"]))
-        if changed:
-            progress.message(f"resuming with another {', '.join(changed)}")
-
     with contextlib.ExitStack() as cleanup:
+        cleanup.callback(folder.release)
+        checkpoint = folder.prepare(resume=resume, overwrite=overwrite)
+        if checkpoint is not None:
+            config, changed = merge_resumed(config, PretrainConfig(**checkpoint["config"]))
+            if changed:
+                progress.message(f"resuming with another {', '.join(changed)}")
         stop = cleanup.enter_context(StopRequest(lambda: progress.message(STOPPING)))
         cleanup.callback(progress.close)
 
@@ -131,6 +131,8 @@ def pretrain(
             backbone = starting_backbone(config)
         model = build_model(config, backbone, steps_per_epoch)
         optimizer = build_optimizer(config, model)
+        if checkpoint is None:
+            folder.clear()  # not earlier: an error above would have cost the run that is replaced
         loggers = build_loggers(config, folder, checkpoint["step"] if checkpoint else None)
         fabric = build_fabric(config, device, loggers)
         train_step, fabric_optimizer = fabric.setup(model, optimizer)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from densecl_ext.checkpoints.storage import (
     TEMPORARY_PREFIX,
@@ -33,6 +35,7 @@ class RunFolder:
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"
         self.last = self.checkpoints / "last.pt"
+        self._lock: IO[bytes] | None = None
 
     def exists(self) -> bool:
         """Whether a run has begun here."""
@@ -43,7 +46,7 @@ class RunFolder:
 
         Args:
             resume: go on with the run that is here.
-            overwrite: remove the run that is here.
+            overwrite: a run may be here; `clear` removes it.
 
         Returns:
             The checkpoint to go on from, or None for a new run.
@@ -53,24 +56,39 @@ class RunFolder:
             FileExistsError: a run is here, and neither was asked for.
             FileNotFoundError: nothing to resume.
             OSError: the folder cannot be written.
+            RuntimeError: another process is training in the folder.
         """
         if resume and overwrite:
             raise ValueError("pretrain: resume and overwrite exclude each other")
         if resume:
+            self._require_last()
+            self._take_lock()
             checkpoint = self.read()
             for leftover in self.checkpoints.glob(f"{TEMPORARY_PREFIX}*"):
                 leftover.unlink()
             return checkpoint
-        if self.exists():
-            if not overwrite:
-                raise FileExistsError(
-                    f"pretrain: {self.path} already holds a run; go on with it (--resume), "
-                    "replace it (--overwrite), "
-                    "or choose another --output"
-                )
-            self._remove()
+        if self.exists() and not overwrite:
+            raise FileExistsError(
+                f"pretrain: {self.path} already holds a run; go on with it (--resume), replace it "
+                "(--overwrite), or choose another --output"
+            )
         self.checkpoints.mkdir(parents=True, exist_ok=True)
+        self._take_lock()
         return None
+
+    def clear(self) -> None:
+        """Removes what a run writes, and nothing else that may lie here."""
+        for file in (self.config, self.metrics, *self.checkpoints.glob("*.pt")):
+            file.unlink(missing_ok=True)
+        for leftover in self.path.glob(f"**/{TEMPORARY_PREFIX}*"):
+            leftover.unlink()
+        shutil.rmtree(self.tensorboard, ignore_errors=True)
+
+    def release(self) -> None:
+        """Lets other processes have the folder."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     def read(self) -> dict[str, Any]:
         """Reads checkpoints/last.pt.
@@ -79,11 +97,7 @@ class RunFolder:
             FileNotFoundError: there is none.
             ValueError: it is not the checkpoint of a run.
         """
-        if not self.last.is_file():
-            raise FileNotFoundError(
-                f"pretrain: nothing to resume in {self.path}: {self.last} does not exist; start "
-                "without --resume"
-            )
+        self._require_last()
         checkpoint = load_checkpoint(self.last)
         if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
             raise ValueError(f"pretrain: {self.last} is not the checkpoint of a run")
@@ -132,10 +146,30 @@ class RunFolder:
                 "beside the older one"
             )
 
-    def _remove(self) -> None:
-        """Removes what a run writes, and nothing else that may lie here."""
-        for file in (self.config, self.metrics, *self.checkpoints.glob("*.pt")):
-            file.unlink(missing_ok=True)
-        for leftover in self.path.glob(f"**/{TEMPORARY_PREFIX}*"):
-            leftover.unlink()
-        shutil.rmtree(self.tensorboard, ignore_errors=True)
+    def _require_last(self) -> None:
+        if not self.last.is_file():
+            raise FileNotFoundError(
+                f"pretrain: nothing to resume in {self.path}: {self.last} does not exist; start "
+                "without --resume"
+            )
+
+    def _take_lock(self) -> None:
+        """Keeps other processes out: two runs in one folder would overwrite each other.
+
+        A POSIX record lock belongs to the process: the system releases it when the process ends,
+        however it ends, and the loader's workers do not inherit it.
+        """
+        if self._lock is not None:
+            return
+        lock = (self.path / ".lock").open("ab")
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                lock.close()
+                raise RuntimeError(
+                    f"pretrain: another process is training in {self.path}; end it first, or "
+                    "choose another --output"
+                ) from None
+            # A file system without locks: nothing to keep, and no reason not to train.
+        self._lock = lock
