@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.report import ISA_NAMES, Entry, duration, size, times
+from benchmarks.report import ISA_NAMES, Entry, duration, size, threads, times
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,6 +21,7 @@ COLOURS = {
 }
 OTHERS = ("#8a8f98", "#e69f00", "#009e73", "#cc79a7")
 OURS = {"float32": "#0072b2", "bfloat16": "#d55e00"}
+TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 INK, FAINT = "#22262b", "#d9dde2"
 STYLE: Any = {
     "font.size": 10,
@@ -86,33 +87,38 @@ def speedups(rows: Sequence[Entry], machine: str, path: Path) -> list[str]:
     if not chosen:
         return []
     bars = sum(len(row.seconds) - 1 for row in chosen)
-    height = 0.27 * bars + 0.42 * len(chosen) + 1.2
+    height = 0.23 * bars + 0.33 * len(chosen) + 1.2
     figure, axes = pyplot.subplots(figsize=(9.5, height), layout="constrained")
-    y, longest = 0.0, 1.0
+    y, ratios = 0.0, [1.0]
     for row in chosen:
         label = row.title.replace("info_nce, ", "info_nce  ")
-        axes.text(0.0, y - 0.2, f"{label}: {duration(row.seconds['ours'])}", transform=side(axes),
-                  weight="bold", va="center", ha="left", fontsize=9.5)  # fmt: skip
+        heading = f" {label}: {duration(row.seconds['ours'])}"
+        axes.text(1.0, y - 0.15, heading, weight="bold", va="center", ha="left", fontsize=9.5)
         y += 0.8
         others = [name for name in row.seconds if name != "ours"]
         for i, name in enumerate(others):
             ratio = row.seconds[name] / row.seconds["ours"]
-            longest = max(longest, ratio)
+            ratios.append(ratio)
             colour = COLOURS.get(name, OTHERS[i % len(OTHERS)])
-            axes.barh(y, ratio, height=0.72, color=colour)
-            axes.text(ratio, y, f" {times(ratio)}", va="center", ha="left", fontsize=9)
+            axes.barh(y, ratio - 1.0, left=1.0, height=0.72, color=colour)
+            axes.text(max(ratio, 1.0), y, f" {times(ratio)}", va="center", ha="left", fontsize=9)
             axes.text(-0.01, y, f"{name}  {duration(row.seconds[name])}", transform=side(axes),
                       va="center", ha="right", fontsize=9)  # fmt: skip
             y += 1.0
         y += 0.75
     axes.set_ylim(y - 0.6, -0.8)
-    axes.set_xlim(0.0, longest * 1.08)
+    axes.set_xscale("log")  # one bar is of another order than the rest
+    low, high = min(0.9, 0.8 * min(ratios)), 1.5 * max(ratios)
+    axes.set_xlim(low, high)
+    ticks = [tick for tick in TICKS if low <= tick <= high]
+    axes.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
+    axes.minorticks_off()
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
-    axes.axvline(1.0, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
+    axes.axvline(1.0, color=INK, linewidth=1.0)
     axes.grid(axis="x", color=FAINT, linewidth=0.7)
     axes.set_axisbelow(True)
-    axes.set_xlabel("times faster than the baseline (dashed: as fast)")
+    axes.set_xlabel("times faster than the baseline, logarithmic")
     figure.suptitle(
         f"densecl_ext against today's code: {machine}", x=0.01, ha="left", weight="bold"
     )
@@ -194,7 +200,10 @@ def finish(panel: Axes, axis: str, name: str, column: int, ticks: list[int]) -> 
 
     panel.set_xscale("log")
     panel.set_yscale("log")
-    panel.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    crowded = [
+        tick for i, tick in enumerate(ticks) if i + 1 < len(ticks) and ticks[i + 1] < 3 * tick
+    ]
+    panel.set_xticks(ticks, ["" if tick in crowded else f"{tick:,}" for tick in ticks])
     panel.xaxis.set_minor_formatter(NullFormatter())
     panel.minorticks_off()
     write = duration if column == 0 else size

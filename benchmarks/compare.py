@@ -59,6 +59,7 @@ def run_row(
         calls=timings["ours"][0],
         absent=absent,
         errors=errors,
+        beside=list(row.beside),
         candidates={
             name: {
                 "seconds": seconds[name],

@@ -38,6 +38,7 @@ class Entry:
     peaks: dict[str, int | None]  # bytes
     work: dict[str, float]  # FLOP of one call
     absent: dict[str, str]
+    beside: tuple[str, ...] = ()  # candidates that are ours at another size
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -64,6 +65,7 @@ def entries(results: dict[str, Any]) -> list[Entry]:
                 peaks={n: c["peak_bytes"] for n, c in candidates.items()},
                 work={n: c["work"] for n, c in candidates.items()},
                 absent=info["absent"],
+                beside=tuple(info["beside"]),
             )
         )
     return found
@@ -166,7 +168,8 @@ def markdown(results: dict[str, Any]) -> str:
     if any(row.id.startswith("nce") for row in rows):
         parts.append("![speed-up against each baseline](speedup.png)")
     for row in rows:
-        if len(row.seconds) + len(row.absent) > 1 and not row.id.startswith("scale"):
+        others = len(row.seconds) + len(row.absent) - 1 - len(row.beside)
+        if others > 0 and not row.id.startswith("scale"):
             parts += [f"### {row.title} ({row.device})", candidate_table(row)]
     scaling = [row for row in rows if row.case["kind"] == "InfoNceCase" and row.isa is None]
     if scaling:
@@ -177,6 +180,9 @@ def markdown(results: dict[str, Any]) -> str:
             "Loss and gradient:",
             scaling_table(scaling),
         ]
+    features = [row for row in rows if row.case.get("features", 128) != 128]
+    if features:
+        parts += ["## Feature sizes", feature_table(features)]
     parts += ["## Data loading", data_table(results)]
     if results.get("skipped"):
         parts += ["## Skipped", "\n".join(skipped_lines(results["skipped"]))]
@@ -187,7 +193,7 @@ def machine_lines(results: dict[str, Any]) -> list[str]:
     """The machine and its ceilings."""
     info = results["machine_info"]
     lines = [
-        f"{info['processor']}, {info['cores']} cores, {info['threads']} threads, "
+        f"{info['processor']}, {info['cores']} cores, {threads(info['threads'])}, "
         f"{info['memory_gb']:g} GB; kernels: {ISA_NAMES.get(info['selected'], info['selected'])}; "
         f"torch {info['torch']}, Python {info['python_version']}, densecl_ext "
         f"{info['densecl_ext']}; GPU: {info['gpu'] or 'none'}; {results['datetime'][:16]}."
@@ -251,6 +257,17 @@ def scaling_table(rows: Sequence[Entry]) -> str:
     return table(header, cells)
 
 
+def feature_table(rows: Sequence[Entry]) -> str:
+    """Ours at feature sizes other than 128."""
+    header = ["queue", "D", "time", "rate"]
+    cells = []
+    for row in rows:
+        ours = row.seconds["ours"]
+        speed = rate(row.work["ours"] / ours)
+        cells.append([row.case["dtype"], str(row.case["features"]), duration(ours), speed])
+    return table(header, cells)
+
+
 def data_table(results: dict[str, Any]) -> str:
     """Images per second of the loaders."""
     cells = [
@@ -308,4 +325,9 @@ def size(count: float | None) -> str:
 
 def times(ratio: float) -> str:
     """A factor."""
-    return f"{ratio:.2f}x" if ratio < 10 else f"{ratio:.1f}x"
+    return f"{ratio:.2f}x" if ratio < 10 else f"{ratio:.1f}x" if ratio < 100 else f"{ratio:.0f}x"
+
+
+def threads(count: int) -> str:
+    """In words."""
+    return f"{count} thread{'' if count == 1 else 's'}"

@@ -100,6 +100,7 @@ def measured(**candidates: tuple[float, int | None, float]) -> dict[str, Any]:
         "title": "a row",
         "device": "cpu",
         "isa": None,
+        "beside": [],
         "case": InfoNceCase(32, 64, 128).message(),
         "absent": {"lightly": "lightly is not installed"},
         "candidates": {
