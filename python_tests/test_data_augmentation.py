@@ -106,7 +106,7 @@ def test_rates_and_blur(drawn):
 
 def test_choices_do_not_depend_on_each_other(drawn):
     columns = np.array(
-        [(p.flip, p.gray, bool(p.order), p.blur_sigma > 0, p.box[0], p.hue) for p in drawn],
+        [(p.flip, p.gray, bool(p.order), p.blur_sigma, p.box[0], *p[3:7]) for p in drawn],
         dtype=float,
     )
     correlation = np.corrcoef(columns.T) - np.eye(columns.shape[1])

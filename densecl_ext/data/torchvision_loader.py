@@ -131,7 +131,7 @@ def _collate(samples: list[_Sample]) -> _Batch:
 
 
 def _leave_interrupts_to_the_main_process(_: int) -> None:
-    # Ctrl-C reaches every process of the terminal; the trainer still wants its batch and a checkpoint.
+    # Ctrl-C reaches every process of the terminal, and the trainer still wants its last batch.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
