@@ -1,14 +1,15 @@
 """The embedded data set: small scenes of textured objects with pixel labels, drawn from a seed.
 
-A scene holds a few objects before a cluttered background. A class is a texture family together with a
-silhouette; everything else (colours, contrast, size, rotation, texture scale and phase, lighting, occlusion, sensor
-noise) is drawn anew for each object, and decoys carry the silhouettes with textures of no class.
-Colour therefore says nothing about the class, and one pixel says nothing either: a segmentation
-needs features that know structure.
+A scene holds a few large objects and some decoys before a cluttered, near-grey background. A class
+is a texture, a silhouette and a hue that it tends to; size, rotation, texture scale and phase, saturation,
+brightness, contrast, lighting, tint, occlusion and noise are drawn anew for each object or scene, and decoys carry
+the silhouettes without texture. So no single pixel tells the class: a segmentation needs features that set
+these nuisances aside, which is what contrastive pre-training learns without labels.
 
-The pixels are the same bytes on every machine. Every number comes from ``Generator.random`` of a stream keyed by
-``(seed, index)``, and the drawing uses only operations that IEEE 754 rounds exactly (+ - * /, square root, floor,
-comparisons): library sines and matrix products, which differ between processors, are not used.
+The pixels are the same bytes on every machine. Every number comes from ``Generator.random`` of a
+stream keyed by ``(seed, index)``, and the drawing uses only operations that IEEE 754 rounds exactly
+(+ - * /, square root, floor, comparisons): library sines and matrix products, which differ between
+processors, are not used.
 """
 
 from __future__ import annotations
@@ -167,13 +168,24 @@ def _smooth_noise(rng: np.random.Generator, height: int, width: int, cell: float
     return rows[:, ix] * (1.0 - fx) + rows[:, ix + 1] * fx
 
 
-def _two_colours(rng: np.random.Generator) -> tuple[Array, Array]:
-    """Two RGB colours whose contrast a viewer can see (mean absolute difference over 0.2)."""
-    while True:
-        first, second = rng.random(3), rng.random(3)
-        difference = np.abs(first - second)
-        if difference[0] + difference[1] + difference[2] > 0.75:
-            return first, second
+def _hue(turns: float) -> Array:
+    """RGB of a fully saturated hue, (3,) in [0, 1]; turns from red over green and blue."""
+    x = 6.0 * (turns - math.floor(turns))
+    return np.clip(np.abs((x + np.array([0.0, 4.0, 2.0])) % 6.0 - 3.0) - 1.0, 0.0, 1.0)
+
+
+def _object_colours(rng: np.random.Generator, turns: float) -> tuple[Array, Array]:
+    """The dark and the light colour of one object: a hue near ``turns``, washed out and dimmed."""
+    hue = _hue(turns + 0.12 * (rng.random() - 0.5))
+    saturation = 0.4 + 0.5 * rng.random()
+    light = (0.35 + 0.65 * rng.random()) * (1.0 - saturation + saturation * hue)
+    return (0.3 + 0.4 * rng.random()) * light, light
+
+
+def _ground_colours(rng: np.random.Generator) -> tuple[Array, Array]:
+    """Two near-grey colours of a background or a decoy."""
+    tints = 0.15 * (rng.random((2, 3)) - 0.5)
+    return 0.15 + 0.7 * rng.random() + tints[0], 0.15 + 0.7 * rng.random() + tints[1]
 
 
 def _inside(polygon: Array, u: Array, v: Array) -> NDArray[np.bool_]:
@@ -199,10 +211,15 @@ def _paste(
     mask: NDArray[np.uint8],
     label: int,
     radius: float,
+    spread: float = 1.0,
 ) -> None:
-    """Draw one object (label > 0) or decoy (label 0) into ``image`` (H, W, 3) and ``mask`` (H, W)."""
+    """Draw one object (label > 0) or decoy (label 0) into image (H, W, 3) and mask (H, W).
+
+    ``spread`` is the share of the scene, about its middle, in which the centre may lie.
+    """
     height, width = mask.shape
-    cx, cy = rng.random() * width, rng.random() * height
+    cx = (0.5 + spread * (rng.random() - 0.5)) * width
+    cy = (0.5 + spread * (rng.random() - 0.5)) * height
     extent = 1.35 * radius
     x0, x1 = max(0, int(cx - extent)), min(width, int(cx + extent) + 1)
     y0, y1 = max(0, int(cy - extent)), min(height, int(cy + extent) + 1)
@@ -215,8 +232,11 @@ def _paste(
     silhouette = label - 1 if label else int(rng.random() * len(_SILHOUETTES))
     cover = _inside(_SILHOUETTES[silhouette], u, v).astype(np.float64)  # (2h, 2w)
 
-    first, second = _two_colours(rng)
-    period = 5.0 + 6.0 * rng.random()  # pixels
+    if label:
+        first, second = _object_colours(rng, (label - 1) / (NUM_CLASSES - 1))
+    else:
+        first, second = _ground_colours(rng)
+    period = width * (0.08 + 0.07 * rng.random())  # pixels
     tc, ts = _turn(rng.random())
     if label == 0:
         blend = _smooth_noise(rng, u.shape[0], u.shape[1], 6.0 + 40.0 * rng.random())
@@ -255,7 +275,7 @@ def render_scene(
     """
     if size < 32:
         raise ValueError(f"render_scene: size must be at least 32 pixels, got {size}")
-    first, second = _two_colours(rng)
+    first, second = _ground_colours(rng)
     coarse = _smooth_noise(rng, size, size, size * (0.15 + 0.5 * rng.random()))
     image = first + (second - first) * coarse[..., None]  # (H, W, 3)
     grain = 0.25 * rng.random()
@@ -263,13 +283,11 @@ def render_scene(
     image = image + grain * (fine[..., None] - 0.5)
     mask = np.zeros((size, size), dtype=np.uint8)
 
-    for _ in range(1 + int(3 * rng.random())):
+    for _ in range(1 + int(2 * rng.random())):
         _paste(rng, image, mask, 0, size * (0.06 + 0.12 * rng.random()))
-    theme = 1 + int((NUM_CLASSES - 1) * rng.random())
-    for _ in range(3 + int(2 * rng.random())):
-        other = 1 + int((NUM_CLASSES - 1) * rng.random())
-        label = theme if rng.random() < 0.75 else other
-        _paste(rng, image, mask, label, size * (0.22 + 0.14 * rng.random()))
+    for _ in range(2 + int(2 * rng.random())):
+        label = 1 + int((NUM_CLASSES - 1) * rng.random())
+        _paste(rng, image, mask, label, size * (0.2 + 0.16 * rng.random()))
 
     light = 0.75 + 0.5 * _smooth_noise(rng, size, size, float(size))
     tint = 0.85 + 0.3 * rng.random(3)
