@@ -1,10 +1,11 @@
 """The embedded data set: small scenes of textured objects with pixel labels, drawn from a seed.
 
 A scene holds a few large objects and some decoys before a cluttered, near-grey background. A class
-is a texture, a silhouette and a hue that it tends to; size, rotation, texture scale and phase, saturation,
-brightness, contrast, lighting, tint, occlusion and noise are drawn anew for each object or scene, and decoys carry
-the silhouettes without texture. So no single pixel tells the class: a segmentation needs features that set
-these nuisances aside, which is what contrastive pre-training learns without labels.
+is a texture, a silhouette and a hue that it tends to; size, rotation, texture scale and phase,
+saturation, brightness, contrast, lighting, tint, occlusion and noise are drawn anew for each object
+or scene, and decoys carry the silhouettes without texture. So no single pixel tells the class: a
+segmentation needs features that set these nuisances aside, which is what contrastive pre-training
+learns without labels.
 
 The pixels are the same bytes on every machine. Every number comes from ``Generator.random`` of a
 stream keyed by ``(seed, index)``, and the drawing uses only operations that IEEE 754 rounds exactly

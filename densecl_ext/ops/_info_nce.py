@@ -156,7 +156,7 @@ def _check_common(
     if isinstance(filled, Tensor):
         _checks.is_counter(op, "filled", filled, queue.shape[0], below=False)
         _checks.on_one_device(op, {"queue": queue, "filled": filled})
-    elif isinstance(filled, bool) or not isinstance(filled, int | torch.SymInt | None):
+    elif isinstance(filled, bool) or not (filled is None or hasattr(filled, "__index__")):
         raise TypeError(f"{op}: filled must be an int or a tensor, got {type(filled).__name__}")
     elif filled is not None and not 0 <= filled <= queue.shape[0]:
         raise ValueError(f"{op}: filled must lie in [0, {queue.shape[0]}], got {filled}")

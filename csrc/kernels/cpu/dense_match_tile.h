@@ -85,7 +85,7 @@ void match_positions(const MatchTask& task) {
     const int64_t left = task.key_positions - first;
     const int64_t columns = left < panel ? left : panel;
     double query_square[panel] = {}, key_square[panel] = {};
-    for (int64_t c = 0; c < features; c += step) {
+    for (int64_t c = 0; c == 0 || c < features; c += step) {
       const int64_t depth = features - c < step ? features - c : step;
       pack_positions<V>(*task.query, task.image, c, depth, task.begin, rows, query.get(),
                         query_square);
