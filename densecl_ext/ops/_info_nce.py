@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from densecl_ext.ops import _checks
 
 _native_op = torch.ops.densecl_ext._info_nce
+
+_COUNTS = (int, np.integer, torch.SymInt, type(None))
 
 
 def info_nce(
@@ -156,7 +159,7 @@ def _check_common(
     if isinstance(filled, Tensor):
         _checks.is_counter(op, "filled", filled, queue.shape[0], below=False)
         _checks.on_one_device(op, {"queue": queue, "filled": filled})
-    elif isinstance(filled, bool) or not (filled is None or hasattr(filled, "__index__")):
+    elif isinstance(filled, bool) or not isinstance(filled, _COUNTS):
         raise TypeError(f"{op}: filled must be an int or a tensor, got {type(filled).__name__}")
     elif filled is not None and not 0 <= filled <= queue.shape[0]:
         raise ValueError(f"{op}: filled must lie in [0, {queue.shape[0]}], got {filled}")
