@@ -67,7 +67,7 @@ def draw(rows: Sequence[Entry], results: dict[str, Any], out: Path) -> list[str]
             machine = (
                 gpu
                 if device == "cuda"
-                else f"{info['processor']}, {info['threads']} threads, {isa}"
+                else f"{info['processor']}, {threads(info['threads'])}, {isa}"
             )
             prefix = "" if device == "cpu" else "cuda_"
             written += speedups(own, str(machine), out / f"{prefix}speedup.png")

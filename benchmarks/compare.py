@@ -111,5 +111,5 @@ def require_memory(case: Case, device: torch.device) -> None:
         free = memory.available_bytes() if memory.supported() else 8e9
     if case.eager_bytes > free / 2:
         raise NotAvailable(
-            f"does not fit: about {case.eager_bytes / 1e9:.0f} GB, {free / 1e9:.0f} GB free"
+            f"does not fit: about {case.eager_bytes / 1e9:.0f} GB, half of {free / 1e9:.0f} GB free"
         )

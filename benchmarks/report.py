@@ -171,7 +171,8 @@ def markdown(results: dict[str, Any]) -> str:
         others = len(row.seconds) + len(row.absent) - 1 - len(row.beside)
         if others > 0 and not row.id.startswith("scale"):
             parts += [f"### {row.title} ({row.device})", candidate_table(row)]
-    scaling = [row for row in rows if row.case["kind"] == "InfoNceCase" and row.isa is None]
+    losses = [row for row in rows if row.case["kind"] == "InfoNceCase"]
+    scaling = [row for row in losses if row.isa is None]
     if scaling:
         parts += [
             "## Growth",
@@ -180,7 +181,7 @@ def markdown(results: dict[str, Any]) -> str:
             "Loss and gradient:",
             scaling_table(scaling),
         ]
-    features = [row for row in rows if row.case.get("features", 128) != 128]
+    features = [row for row in losses if row.case["features"] != 128]
     if features:
         parts += ["## Feature sizes", feature_table(features)]
     parts += ["## Data loading", data_table(results)]
