@@ -38,7 +38,7 @@ def test_two_views(backend: str, device: torch.device, benchmark: Any, quick: bo
             stream = iter(loader)
             for _ in range(3):  # worker processes start, queues of finished batches empty
                 next(stream)
-            samples.append(seconds_of(stream, batches))
+            samples.append(rate_of(stream, batches, seconds=6.0))
             del stream
     finally:
         loader.close()
@@ -48,20 +48,21 @@ def test_two_views(backend: str, device: torch.device, benchmark: Any, quick: bo
         row=f"views-{backend}",
         title=f"two {SIZE} px views, {backend}, batches of {BATCH}",
         device=device.type,
-        images_per_second=batches * BATCH / statistics.median(samples),
-        seconds=samples,
+        images_per_second=statistics.median(samples),
+        samples=samples,
         images=len(loader.files),
     )
 
 
-def seconds_of(stream: Iterator[Any], batches: int) -> float:
-    """Wall time of so many batches."""
-    start = time.perf_counter()
-    for _ in range(batches):
+def rate_of(stream: Iterator[Any], batches: int, seconds: float) -> float:
+    """Images per second over so many batches, or as many as start within so many seconds."""
+    start, taken = time.perf_counter(), 0
+    while taken < batches and time.perf_counter() < start + seconds:
         batch = next(stream)
-    if batch.view_q.device.type == "cuda":
-        torch.cuda.synchronize(batch.view_q.device)
-    return time.perf_counter() - start
+        if batch.view_q.device.type == "cuda":
+            torch.cuda.synchronize(batch.view_q.device)
+        taken += 1
+    return taken * BATCH / (time.perf_counter() - start)
 
 
 def installed(package: str) -> bool:
