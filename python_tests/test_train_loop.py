@@ -54,7 +54,7 @@ def test_run_folder(whole: runs.PretrainResult) -> None:
     # The config of a finished run is a recipe that repeats it: no automatic value is left open.
     config = (whole.output / "config.yaml").read_text()
     assert (
-        "queue_length: 20" in config and "lr: 0.09375" in config and "key_momentum: 0.9" in config
+        "queue_length: 20" in config and "lr: 0.09375" in config and "key_momentum: 0.99" in config
     )
 
 

@@ -96,7 +96,7 @@ class PretrainConfig:
     key_momentum: float | str = option(
         "auto",
         word_or("auto", number(0.0, 1.0)),
-        "momentum of the key encoder; auto: 0.999, less in runs under 10,000 steps",
+        "momentum of the key encoder; auto: 0.99 up to 1,000 steps, 0.999 from 10,000 on",
         group="model",
     )
     key_bn_groups: int = option(
@@ -236,8 +236,9 @@ class PretrainConfig:
         - queue_length: the largest power of two not above half the images, at most 65,536. A queue
           near the size of the data set holds keys of the very images in the batch, as false
           negatives, and keys an epoch old; with a fixed 65,536, training on small sets is unstable.
-        - key_momentum: 1 - 10 / steps, kept within [0.9, 0.999]: the key encoder averages over a
-          tenth of the run at most, and reaches the paper's 0.999 from 10,000 steps on.
+        - key_momentum: 1 - 10 / steps, kept within [0.99, 0.999]: 0.99 up to 1,000 steps, the
+          paper's 0.999 from 10,000 steps on. With 0.999 the key encoder of a short run stays at
+          its random start; below 0.99 it follows so closely that features collapse.
         - lr: base_lr * batch_size / 256 (linear scaling).
         - precision: bf16 if `native_bf16`, else fp32.
         - loader: `loader`.
@@ -255,7 +256,7 @@ class PretrainConfig:
         if self.queue_length == "auto":
             values["queue_length"] = auto_queue_length(images)
         if self.key_momentum == "auto":
-            values["key_momentum"] = min(0.999, max(0.9, 1.0 - 10.0 / steps))
+            values["key_momentum"] = min(0.999, max(0.99, 1.0 - 10.0 / steps))
         if self.lr == "auto":
             values["lr"] = self.base_lr * self.batch_size / 256
         if self.loader == "auto":
