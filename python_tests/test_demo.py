@@ -38,7 +38,7 @@ def test_demo_runs_to_the_end(
             "workers": 0, "queue_length": 16}  # fmt: skip
     monkeypatch.setattr(demo, "PRETRAINING", demo.PRETRAINING | tiny)
     monkeypatch.setattr(demo, "PROBE", demo.PROBE | {"epochs": 1})
-    words = f"--scenes 20 --val 4 --labelled 8 --epochs 1 --output {tmp_path} --seed 3".split()
+    words = f"--scenes 16 --val 4 --labelled 8 --epochs 1 --output {tmp_path} --seed 3".split()
     assert demo.main(words) == 0
     printed = capsys.readouterr().out
     assert "seed 3: random initialisation" in printed and "pre-trained" in printed

@@ -1,4 +1,4 @@
-"""Linear segmentation of frozen features: the cheapest question to ask of a dense representation."""
+"""Linear segmentation of frozen features: the cheapest test of a dense representation."""
 
 from __future__ import annotations
 
@@ -100,7 +100,8 @@ def linear_segmentation(
     inverse = 1.0 / (deviation + 1e-5)
     linear = _train_linear(
         features, labels[:, ::label_stride, ::label_stride], mean, inverse, num_classes,
-        epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay, seed=seed, tell=tell,
+        epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay, seed=seed,
+        tell=tell,
     )  # fmt: skip
     del features
 
@@ -130,7 +131,8 @@ def _features(
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
     """Features (N, C, h, w) float16 on the device and labels (N, H, W) uint8 on the CPU."""
-    features, labels = [], []
+    features: list[Tensor] = []
+    labels: list[Tensor] = []
     for first in range(0, len(images), batch_size):
         pairs = [images[i] for i in range(first, min(first + batch_size, len(images)))]
         shapes = {tuple(image.shape) for image, _ in pairs}

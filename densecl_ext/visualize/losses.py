@@ -82,7 +82,11 @@ def plot_losses(
         last = next((v for v in reversed(values) if not math.isnan(v)), math.nan)
         axes.plot(steps, values, color=colour, alpha=0.25, linewidth=1.0)
         axes.plot(
-            steps, smooth(values), color=colour, linewidth=width, label=f"{label}, {last:.2f} at end"
+            steps,
+            smooth(values),
+            color=colour,
+            linewidth=width,
+            label=f"{label}, {last:.2f} at end",
         )
     axes.set_xlabel("step")
     axes.set_ylabel("InfoNCE loss (nats)")

@@ -213,9 +213,7 @@ def plot_matches(
         raise ValueError("plot_matches: image must be one image or more, got none")
     columns = min(2, len(listed))
     rows = -(-len(listed) // columns)
-    figure = Figure(
-        figsize=(4.9 * columns, 2.62 * rows + 0.35), dpi=100, layout="constrained"
-    )
+    figure = Figure(figsize=(4.9 * columns, 2.62 * rows + 0.35), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     results = []
     for index, item in enumerate(listed):
