@@ -7,6 +7,10 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 CURVES = (
     ("loss", "total", "#202124", 2.4),
@@ -70,11 +74,9 @@ def plot_losses(
     if not present:
         raise ValueError(f"plot_losses: {source} has none of the columns loss, loss_global, ...")
 
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8.0, 4.2), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     steps = columns["step"]
     for name, label, colour, width in present:
@@ -108,9 +110,20 @@ def smooth(values: Sequence[float], share: float = 0.03) -> list[float]:
     return out
 
 
-def save(figure: object, png: str | os.PathLike[str]) -> Path:
-    """Write a matplotlib figure as PNG and return its path; the folder is made."""
+def save(figure: Figure, png: str | os.PathLike[str]) -> Path:
+    """Write a figure as PNG of at most 128 colours and return its path; the folder is made.
+
+    A palette keeps pictures of photographs small enough to be shown in a README.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from PIL import Image
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    picture = Image.frombytes(
+        "RGBA", canvas.get_width_height(), bytes(canvas.buffer_rgba())
+    ).convert("RGB")
     path = Path(png)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png")  # type: ignore[attr-defined]
+    picture.quantize(128, dither=Image.Dither.NONE).save(path, format="PNG", optimize=True)
     return path

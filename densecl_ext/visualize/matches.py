@@ -205,7 +205,6 @@ def plot_matches(
         OSError: a file that cannot be read.
         ImportError: matplotlib, or for files Pillow, is not installed.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     listed = [image] if isinstance(image, (Tensor, str, os.PathLike)) else list(image)
@@ -214,7 +213,6 @@ def plot_matches(
     columns = min(2, len(listed))
     rows = -(-len(listed) // columns)
     figure = Figure(figsize=(4.9 * columns, 2.62 * rows + 0.35), dpi=100, layout="constrained")
-    FigureCanvasAgg(figure)
     results = []
     for index, item in enumerate(listed):
         pixels = item if isinstance(item, Tensor) else _read(item)
