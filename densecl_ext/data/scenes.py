@@ -1,11 +1,11 @@
 """The embedded data set: small scenes of textured objects with pixel labels, drawn from a seed.
 
 A scene holds a few large objects and some decoys before a cluttered background. A class is a
-texture and a silhouette, with a hue that it merely tends to (the ranges of neighbouring classes
-overlap, and grounds and decoys take any hue). Size, tilt, texture scale and phase, saturation,
-brightness, contrast, lighting, tint, occlusion and noise are drawn anew for each object or scene,
-and decoys carry the silhouettes without texture. Colour alone goes a short way: a segmentation
-needs features that set these nuisances aside.
+texture, a silhouette and a hue that it tends to; size, rotation, texture scale and phase,
+saturation, brightness, contrast, lighting, tint, occlusion and noise are drawn anew for each object
+or scene, grounds and decoys take any hue, and decoys carry the silhouettes without texture. A
+segmentation needs features that set these nuisances aside, which is what contrastive pre-training
+can learn without labels.
 
 The pixels are the same bytes on every machine. Every number comes from ``Generator.random`` of a
 stream keyed by ``(seed, index)``, and the drawing uses only operations that IEEE 754 rounds exactly
@@ -177,7 +177,7 @@ def _hue(turns: float) -> Array:
 
 def _object_colours(rng: np.random.Generator, turns: float) -> tuple[Array, Array]:
     """The dark and the light colour of one object: a hue near ``turns``, washed out and dimmed."""
-    hue = _hue(turns + 0.3 * (rng.random() - 0.5))
+    hue = _hue(turns + 0.12 * (rng.random() - 0.5))
     saturation = 0.4 + 0.5 * rng.random()
     light = (0.35 + 0.65 * rng.random()) * (1.0 - saturation + saturation * hue)
     return (0.3 + 0.4 * rng.random()) * light, light
@@ -231,7 +231,7 @@ def _paste(
     x = (np.arange(x0, x1)[:, None] + offsets).reshape(1, -1) - cx
     y = (np.arange(y0, y1)[:, None] + offsets).reshape(-1, 1) - cy
 
-    c, s = _turn(0.1 * (rng.random() - 0.5))
+    c, s = _turn(rng.random())
     u, v = (c * x + s * y) / radius, (c * y - s * x) / radius
     silhouette = label - 1 if label else int(rng.random() * len(_SILHOUETTES))
     cover = _inside(_SILHOUETTES[silhouette], u, v).astype(np.float64)  # (2h, 2w)
@@ -241,7 +241,7 @@ def _paste(
     else:
         first, second = _ground_colours(rng)
     period = width * (0.08 + 0.07 * rng.random())  # pixels
-    tc, ts = _turn(0.1 * (rng.random() - 0.5))
+    tc, ts = _turn(rng.random())
     if label == 0:
         blend = _smooth_noise(rng, u.shape[0], u.shape[1], 6.0 + 40.0 * rng.random())
     elif CLASS_NAMES[label] == "rings":
