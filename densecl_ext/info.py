@@ -147,7 +147,7 @@ def _cpu(missing: list[str]) -> dict[str, Any]:
         except RuntimeError as error:
             cpu["selected"] = None
             missing.append(f"CPU kernels as asked for: {error}")
-    cpu["DENSECL_CPU_ISA"] = os.environ.get("DENSECL_CPU_ISA")
+    cpu["forced_by_environment"] = os.environ.get("DENSECL_CPU_ISA")
     cpu["cores"] = os.cpu_count()
     if hasattr(os, "sched_getaffinity"):
         cpu["cores_usable"] = len(os.sched_getaffinity(0))
