@@ -21,7 +21,7 @@ def test_pixels_are_pinned() -> None:
     assert [digest(0, 0), digest(0, 1), digest(7, 0)] == PINNED
 
 
-PINNED = ["a55c4d99d4eb852e", "9810a03fefe05d66", "e59b5d934559bc6a"]
+PINNED = ["cb0a447e737cdbc6", "c5c07fe368fdcf74", "90e63dd45c66084b"]
 
 
 def test_scene_shapes_and_ids() -> None:

@@ -1,11 +1,10 @@
 """The embedded data set: small scenes of textured objects with pixel labels, drawn from a seed.
 
-A scene holds a few large objects and some decoys before a cluttered background. A class is a
-texture, a silhouette and a hue that it tends to; size, rotation, texture scale and phase,
+A scene holds a few large objects and some decoys before a cluttered, near-grey background. A class
+is a texture, a silhouette and a hue that it tends to; size, rotation, texture scale and phase,
 saturation, brightness, contrast, lighting, tint, occlusion and noise are drawn anew for each object
-or scene, grounds and decoys take any hue, and decoys carry the silhouettes without texture. A
-segmentation needs features that set these nuisances aside, which is what contrastive pre-training
-can learn without labels.
+or scene, and decoys carry the silhouettes without texture. A segmentation needs features that set
+these nuisances aside, which is what contrastive pre-training can learn without labels.
 
 The pixels are the same bytes on every machine. Every number comes from ``Generator.random`` of a
 stream keyed by ``(seed, index)``, and the drawing uses only operations that IEEE 754 rounds exactly
@@ -184,12 +183,9 @@ def _object_colours(rng: np.random.Generator, turns: float) -> tuple[Array, Arra
 
 
 def _ground_colours(rng: np.random.Generator) -> tuple[Array, Array]:
-    """Two colours of a background or a decoy: any hue, so that hue alone marks no object."""
-    colours = []
-    for _ in range(2):
-        hue, saturation = _hue(rng.random()), 0.6 * rng.random()
-        colours.append((0.15 + 0.8 * rng.random()) * (1.0 - saturation + saturation * hue))
-    return colours[0], colours[1]
+    """Two near-grey colours of a background or a decoy."""
+    tints = 0.15 * (rng.random((2, 3)) - 0.5)
+    return 0.15 + 0.7 * rng.random() + tints[0], 0.15 + 0.7 * rng.random() + tints[1]
 
 
 def _inside(polygon: Array, u: Array, v: Array) -> NDArray[np.bool_]:
