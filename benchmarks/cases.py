@@ -7,6 +7,7 @@ inputs, and from these its candidates. The loss has a file of its own, loss_case
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -35,32 +36,32 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(ABC):
     """One size of one op. `names` are its candidates, ours first."""
 
     names: ClassVar[tuple[str, ...]]
 
-    def inputs(self, device: torch.device) -> Any:
-        raise NotImplementedError
+    @abstractmethod
+    def inputs(self, device: torch.device) -> Any: ...
 
-    def candidate(self, name: str, inputs: Any) -> Candidate:
-        raise NotImplementedError
+    @abstractmethod
+    def candidate(self, name: str, inputs: Any) -> Candidate: ...
 
+    @abstractmethod
     def expected(self, inputs: Any) -> Results:
         """What every candidate must agree with: the tests' reference."""
-        raise NotImplementedError
 
+    @abstractmethod
     def check(self, name: str, got: Results, expected: Results) -> dict[str, float]:
         """Errors against the expected results; AssertionError where they are too large."""
-        raise NotImplementedError
 
     def message(self) -> dict[str, Any]:
         """The case as JSON."""
         return {"kind": type(self).__name__, **asdict(self)}
 
+    @abstractmethod
     def shrunk(self) -> Case:
         """The same at a size that takes no time: for tests, and to warm a process up."""
-        raise NotImplementedError
 
     @property
     def work(self) -> float:
