@@ -10,6 +10,7 @@ import resource
 import signal
 import sys
 import threading
+import time
 import warnings
 
 import numpy as np
@@ -397,15 +398,23 @@ def test_workers_leave_ctrl_c_to_the_main_process(photos):
         assert_equal(batches, complete)
 
 
+def left_running() -> tuple[int, int]:
+    """Threads and worker processes that there are."""
+    return threading.active_count(), len(multiprocessing.active_children())
+
+
 def test_close_leaves_nothing_behind_and_may_be_undone(photos, backend):
-    before = threading.active_count(), len(multiprocessing.active_children())
+    before = left_running()
     loader = build(photos, backend, workers=2)
     batches = list(loader)
     next(iter(loader))
     loader.close()
     loader.close()
     gc.collect()
-    assert (threading.active_count(), len(multiprocessing.active_children())) == before
+    deadline = time.monotonic() + 10.0  # the queues' feeder threads end by themselves, soon after
+    while (now := left_running()) != before and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert now == before
     assert_equal(list(loader), batches)
     loader.close()
 
