@@ -67,8 +67,10 @@ const char* message(Status status) {
       return "DENSECL_CPU_ISA names an instruction set that this machine lacks";
     case Status::match_out_of_range:
       return "match must lie in [-1, key positions)";
+    case Status::launch_failed:
+      break;
   }
-  return "unknown status";
+  return status >= Status::launch_failed ? "the CUDA launch failed" : "unknown status";
 }
 
 }  // namespace densecl

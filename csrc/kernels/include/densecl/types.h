@@ -29,9 +29,10 @@ struct GridView {
 
 enum class Status : int32_t {
   ok,
-  isa_unknown,         // DENSECL_CPU_ISA names no instruction set
-  isa_unavailable,     // DENSECL_CPU_ISA names one that this machine or build lacks
-  match_out_of_range,  // a match is below -1 or not below the number of key positions
+  isa_unknown,              // DENSECL_CPU_ISA names no instruction set
+  isa_unavailable,          // DENSECL_CPU_ISA names one that this machine or build lacks
+  match_out_of_range,       // a match is below -1 or not below the number of key positions
+  launch_failed = 0x10000,  // plus the cudaError_t of a CUDA launch (densecl/cuda/launch.h)
 };
 
 const char* message(Status status);

@@ -1,0 +1,493 @@
+#include "cuda_emulator/emulator.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <deque>
+#include <map>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <sstream>
+#include <stdexcept>
+#include <vector>
+
+#include "cuda_emulator/fiber.h"
+#include "cuda_emulator/ptx/device.cuh"
+
+namespace densecl::emulator {
+namespace {
+
+struct Copy {
+  void* to;
+  std::array<unsigned char, 16> content;
+  int bytes;
+};
+
+struct Block;
+
+struct Thread {
+  Context context;
+  Block* block = nullptr;
+  int index = 0;
+  enum State { ready, waiting, ended } state = ready;
+  const std::function<bool()>* condition = nullptr;  // polled while waiting; null: woken by another
+  const char* what = "";
+  Where where;
+  std::deque<std::vector<Copy>> copy_groups;  // committed, oldest first
+  std::vector<Copy> copies;                   // not yet committed
+};
+
+// Threads that meet for one instruction.
+struct Meeting {
+  int first, count;
+  uint32_t mask;
+  int arrived = 0, expected;
+  const char* what;
+  Where where;
+  std::vector<Thread*> threads;
+  std::array<void*, 256> members{};
+};
+
+struct Barrier {
+  int arrived = 0, expected = 0;
+  Where where;
+  std::vector<Thread*> waiting;
+};
+
+struct Block {
+  dim3 index;
+  std::unique_ptr<unsigned char[]> shared;
+  std::vector<std::unique_ptr<Thread>> threads;
+  std::vector<Thread*> order;
+  int ended = 0;
+  std::vector<std::unique_ptr<Meeting>> meetings;
+  std::map<int, Barrier> barriers;
+};
+
+struct Action {
+  int delay;
+  std::function<void()> run;
+};
+
+struct Launch {
+  Grid grid;
+  const std::function<void()>* kernel;
+  std::mt19937 random;
+  bool shuffled;
+  Context host;
+  std::vector<std::unique_ptr<Block>> blocks;
+  std::vector<Action> actions;
+  Thread* running = nullptr;
+  Meeting* met = nullptr;  // the meeting whose last member runs
+  std::string error;
+  bool abandoned = false;  // threads unwind when they are continued
+};
+
+struct Abandoned {};
+
+Launch* current = nullptr;
+int launch_count = 0;
+Schedule chosen;
+
+std::string place(const Where& where) {
+  std::string file = where.file_name();
+  return file.substr(file.rfind('/') + 1) + ":" + std::to_string(where.line());
+}
+
+std::string name_of(const Thread& thread) {
+  std::ostringstream out;
+  const dim3& b = thread.block->index;
+  out << "block (" << b.x << ", " << b.y << ", " << b.z << "), thread " << thread.index;
+  return out.str();
+}
+
+void switch_to_host() {
+  switch_fiber(current->running->context, current->host);
+  if (current->abandoned) throw Abandoned{};
+}
+
+void run_kernel(Thread& thread) {
+  (*current->kernel)();
+  for (const std::vector<Copy>& group : thread.copy_groups) {
+    if (!group.empty()) fail("ended with cp.async copies that nobody waited for", Where::current());
+  }
+  if (!thread.copies.empty()) fail("ended with uncommitted cp.async copies", Where::current());
+}
+
+void thread_entry() {
+  fiber_began();
+  Thread& thread = *current->running;
+  try {
+    if (!current->abandoned) run_kernel(thread);
+  } catch (const Abandoned&) {
+  } catch (const std::exception& error) {
+    current->error = name_of(thread) + ": " + error.what();
+  }
+  thread.state = Thread::ended;
+  ++thread.block->ended;
+  switch_fiber(thread.context, current->host, true);
+  __builtin_unreachable();
+}
+
+void resume(Thread& thread) {
+  current->running = &thread;
+  const dim3 threads(current->grid.threads[0], current->grid.threads[1], current->grid.threads[2]);
+  const unsigned t = static_cast<unsigned>(thread.index);
+  threadIdx = {t % threads.x, t / threads.x % threads.y, t / (threads.x * threads.y)};
+  blockIdx = {thread.block->index.x, thread.block->index.y, thread.block->index.z};
+  switch_fiber(current->host, thread.context);
+  current->running = nullptr;
+}
+
+bool runnable(Thread& thread) {
+  if (thread.state == Thread::waiting && thread.condition != nullptr && (*thread.condition)()) {
+    thread.condition = nullptr;
+    thread.state = Thread::ready;
+  }
+  return thread.state == Thread::ready;
+}
+
+void sleep_until_woken(const char* what, Where where) {
+  Thread& thread = *current->running;
+  thread.state = Thread::waiting;
+  thread.what = what;
+  thread.where = where;
+  switch_to_host();
+}
+
+#if defined(__SANITIZE_ADDRESS__)
+constexpr std::size_t guard_bytes = 0;  // AddressSanitizer has its own
+#else
+constexpr std::size_t guard_bytes = 64;
+#endif
+constexpr unsigned char guard_pattern = 0xc3;
+
+std::unique_ptr<Block> open_block(unsigned number) {
+  const Grid& grid = current->grid;
+  auto block = std::make_unique<Block>();
+  block->index = dim3(number % grid.blocks[0], number / grid.blocks[0] % grid.blocks[1],
+                      number / (grid.blocks[0] * grid.blocks[1]));
+  const int count = static_cast<int>(grid.threads[0] * grid.threads[1] * grid.threads[2]);
+  // Aligned as the hardware has it, with a zone behind that shows writes past the end.
+  block->shared.reset(static_cast<unsigned char*>(
+      ::operator new[](grid.shared_bytes + guard_bytes, std::align_val_t{1024})));
+  poison(block->shared.get(), grid.shared_bytes);
+  std::memset(block->shared.get() + grid.shared_bytes, guard_pattern, guard_bytes);
+  for (int i = 0; i < count; ++i) {
+    auto thread = std::make_unique<Thread>();
+    thread->block = block.get();
+    thread->index = i;
+    open_fiber(thread->context, &thread_entry);
+    block->order.push_back(thread.get());
+    block->threads.push_back(std::move(thread));
+  }
+  return block;
+}
+
+void close_block(Block& block) {
+  const unsigned char* guard = block.shared.get() + current->grid.shared_bytes;
+  for (std::size_t i = 0; i < guard_bytes && current->error.empty(); ++i) {
+    if (guard[i] != guard_pattern) {
+      current->error = name_of(*block.threads[0]) + ": wrote " + std::to_string(i) +
+                       " bytes past the dynamic shared memory";
+    }
+  }
+  for (auto& thread : block.threads) close_fiber(thread->context);
+  ::operator delete[](block.shared.release(), std::align_val_t{1024});
+}
+
+// Threads that cannot go on: what they wait for, how many, and one of them.
+std::string deadlock() {
+  std::map<std::string, std::pair<int, const Thread*>> groups;
+  int ended = 0;
+  for (const auto& block : current->blocks) {
+    for (const auto& thread : block->threads) {
+      if (thread->state == Thread::ended) {
+        ++ended;
+        continue;
+      }
+      auto& [count, first] = groups[std::string(thread->what) + " at " + place(thread->where)];
+      if (count++ == 0) first = thread.get();
+    }
+  }
+  std::ostringstream out;
+  out << "deadlock:";
+  for (const auto& [what, group] : groups) {
+    out << "\n  " << group.first << " threads wait in " << what << ", first "
+        << name_of(*group.second);
+  }
+  out << "\n  " << ended << " threads of these blocks have ended";
+  return out.str();
+}
+
+// One round over all threads of the blocks in flight. Returns whether any could run.
+bool round() {
+  bool any = false;
+  if (current->shuffled)
+    std::shuffle(current->blocks.begin(), current->blocks.end(), current->random);
+  for (auto& block : current->blocks) {
+    if (current->shuffled) {
+      // Random cuts instead of a full shuffle: as telling, and cheap.
+      auto& order = block->order;
+      const auto cut = static_cast<std::ptrdiff_t>(current->random() % order.size());
+      std::rotate(order.begin(), order.begin() + cut, order.end());
+      if (current->random() % 2) std::reverse(order.begin(), order.end());
+    }
+    for (Thread* thread : block->order) {
+      if (!runnable(*thread)) continue;
+      any = true;
+      resume(*thread);
+      if (!current->error.empty()) return true;
+    }
+  }
+  return any;
+}
+
+// Runs the asynchronous actions that are due; with force, the first one, due or not.
+bool act(bool force) {
+  auto& actions = current->actions;
+  for (std::size_t i = 0; i < actions.size();) {
+    if (--actions[i].delay > 0 && !force) {
+      ++i;
+      continue;
+    }
+    const std::function<void()> run = std::move(actions[i].run);
+    actions.erase(actions.begin() + static_cast<std::ptrdiff_t>(i));
+    try {
+      run();
+    } catch (const std::exception& error) {
+      current->error = std::string("an asynchronous action: ") + error.what();
+    }
+    if (force) return true;
+  }
+  return false;
+}
+
+void run_blocks() {
+  const Grid& grid = current->grid;
+  std::vector<unsigned> numbers(std::size_t{grid.blocks[0]} * grid.blocks[1] * grid.blocks[2]);
+  std::iota(numbers.begin(), numbers.end(), 0u);
+  if (current->shuffled) std::shuffle(numbers.begin(), numbers.end(), current->random);
+  std::size_t next = 0;
+  while (current->error.empty()) {
+    while (next < numbers.size() &&
+           current->blocks.size() < static_cast<std::size_t>(chosen.blocks_at_once)) {
+      current->blocks.push_back(open_block(numbers[next++]));
+    }
+    if (current->blocks.empty()) break;
+    const bool any = round();
+    act(false);
+    if (!current->error.empty()) break;
+    if (!any && !act(true)) current->error = deadlock();
+    std::erase_if(current->blocks, [](const std::unique_ptr<Block>& block) {
+      if (block->ended != static_cast<int>(block->threads.size())) return false;
+      close_block(*block);
+      return true;
+    });
+  }
+  while (current->error.empty() && act(true)) {
+  }
+  current->abandoned = true;
+  for (auto& block : current->blocks) {
+    for (auto& thread : block->threads) {
+      if (thread->state != Thread::ended) resume(*thread);
+    }
+    close_block(*block);
+  }
+}
+
+}  // namespace
+
+Schedule& schedule() { return chosen; }
+
+void for_each_schedule(const std::function<void(const Schedule&)>& body) {
+  const Schedule before = chosen;
+  for (const Schedule& one :
+       {Schedule{0, 1, 4, 80}, Schedule{1, 3, 4, 90}, Schedule{7, 8, 1, 80}}) {
+    testing::ScopedTrace trace(__FILE__, __LINE__,
+                               "schedule: seed " + std::to_string(one.seed) + ", blocks at once " +
+                                   std::to_string(one.blocks_at_once) + ", multiprocessors " +
+                                   std::to_string(one.multiprocessors));
+    chosen = one;
+    body(one);
+    if (testing::Test::HasFatalFailure()) break;
+  }
+  chosen = before;
+}
+
+int launches() { return launch_count; }
+
+void run(const Grid& grid, const std::function<void()>& kernel) {
+  ++launch_count;
+  Launch launch;
+  launch.grid = grid;
+  launch.kernel = &kernel;
+  launch.random.seed(chosen.seed);
+  launch.shuffled = chosen.seed != 0;
+  blockDim = dim3(grid.threads[0], grid.threads[1], grid.threads[2]);
+  gridDim = dim3(grid.blocks[0], grid.blocks[1], grid.blocks[2]);
+  current = &launch;
+  run_blocks();
+  current = nullptr;
+  if (!launch.error.empty()) throw std::runtime_error("kernel: " + launch.error);
+}
+
+void fail(const std::string& what, Where where) {
+  throw std::runtime_error(what + " at " + place(where));
+}
+
+int thread_in_block() { return current->running->index; }
+int threads_in_block() { return static_cast<int>(current->running->block->threads.size()); }
+unsigned char* shared() { return current->running->block->shared.get(); }
+std::size_t shared_bytes() { return current->grid.shared_bytes; }
+
+void check_aligned(const void* p, std::size_t alignment, const char* what, Where where) {
+  if (reinterpret_cast<uintptr_t>(p) % alignment != 0) {
+    fail(std::string(what) + ": address is not a multiple of " + std::to_string(alignment), where);
+  }
+}
+
+void check_shared(const void* p, std::size_t bytes, std::size_t alignment, const char* what,
+                  Where where) {
+  check_aligned(p, alignment, what, where);
+  const auto offset = static_cast<const unsigned char*>(p) - shared();
+  if (offset < 0 || static_cast<std::size_t>(offset) + bytes > shared_bytes()) {
+    fail(std::string(what) + ": bytes " + std::to_string(offset) + " to " +
+             std::to_string(offset + static_cast<std::ptrdiff_t>(bytes)) + " of " +
+             std::to_string(shared_bytes()) + " of shared memory",
+         where);
+  }
+}
+
+void poison(void* p, std::size_t bytes) { std::memset(p, 0xff, bytes); }
+
+void yield() { switch_to_host(); }
+
+void maybe_yield() {
+  if (current->shuffled && current->random() % 4 == 0) yield();
+}
+
+void wait_until(const std::function<bool()>& condition, const char* what, Where where) {
+  if (condition()) return;
+  current->running->condition = &condition;
+  sleep_until_woken(what, where);
+}
+
+void later(std::function<void()> action) {
+  const int delay = current->shuffled ? static_cast<int>(current->random() % 8) : 1;
+  current->actions.push_back({delay, std::move(action)});
+}
+
+void** meet(int first, int count, uint32_t mask, void* mine, const char* what, Where where) {
+  Thread& thread = *current->running;
+  Block& block = *thread.block;
+  const int member = thread.index - first;
+  const int present = std::min(count, static_cast<int>(block.threads.size()) - first);
+  if (count == 32) {
+    if (present < 32) mask &= (1u << present) - 1u;
+    if (!(mask >> member & 1u)) fail(std::string(what) + ": mask leaves out its own lane", where);
+  }
+  Meeting* meeting = nullptr;
+  for (const auto& open : block.meetings) {
+    if (open->first + open->count <= first || first + count <= open->first) continue;
+    const bool same = open->first == first && open->count == count && open->mask == mask;
+    if (!same && count == 32 && open->count == 32 && !(open->mask & mask)) continue;
+    if (!same || std::strcmp(open->what, what) != 0 || open->where.line() != where.line() ||
+        std::strcmp(open->where.file_name(), where.file_name()) != 0) {
+      std::ostringstream out;
+      out << what << ": divergent, mask " << std::hex << mask << "; " << std::dec
+          << name_of(*open->threads[0]) << " waits in " << open->what << " at "
+          << place(open->where) << ", mask " << std::hex << open->mask;
+      fail(out.str(), where);
+    }
+    meeting = open.get();
+  }
+  if (meeting == nullptr) {
+    block.meetings.push_back(std::make_unique<Meeting>());
+    meeting = block.meetings.back().get();
+    meeting->first = first;
+    meeting->count = count;
+    meeting->mask = mask;
+    meeting->expected = count == 32 ? __builtin_popcount(mask) : present;
+    meeting->what = what;
+    meeting->where = where;
+  }
+  meeting->members[static_cast<std::size_t>(member)] = mine;
+  meeting->threads.push_back(&thread);
+  if (++meeting->arrived < meeting->expected) {
+    sleep_until_woken(what, where);
+    return nullptr;
+  }
+  current->met = meeting;
+  return meeting->members.data();
+}
+
+void release() {
+  Block& block = *current->running->block;
+  for (Thread* thread : current->met->threads) thread->state = Thread::ready;
+  std::erase_if(block.meetings,
+                [](const std::unique_ptr<Meeting>& open) { return open.get() == current->met; });
+  current->met = nullptr;
+}
+
+void block_barrier(int id, int threads, bool wait, const char* what, Where where) {
+  Thread& thread = *current->running;
+  Block& block = *thread.block;
+  Barrier& barrier = block.barriers[id];
+  const auto wrong = [&](const std::string& with) {
+    fail(std::string(what) + " (barrier " + std::to_string(id) + "): " + with, where);
+  };
+  if (id < 0 || id > 15) wrong("there are barriers 0 to 15");
+  if (id != 0 && threads % 32 != 0) wrong(std::to_string(threads) + " threads are not whole warps");
+  if (barrier.arrived > 0 && barrier.expected != threads) {
+    wrong(std::to_string(threads) + " threads here, " + std::to_string(barrier.expected) + " at " +
+          place(barrier.where));
+  }
+  if (id == 0 && barrier.arrived > 0 && barrier.where.line() != where.line()) {
+    wrong("divergent, others wait at " + place(barrier.where));
+  }
+  barrier.expected = threads;
+  barrier.where = where;
+  ++barrier.arrived;
+  if (barrier.arrived == threads) {
+    for (Thread* other : barrier.waiting) other->state = Thread::ready;
+    block.barriers.erase(id);
+    return;
+  }
+  if (!wait) return;
+  barrier.waiting.push_back(&thread);
+  sleep_until_woken(what, where);
+}
+
+void copy_async(void* shared, const void* global, int bytes, int bytes_read, Where where) {
+  const auto size = static_cast<std::size_t>(bytes);
+  check_shared(shared, size, size, "cp.async", where);
+  if (bytes_read < 0 || bytes_read > bytes) fail("cp.async: reads more than it writes", where);
+  check_aligned(global, bytes_read > 0 ? size : 1, "cp.async source", where);
+  Copy copy{shared, {}, bytes};
+  if (bytes_read > 0)
+    std::memcpy(copy.content.data(), global, static_cast<std::size_t>(bytes_read));
+  poison(shared, size);
+  current->running->copies.push_back(copy);
+}
+
+void commit_copies() {
+  Thread& thread = *current->running;
+  thread.copy_groups.push_back(std::move(thread.copies));
+  thread.copies.clear();
+}
+
+void wait_copies(int groups_left) {
+  auto& groups = current->running->copy_groups;
+  while (groups.size() > static_cast<std::size_t>(groups_left)) {
+    for (const Copy& copy : groups.front()) {
+      std::memcpy(copy.to, copy.content.data(), static_cast<std::size_t>(copy.bytes));
+    }
+    groups.pop_front();
+  }
+}
+
+}  // namespace densecl::emulator

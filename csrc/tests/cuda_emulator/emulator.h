@@ -1,0 +1,102 @@
+// Runs CUDA kernels on the CPU: one fiber per CUDA thread, several blocks interleaved, in an order
+// that a seed decides. README.md says how to use it; this is what the twins of the PTX wrappers are
+// made of.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <source_location>
+#include <string>
+
+namespace densecl::emulator {
+
+using Where = std::source_location;
+
+// ---- for tests
+// ------------------------------------------------------------------------------------
+
+// How the next launches run. Every order is one that a GPU may choose.
+struct Schedule {
+  unsigned seed = 1;        // 0: threads and blocks in their natural order
+  int blocks_at_once = 3;   // blocks whose threads are interleaved
+  int multiprocessors = 4;  // what the kernels' planners are told
+  int compute_capability = 80;
+};
+Schedule& schedule();
+
+// Runs body under several schedules; a failure's trace names the one.
+void for_each_schedule(const std::function<void(const Schedule&)>& body);
+
+int launches();  // so far, so that a test can count them
+
+// ---- for launch()
+// ---------------------------------------------------------------------------------
+
+struct Grid {
+  unsigned blocks[3];
+  unsigned threads[3];
+  std::size_t shared_bytes;
+};
+
+// Runs the kernel for every thread. Throws std::runtime_error with what the kernel did wrong.
+void run(const Grid& grid, const std::function<void()>& kernel);
+
+// ---- for the twins, inside a kernel
+// ---------------------------------------------------------------
+
+// Ends the launch with an error: what, in which block and thread, where.
+[[noreturn]] void fail(const std::string& what, Where where);
+
+int thread_in_block();
+int threads_in_block();
+
+// The block's dynamic shared memory, filled with NaN at the block's start.
+unsigned char* shared();
+std::size_t shared_bytes();
+// Fails unless [p, p + bytes) lies in it and p is aligned.
+void check_shared(const void* p, std::size_t bytes, std::size_t alignment, const char* what,
+                  Where where);
+void check_aligned(const void* p, std::size_t alignment, const char* what, Where where);
+
+// Fills memory with bytes that are a NaN in every type.
+void poison(void* p, std::size_t bytes);
+
+// Lets other threads run.
+void yield();
+// Perhaps; the schedule decides. For places after which threads' order can matter.
+void maybe_yield();
+
+// Waits until condition() holds. what and where appear in the report of a deadlock.
+void wait_until(const std::function<bool()>& condition, const char* what, Where where);
+
+// Does action some time later, as an asynchronous unit of the chip would; at the latest when
+// nothing else can go on.
+void later(std::function<void()> action);
+
+// All threads of [first, first + count), or those of a warp that are in mask, meet. Returns the
+// members' `mine` pointers, by position in the group, to the one that came last: it computes and
+// then calls release(). The others get null, after the release.
+void** meet(int first, int count, std::uint32_t mask, void* mine, const char* what, Where where);
+void release();
+
+template <class Lane, class Compute>
+void warp_collective(std::uint32_t mask, Lane& mine, const char* what, Where where,
+                     Compute&& compute) {
+  const int first = thread_in_block() / 32 * 32;
+  if (void** lanes = meet(first, 32, mask, &mine, what, where)) {
+    compute(reinterpret_cast<Lane**>(lanes));
+    release();
+  }
+}
+
+// Barrier 0 waits for the whole block at one place; others count up to `threads`, which may arrive
+// at different places. wait = false only arrives.
+void block_barrier(int id, int threads, bool wait, const char* what, Where where);
+
+// Asynchronous copies of this thread (cp.async): taken at issue, written by the wait.
+void copy_async(void* shared, const void* global, int bytes, int bytes_read, Where where);
+void commit_copies();
+void wait_copies(int groups_left);
+
+}  // namespace densecl::emulator
