@@ -11,7 +11,7 @@ SANITIZE ?= none
 OUT ?= build/bench
 
 BIN := $(VENV)/bin
-CPP := $(shell find csrc -name '*.cpp' -o -name '*.h')
+CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 BUILD_INPUTS := $(CPP) setup.py pyproject.toml $(wildcard build_backend/*.py) densecl_ext/_version.py
 comma := ,
 CPP_BUILD := build/cpp-$(subst $(comma),-,$(SANITIZE))

@@ -2,14 +2,16 @@
 
 densecl_ext._C     the ops: torch stable ABI, bindings (csrc/ops) and CPU kernels (csrc/kernels/cpu)
 densecl_ext._host  what the machine can do: pybind11, without torch (csrc/host and the same kernels)
+densecl_ext._C_cuda the ops on CUDA tensors: csrc/ops/cuda and csrc/kernels/cuda, where nvcc is
 
-Environment: DENSECL_CUDA=auto|0|1, MAX_JOBS, CXX.
+Environment: DENSECL_CUDA=auto|0|1, DENSECL_CUDA_ARCHS, CUDA_HOME, MAX_JOBS, CXX.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -27,14 +29,17 @@ sys.path.insert(0, str(ROOT / "build_backend"))
 import build_plan
 import plain_wheel
 
-KERNELS = build_plan.sources(ROOT, "csrc/kernels/cpu/*.cpp")
-CUDA_SOURCES = build_plan.sources(ROOT, "csrc/kernels/cuda/**/*.cu", "csrc/ops/cuda/*.cu")
+# How CUDA launches are cut is host code, which every build holds and tests.
+KERNELS = build_plan.sources(ROOT, "csrc/kernels/cpu/*.cpp", "csrc/kernels/cuda/plan/*.cpp")
+CUDA_SOURCES = build_plan.sources(ROOT, "csrc/kernels/cuda/*.cu")
+HOPPER_SOURCES = build_plan.sources(ROOT, "csrc/kernels/cuda/sm90/*.cu")
 INCLUDE_DIRS = [
     str(ROOT / "csrc" / "kernels" / "include"),
     str(ROOT / "csrc" / "kernels"),
     str(ROOT / "csrc"),
 ]
-HEADERS = build_plan.sources(ROOT, "csrc/**/*.h", "csrc/**/*.hpp", "csrc/**/*.inc")
+CUDA_INCLUDE_DIRS = [str(ROOT / "csrc" / "kernels" / "cuda"), *INCLUDE_DIRS]
+HEADERS = build_plan.sources(ROOT, "csrc/**/*.h", "csrc/**/*.cuh")
 
 
 def extensions() -> list[Extension]:
@@ -57,7 +62,18 @@ def extensions() -> list[Extension]:
         extra_compile_args=[*build_plan.CXX_FLAGS],
         language="c++",
     )
-    return [ops, host]
+    cuda = Extension(
+        "densecl_ext._C_cuda",
+        build_plan.sources(ROOT, "csrc/ops/cuda/*.cpp") + CUDA_SOURCES,
+        include_dirs=[*CUDA_INCLUDE_DIRS],
+        depends=HEADERS,
+        # The runtime is linked in, its symbols hidden from other libraries' copies of it.
+        libraries=["torch_cpu", "torch_cuda", "cudart_static", "dl", "pthread", "rt"],
+        extra_link_args=["-Wl,--exclude-libs,ALL"],
+        language="c++",
+        py_limited_api=True,
+    )
+    return [ops, host, cuda]
 
 
 class BuildModules(build_ext):
@@ -72,6 +88,9 @@ class BuildModules(build_ext):
         started = time.perf_counter()
         super().run()
         folder = ROOT if self.inplace else Path(self.build_lib)
+        if not self.info["cuda"]["built"]:
+            for stale in (folder / "densecl_ext").glob("_C_cuda.*so"):
+                stale.unlink()
         target = folder / "densecl_ext" / "_build_info.json"
         target.write_text(json.dumps(self.info, indent=2) + "\n", encoding="utf-8")
         print(build_plan.summary(self.info, time.perf_counter() - started), flush=True)
@@ -89,11 +108,13 @@ class BuildModules(build_ext):
             os.environ.get("DENSECL_CUDA", "auto"),
             CUDA_SOURCES,
             torch.version.cuda,
-            find_nvcc(cpp_extension),
+            nvcc := find_nvcc(cpp_extension),
+            nvcc and cuda_release(nvcc),
         )
+        archs = build_plan.cuda_archs(os.environ.get("DENSECL_CUDA_ARCHS"))
 
         drop_rpaths(self.compiler)
-        ops, host = self.extensions
+        ops, host, cuda = self.extensions
         ops.include_dirs += cpp_extension.include_paths()
         ops.library_dirs += cpp_extension.library_paths()
         host.include_dirs.append(pybind11_include(cpp_extension))
@@ -109,6 +130,12 @@ class BuildModules(build_ext):
         host.extra_objects = self.compiler.object_filenames(KERNELS, output_dir=self.build_temp)
         compile_command.extensions = [host]
         compile_command.build_extensions()
+        if decision.build:
+            self.describe_cuda(cuda, cpp_extension, archs)
+            compile_command.extensions = [cuda]
+            compile_command.build_extensions()
+        else:
+            self.extensions = [ops, host]
 
         self.info = {
             "version": self.distribution.get_version(),
@@ -116,8 +143,36 @@ class BuildModules(build_ext):
             "target_abi": build_plan.TARGET_ABI,
             "cxx": compiler_line(cxx),
             "flags": " ".join([*build_plan.CXX_FLAGS, *build_plan.STABLE_ABI_FLAGS]),
-            "cuda": {"built": decision.build, "reason": decision.reason},
+            "cuda": {
+                "built": decision.build,
+                "reason": decision.reason,
+                "archs": archs if decision.build else [],
+            },
         }
+
+    def describe_cuda(self, cuda: Extension, cpp_extension: Any, archs: list[str]) -> None:
+        """Adds what is known only now, and the objects that are compiled apart."""
+        hopper = build_plan.HOPPER in archs
+        defines = [f"-DDENSECL_HOPPER={int(hopper)}"]
+        nvcc_flags = [*build_plan.NVCC_FLAGS, *defines]
+        cuda.extra_compile_args = {
+            # USE_CUDA declares torch's C function for the current stream.
+            "cxx": [*build_plan.CXX_FLAGS, *build_plan.STABLE_ABI_FLAGS, *defines, "-DUSE_CUDA"],
+            "nvcc": [*nvcc_flags, *build_plan.gencode_flags(archs)],
+        }
+        cuda.include_dirs += cpp_extension.include_paths()
+        cuda.library_dirs += [*cpp_extension.library_paths(), cuda_libraries(cpp_extension)]
+        cuda.extra_objects = self.compiler.object_filenames(KERNELS, output_dir=self.build_temp)
+        if hopper and HOPPER_SOURCES:
+            # Instructions that only Hopper has: other architectures' assemblers never see them.
+            gencode = build_plan.gencode_flags([build_plan.HOPPER])
+            cuda.extra_objects += self.compiler.compile(
+                HOPPER_SOURCES,
+                output_dir=self.build_temp,
+                include_dirs=CUDA_INCLUDE_DIRS,
+                extra_postargs={"cxx": [], "nvcc": [*nvcc_flags, *gencode]},
+                depends=HEADERS,
+            )
 
 
 def drop_rpaths(compiler: Any) -> None:
@@ -155,6 +210,25 @@ def find_nvcc(cpp_extension: Any) -> str | None:
         return None
     nvcc = Path(cpp_extension.CUDA_HOME) / "bin" / "nvcc"
     return str(nvcc) if nvcc.is_file() else None
+
+
+def cuda_release(nvcc: str) -> str | None:
+    """The CUDA version that nvcc says it is of."""
+    printed = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    found = re.search(r"release (\d+\.\d+)", printed)
+    return found[1] if found else None
+
+
+def cuda_libraries(cpp_extension: Any) -> str:
+    """The folder of the toolkit that holds cudart_static."""
+    home = Path(cpp_extension.CUDA_HOME)
+    for folder in ("lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib"):
+        if (home / folder / "libcudart_static.a").is_file():
+            return str(home / folder)
+    raise build_plan.BuildError(
+        f"the CUDA toolkit in {home} has no libcudart_static.a: install its runtime (development "
+        "files), or build without the CUDA kernels: DENSECL_CUDA=0"
+    )
 
 
 def pybind11_include(cpp_extension: Any) -> str:

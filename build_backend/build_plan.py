@@ -26,6 +26,20 @@ CXX_FLAGS = ("-std=c++20", "-O3", "-g0", "-fvisibility=hidden")
 STABLE_ABI_FLAGS = ("-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY")
 
 CUDA_SETTINGS = ("auto", "0", "1")
+# Machine code for Ampere and Ada (8.x) and Hopper (9.0a: with its own instructions), and PTX that
+# the driver compiles for whatever comes later.
+CUDA_ARCHS = "8.0+PTX;9.0a"
+HOPPER = "9.0a"
+# No torch header is compiled by nvcc, so what it warns of is ours.
+NVCC_FLAGS = (
+    "-std=c++20",
+    "-O3",
+    "-lineinfo",
+    "-Werror",
+    "all-warnings",
+    "--compiler-options",
+    "-fvisibility=hidden",
+)
 
 
 class BuildError(RuntimeError):
@@ -41,7 +55,11 @@ class CudaDecision:
 
 
 def cuda_decision(
-    setting: str, sources: Sequence[str], torch_cuda: str | None, nvcc: str | None
+    setting: str,
+    sources: Sequence[str],
+    torch_cuda: str | None,
+    nvcc: str | None,
+    nvcc_version: str | None = None,
 ) -> CudaDecision:
     """Decides whether the CUDA kernels are built.
 
@@ -53,6 +71,7 @@ def cuda_decision(
         sources: The ``.cu`` files of this version.
         torch_cuda: The CUDA version torch was built with, None for a CPU build.
         nvcc: Path of the CUDA compiler, None where there is none.
+        nvcc_version: Its version, None where it did not say.
 
     Raises:
         ValueError: ``setting`` is none of the three.
@@ -69,11 +88,44 @@ def cuda_decision(
         missing = "the torch built against has no CUDA"
     elif nvcc is None:
         missing = "no nvcc found (set CUDA_HOME to the CUDA toolkit)"
+    elif nvcc_version is not None and release(nvcc_version)[0] != release(torch_cuda)[0]:
+        missing = f"nvcc is of CUDA {nvcc_version}, torch for CUDA {torch_cuda}"
     if missing is None:
         return CudaDecision(True, f"nvcc {nvcc}, torch for CUDA {torch_cuda}")
     if setting == "1":
         raise BuildError(f"DENSECL_CUDA=1, but the CUDA kernels cannot be built: {missing}")
     return CudaDecision(False, missing)
+
+
+def cuda_archs(setting: str | None) -> list[str]:
+    """The architectures to build for: ``DENSECL_CUDA_ARCHS``, or those of a release.
+
+    Args:
+        setting: "8.0+PTX;9.0a" for example: machine code of 8.0 and 9.0a, PTX of 8.0 too.
+
+    Raises:
+        ValueError: something that is no architecture.
+    """
+    archs = [arch.strip() for arch in (setting or CUDA_ARCHS).split(";") if arch.strip()]
+    for arch in archs:
+        if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", arch):
+            raise ValueError(
+                f"DENSECL_CUDA_ARCHS must be architectures such as {CUDA_ARCHS}, got {arch!r}"
+            )
+        if release(arch) < (8, 0):
+            raise ValueError(f"DENSECL_CUDA_ARCHS: the kernels need 8.0 or later, got {arch!r}")
+    return archs
+
+
+def gencode_flags(archs: Sequence[str]) -> list[str]:
+    """What tells nvcc to compile for the architectures."""
+    flags = []
+    for arch in archs:
+        number = arch.removesuffix("+PTX").replace(".", "")
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if arch.endswith("+PTX"):
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
 
 
 def sources(root: Path, *patterns: str) -> list[str]:
@@ -128,7 +180,8 @@ def summary(info: Mapping[str, object], seconds: float) -> str:
     """The lines printed at the end of a build, from what is recorded in ``_build_info.json``."""
     cuda = info["cuda"]
     assert isinstance(cuda, Mapping)
-    kernels = "built" if cuda["built"] else "not built"
+    kernels = "built (densecl_ext._C_cuda)" if cuda["built"] else "not built"
+    archs = f", for {' '.join(cuda['archs'])}" if cuda["built"] else ""
     rows = {
         "built against": f"torch {info['torch']}",
         "runs under": f"torch >= {info['target_abi']} (stable ABI)",
@@ -136,7 +189,7 @@ def summary(info: Mapping[str, object], seconds: float) -> str:
         "flags": info["flags"],
         "ops and CPU kernels": "built (densecl_ext._C)",
         "host module": "built (densecl_ext._host)",
-        "CUDA kernels": f"{kernels}: {cuda['reason']}",
+        "CUDA kernels": f"{kernels}: {cuda['reason']}{archs}",
         "compile time": f"{seconds:.0f} s",
     }
     width = max(map(len, rows))

@@ -129,6 +129,7 @@ def _build(missing: list[str]) -> dict[str, Any]:
         "flags": recorded.get("flags"),
         "cpu_kernels": True,
         "cuda_kernels": loads,
+        "cuda_architectures": cuda.get("archs"),
     }
 
 

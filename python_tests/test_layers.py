@@ -103,8 +103,8 @@ def imported_parts(path: Path) -> Iterator[tuple[str, int]]:
         (("kernels", "tests"), r"^Python\.h$"),
         (("ops", "host"), r"(mm|amx|avx|sse)\w*intrin\.h$|^arm_|^x86intrin"),
         (("kernels",), r"^(ops|host)/"),
-        (("ops",), r"^(host|cpu|kernels)/"),
-        (("host",), r"^(ops|cpu|kernels)/"),
+        (("ops",), r"^(host|cpu|cuda|ptx|kernels)/|^cuda"),
+        (("host",), r"^(ops|cpu|cuda|ptx|kernels)/|^cuda"),
     ],
     ids=["torch", "pybind11", "python", "intrinsics", "up", "private-ops", "private-host"],
 )
@@ -118,6 +118,23 @@ def test_cpp_includes(folders: tuple[str, ...], forbidden: str) -> None:
         if re.search(forbidden, header)
     ]
     assert not wrong
+
+
+def test_kernels_reach_the_chip_through_the_wrappers_alone() -> None:
+    """Angle brackets let the include path choose between nvcc's header and the emulator's."""
+    wrappers = {path.name for path in (CSRC / "kernels/cuda/ptx").glob("*.cuh")}
+    twins = {path.name for path in (CSRC / "tests/cuda_emulator/ptx").glob("*.cuh")}
+    assert wrappers == twins
+    wrong = []
+    for path in cpp_files("kernels/cuda", "tests/cuda"):
+        text = path.read_text()
+        name = str(path.relative_to(ROOT))
+        wrong += [f'{name}: "ptx/' for _ in re.findall(r'#\s*include\s*"(?:\w+/)*ptx/', text)]
+        if "kernels/cuda/ptx" not in name:
+            wrong += [f"{name}: {found}" for found in re.findall(r"\basm\b|__CUDA_ARCH\w*", text)]
+            wrong += [f"{name}: {header}" for header in includes(path) if "cuda_" in header]
+    allowed = "cuda_emulator/"
+    assert not [line for line in wrong if allowed not in line]
 
 
 def test_every_part_has_a_level() -> None:

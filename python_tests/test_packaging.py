@@ -15,7 +15,7 @@ import build_plan
 import densecl_build
 import plain_wheel
 import pytest
-from build_plan import BuildError, cuda_decision, toolchain_problem
+from build_plan import BuildError, cuda_archs, cuda_decision, gencode_flags, toolchain_problem
 from setuptools import build_meta
 
 import densecl_ext
@@ -31,6 +31,7 @@ def test_cuda_is_decided_by_setting_sources_and_toolkit() -> None:
     off = cuda_decision("0", sources, "13.0", "/cuda/bin/nvcc")
     assert not off.build
     assert "DENSECL_CUDA=0" in off.reason
+    assert cuda_decision("auto", sources, "13.0", "/cuda/bin/nvcc", "13.2").build
 
 
 @pytest.mark.parametrize(
@@ -49,6 +50,29 @@ def test_missing_cuda_is_told_or_refused(
     assert reason in decision.reason
     with pytest.raises(BuildError, match=reason):
         cuda_decision("1", sources, torch_cuda, nvcc)
+
+
+def test_nvcc_and_torch_of_different_cuda_are_told() -> None:
+    decision = cuda_decision("auto", ["a.cu"], "12.8", "/cuda/bin/nvcc", "13.0")
+    assert not decision.build
+    assert decision.reason == "nvcc is of CUDA 13.0, torch for CUDA 12.8"
+    with pytest.raises(BuildError, match="nvcc is of CUDA 13.0"):
+        cuda_decision("1", ["a.cu"], "12.8", "/cuda/bin/nvcc", "13.0")
+
+
+def test_architectures() -> None:
+    assert cuda_archs(None) == cuda_archs("") == ["8.0+PTX", "9.0a"]
+    assert cuda_archs(" 9.0a; 12.0 ") == ["9.0a", "12.0"]
+    assert gencode_flags(["8.0+PTX", "9.0a"]) == [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_80,code=compute_80",
+        "-gencode=arch=compute_90a,code=sm_90a",
+    ]
+    for wrong in ("sm_90", "9", "90a", "9.0a+SASS"):
+        with pytest.raises(ValueError, match="DENSECL_CUDA_ARCHS must be"):
+            cuda_archs(wrong)
+    with pytest.raises(ValueError, match="need 8.0 or later, got '7.5'"):
+        cuda_archs("9.0a;7.5")
 
 
 def test_an_unknown_cuda_setting_is_refused() -> None:
@@ -142,7 +166,8 @@ def test_the_build_is_recorded() -> None:
     assert info.keys() == {"version", "torch", "target_abi", "cxx", "flags", "cuda"}
     assert info["version"] == densecl_ext.__version__
     assert info["target_abi"] == "2.10"
-    assert info["cuda"].keys() == {"built", "reason"}
+    assert info["cuda"].keys() == {"built", "reason", "archs"}
+    assert bool(info["cuda"]["archs"]) == info["cuda"]["built"]
     printed = build_plan.summary(info, seconds=12.3)
     for told in (info["torch"], info["cxx"], info["cuda"]["reason"], "12 s"):
         assert told in printed
@@ -160,23 +185,36 @@ def built(name: str) -> str:
     return str(found[0])
 
 
-def test_the_ops_need_only_the_stable_abi() -> None:
-    symbols = tool_output("nm", "-D", "-C", "--undefined-only", built("_C"))
+@pytest.fixture(params=["_C", "_C_cuda"])
+def op_module(request: pytest.FixtureRequest) -> str:
+    """The path of a built op module."""
+    if request.param == "_C_cuda" and not list(PACKAGE.glob("_C_cuda.*so")):
+        pytest.skip("built without CUDA kernels")
+    return built(request.param)
+
+
+def test_the_ops_need_only_the_stable_abi(op_module: str) -> None:
+    symbols = tool_output("nm", "-D", "-C", "--undefined-only", op_module)
     names = [line.split(" ", 1)[1].strip() for line in symbols.splitlines() if " U " in line]
     assert any("aoti_torch" in name or "torch_" in name for name in names)
     outside = [name for name in names if re.search(r"\b(c10|at|torch|caffe2)::", name)]
     assert not outside
+    # The CUDA runtime is linked in: whichever version torch brings does not matter.
+    assert not [name for name in names if name.startswith("cu")]
 
 
-@pytest.mark.parametrize("name", ["_C", "_host"])
+@pytest.mark.parametrize("name", ["_C", "_C_cuda", "_host"])
 def test_the_modules_name_no_folder_and_little_else(name: str) -> None:
+    if name == "_C_cuda" and not list(PACKAGE.glob("_C_cuda.*so")):
+        pytest.skip("built without CUDA kernels")
     dynamic = tool_output("readelf", "-d", built(name))
     assert "RPATH" not in dynamic
     assert "RUNPATH" not in dynamic
     needed = set(re.findall(r"NEEDED.*\[(.*)\]", dynamic))
     system = {"libstdc++.so.6", "libgcc_s.so.1", "libc.so.6", "libm.so.6", "libpthread.so.0"}
     others = {library for library in needed - system if not library.startswith("ld-linux")}
-    assert others == ({"libtorch_cpu.so"} if name == "_C" else set())
+    torch = {"_C": {"libtorch_cpu.so"}, "_C_cuda": {"libtorch_cpu.so", "libtorch_cuda.so"}}
+    assert others == torch.get(name, set())
 
 
 def test_a_source_distribution_needs_no_torch_and_holds_everything(tmp_path: Path) -> None:
@@ -201,6 +239,8 @@ def test_a_source_distribution_needs_no_torch_and_holds_everything(tmp_path: Pat
         for pattern in (
             "csrc/**/*.cpp",
             "csrc/**/*.h",
+            "csrc/**/*.cu",
+            "csrc/**/*.cuh",
             "csrc/**/*.sh",
             "build_backend/*.py",
             "densecl_ext/**/*.py",

@@ -55,7 +55,11 @@ def ema_update_(targets: Sequence[Tensor], sources: Sequence[Tensor], momentum: 
     if not targets:
         return
     with torch.no_grad():
-        _native_op(list(targets), [source.detach() for source in sources], float(momentum))
+        for device in dict.fromkeys(target.device for target in targets):
+            here = [i for i, target in enumerate(targets) if target.device == device]
+            _native_op(
+                [targets[i] for i in here], [sources[i].detach() for i in here], float(momentum)
+            )
     _mutation.record(*targets)
 
 

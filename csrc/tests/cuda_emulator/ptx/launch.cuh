@@ -25,6 +25,10 @@ inline DeviceLimits device_limits() {
   return {told.compute_capability, told.multiprocessors, shared};
 }
 
+using cudaError_t = int;
+inline const char* cudaGetErrorName(int) { return "emulated"; }
+inline const char* cudaGetErrorString(int) { return "the emulator throws instead"; }
+
 template <class... Parameters, class... Arguments>
 Status launch(void (*kernel)(Parameters...), const LaunchShape& shape, void*,
               Arguments&&... arguments) {

@@ -1,0 +1,28 @@
+#include "densecl/cuda/ema.h"
+
+#include "ops/cuda/common.h"
+#include "ops/ema_pairs.h"
+
+namespace densecl::binding {
+namespace {
+
+constexpr char op[] = "ema_update_";
+
+// All tensors on one device: the Python function groups them.
+void ema_update_cuda(std::vector<Tensor> targets, std::vector<Tensor> sources, double momentum) {
+  if (targets.empty()) return;
+  const OnDeviceOf device(targets[0], op, "targets[0]");
+  for (const Tensor& target : targets) device.require(target, op, "every target");
+  for (const Tensor& source : sources) device.require(source, op, "every source");
+  EmaPairs pairs(targets, sources, op);
+  check_launch(cuda::ema_update(pairs.data(), pairs.size(), momentum, device.stream()), op);
+  pairs.copy_back();
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(densecl_ext, CUDA, m) {
+  m.impl("_ema_update_", TORCH_BOX(&ema_update_cuda));
+}
+
+}  // namespace densecl::binding
