@@ -45,7 +45,7 @@ inline RowsView rows_of(const Tensor& rows, const char* op, const char* argument
   return {rows.const_data_ptr(), dtype_of(rows, op, argument), rows.stride(0), rows.stride(1)};
 }
 
-// A one-element int64 tensor on the CPU.
+// A one-element int64 tensor.
 inline int64_t* counter_of(const Tensor& counter, const char* op, const char* argument) {
   STD_TORCH_CHECK(counter.scalar_type() == ScalarType::Long && counter.numel() == 1, op, ": ",
                   argument, " must be one int64 element");

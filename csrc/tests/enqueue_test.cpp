@@ -3,58 +3,15 @@
 
 #include <numeric>
 
-#include "tests/support.h"
+#include "tests/enqueue_case.h"
 
 namespace densecl::test {
 namespace {
 
 const DType dtypes[] = {DType::f32, DType::bf16, DType::f16};
 
-struct Case {
-  int64_t length, features, batch, pointer;
-};
-
-const Case cases[] = {{8, 4, 3, 0},  {8, 4, 3, 6},        {8, 4, 8, 5},   {8, 4, 0, 7},
-                      {8, 4, 29, 3}, {1, 5, 1, 0},        {1, 5, 4, 0},   {200, 33, 130, 150},
-                      {7, 1, 7, 6},  {300, 128, 65, 299}, {5, 1024, 3, 4}};
-
-// Writes one key after the other, wrapping round; a key that is overwritten later leaves no trace.
-std::vector<float> expected_queue(const Case& c, Typed& keys, const std::vector<float>& before,
-                                  bool normalize, DType dtype) {
-  std::vector<float> queue = before;
-  for (float& value : queue) value = round_to(value, dtype);
-  for (int64_t b = 0; b < c.batch; ++b) {
-    double squares = 0.0;
-    for (int64_t d = 0; d < c.features; ++d) {
-      squares += static_cast<double>(keys[b * c.features + d]) * keys[b * c.features + d];
-    }
-    const double norm = normalize ? std::max(std::sqrt(squares), 1e-12) : 1.0;
-    const int64_t row = (c.pointer + b) % c.length;
-    for (int64_t d = 0; d < c.features; ++d) {
-      const float value = static_cast<float>(keys[b * c.features + d] / norm);
-      queue[row * c.features + d] = round_to(value, dtype);
-    }
-  }
-  return queue;
-}
-
-EnqueueProblem problem_of(const Case& c, Typed& keys, Typed& queue, bool normalize) {
-  EnqueueProblem problem{};
-  problem.length = c.length;
-  problem.features = c.features;
-  problem.batch = c.batch;
-  problem.pointer = c.pointer;
-  problem.normalize = normalize;
-  problem.keys = {keys.data(), keys.dtype(), c.features, 1};
-  problem.queue = queue.data();
-  problem.queue_dtype = queue.dtype();
-  problem.queue_row_stride = c.features;
-  problem.queue_feature_stride = 1;
-  return problem;
-}
-
 TEST(Enqueue, WritesInOrderAndWrapsRound) {
-  for (const Case& c : cases) {
+  for (const EnqueueCase& c : enqueue_cases) {
     for (const DType queue_dtype : dtypes) {
       for (const DType key_dtype : dtypes) {
         for (const bool normalize : {false, true}) {
@@ -76,7 +33,7 @@ TEST(Enqueue, WritesInOrderAndWrapsRound) {
 }
 
 TEST(Enqueue, StridedKeysAndQueue) {
-  const Case c{9, 6, 5, 7};
+  const EnqueueCase c{9, 6, 5, 7};
   const int64_t key_stride = 2 * c.batch, queue_stride = c.length + 1;  // transposed, with gaps
   const std::vector<float> values = normal(c.batch * c.features, 3);
   Typed dense(values, DType::f32), keys(std::vector<float>(c.features * key_stride), DType::f32);
@@ -104,7 +61,7 @@ TEST(Enqueue, StridedKeysAndQueue) {
 }
 
 TEST(Enqueue, ZeroKeysStayZero) {
-  const Case c{3, 4, 2, 0};
+  const EnqueueCase c{3, 4, 2, 0};
   Typed keys(std::vector<float>(8, 0.0f), DType::f32);
   Typed queue(std::vector<float>(12, 1.0f), DType::f32);
   SerialExecutor executor;
@@ -113,7 +70,7 @@ TEST(Enqueue, ZeroKeysStayZero) {
 }
 
 TEST(Enqueue, SameBitsForEveryNumberOfThreads) {
-  const Case c{1000, 40, 700, 600};
+  const EnqueueCase c{1000, 40, 700, 600};
   Typed keys(normal(c.batch * c.features, 1), DType::f32);
   std::vector<unsigned char> first;
   for (int threads = 1; threads <= 4; ++threads) {

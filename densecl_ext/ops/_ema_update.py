@@ -16,7 +16,8 @@ def ema_update_(targets: Sequence[Tensor], sources: Sequence[Tensor], momentum: 
     """``targets = momentum * targets + (1 - momentum) * sources``, in place, all in one launch.
 
     MoCo, eq. 2. Arithmetic in float32 for every type. Nothing is written unless every pair fits.
-    Never recorded by autograd.
+    On a GPU up to 1,020 tensors are one launch; tensors of several devices may be mixed. Never
+    recorded by autograd.
 
     Args:
         targets: tensors of any shapes and strides, float32, bfloat16 or float16, mixed as wished.

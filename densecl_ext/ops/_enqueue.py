@@ -26,9 +26,11 @@ def enqueue_(
 
     Args:
         queue: (K, D) float32, bfloat16 or float16, K >= 1; any strides.
-        pointer: (1,) int64 in [0, K), on the queue's device; becomes (pointer + B) mod K.
+        pointer: (1,) int64 in [0, K), on the queue's device; becomes (pointer + B) mod K. On a GPU
+            nothing looks at it before the kernel does, which takes any value modulo K.
         keys: (B, D), the same types; B may be 0; rows of the queue itself are fine.
-        filled: one-element int64 in [0, K]; becomes min(K, filled + B).
+        filled: one-element int64 in [0, K]; becomes min(K, filled + B) (on a GPU, from below 0 too,
+            as if it were 0).
         normalize: scale the keys to unit length first, rows shorter than 1e-12 divided by that.
 
     Raises:

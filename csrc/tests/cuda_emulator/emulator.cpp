@@ -81,7 +81,8 @@ struct Launch {
   std::vector<std::unique_ptr<Block>> blocks;
   std::vector<Action> actions;
   Thread* running = nullptr;
-  Meeting* met = nullptr;  // the meeting whose last member runs
+  unsigned blocks_arrived = 0;  // at the grid's barrier
+  Meeting* met = nullptr;       // the meeting whose last member runs
   std::string error;
   bool abandoned = false;  // threads unwind when they are continued
 };
@@ -273,8 +274,9 @@ void run_blocks() {
   if (current->shuffled) std::shuffle(numbers.begin(), numbers.end(), current->random);
   std::size_t next = 0;
   while (current->error.empty()) {
-    while (next < numbers.size() &&
-           current->blocks.size() < static_cast<std::size_t>(chosen.blocks_at_once)) {
+    const std::size_t at_once =
+        grid.cooperative ? numbers.size() : static_cast<std::size_t>(chosen.blocks_at_once);
+    while (next < numbers.size() && current->blocks.size() < at_once) {
       current->blocks.push_back(open_block(numbers[next++]));
     }
     if (current->blocks.empty()) break;
@@ -460,6 +462,20 @@ void block_barrier(int id, int threads, bool wait, const char* what, Where where
   if (!wait) return;
   barrier.waiting.push_back(&thread);
   sleep_until_woken(what, where);
+}
+
+void grid_arrive(Where where) {
+  if (!current->grid.cooperative) fail("grid barrier: the launch is not cooperative", where);
+  block_barrier(0, threads_in_block(), true, "grid_arrive", where);
+  if (thread_in_block() == 0) ++current->blocks_arrived;
+  maybe_yield();
+}
+
+void grid_wait(Where where) {
+  const Grid& grid = current->grid;
+  const unsigned blocks = grid.blocks[0] * grid.blocks[1] * grid.blocks[2];
+  wait_until([=] { return current->blocks_arrived >= blocks; }, "grid_wait", where);
+  block_barrier(0, threads_in_block(), true, "grid_wait", where);
 }
 
 void copy_async(void* shared, const void* global, int bytes, int bytes_read, Where where) {

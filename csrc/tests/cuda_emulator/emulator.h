@@ -37,6 +37,7 @@ struct Grid {
   unsigned blocks[3];
   unsigned threads[3];
   std::size_t shared_bytes;
+  bool cooperative = false;  // all blocks in flight at once
 };
 
 // Runs the kernel for every thread. Throws std::runtime_error with what the kernel did wrong.
@@ -93,6 +94,10 @@ void warp_collective(std::uint32_t mask, Lane& mine, const char* what, Where whe
 // Barrier 0 waits for the whole block at one place; others count up to `threads`, which may arrive
 // at different places. wait = false only arrives.
 void block_barrier(int id, int threads, bool wait, const char* what, Where where);
+
+// The barrier of a cooperative launch. Each block arrives once; whoever wants to waits.
+void grid_arrive(Where where);
+void grid_wait(Where where);
 
 // Asynchronous copies of this thread (cp.async): taken at issue, written by the wait.
 void copy_async(void* shared, const void* global, int bytes, int bytes_read, Where where);

@@ -15,6 +15,8 @@ struct LaunchShape {
   // Programmatic dependent launch: blocks may start before the previous kernel of the stream has
   // ended, and call wait_for_previous() before they touch its results. From compute capability 9.0.
   bool overlaps_previous = false;
+  // All blocks run at once and may meet (ptx/grid.cuh); refused where they do not fit.
+  bool cooperative = false;
 };
 
 inline Status status_of(cudaError_t error) {
@@ -46,16 +48,23 @@ Status launch(void (*kernel)(Parameters...), const LaunchShape& shape, Stream st
         kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.shared_bytes));
     if (error != cudaSuccess) return status_of(error);
   }
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attributes[2]{};
+  unsigned count = 0;
+  if (shape.overlaps_previous) {
+    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (shape.cooperative) {
+    attributes[count].id = cudaLaunchAttributeCooperative;
+    attributes[count++].val.cooperative = 1;
+  }
   cudaLaunchConfig_t config{};
   config.gridDim = shape.blocks;
   config.blockDim = shape.threads;
   config.dynamicSmemBytes = static_cast<size_t>(shape.shared_bytes);
   config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = &attribute;
-  config.numAttrs = shape.overlaps_previous ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = count;
   const cudaError_t error =
       cudaLaunchKernelEx(&config, kernel, static_cast<Arguments&&>(arguments)...);
   // Clears the error, so that the next library's check does not report this one.
