@@ -52,9 +52,8 @@ __device__ __forceinline__ void join_weighted(const InfoNceSweep& sweep, int32_t
 #pragma unroll
         for (int k = 0; k < row_slots; ++k) {
           const int d = 32 * k + lane;
-          weighted[u][k] = s + u < count && d < sweep.features
-                               ? of_row[(group + s + u) * slice_size + d]
-                               : 0.0f;
+          weighted[u][k] =
+              s + u < count && d < sweep.features ? of_row[(group + s + u) * slice_size + d] : 0.0f;
         }
       }
 #pragma unroll
@@ -148,10 +147,17 @@ __global__ void __launch_bounds__(threads) finish_kernel(const __grid_constant__
 
 Status finish_info_nce(const InfoNceCall& call, const InfoNceSweep& sweep, Stream stream) {
   const InfoNceProblem& problem = call.problem;
-  const Finish f{problem.query,       problem.positive,  problem.match,
-                 problem.positions,   problem.key_positions,
-                 problem.temperature, problem.normalize, problem.loss,
-                 problem.grad_query,  problem.grad_positive, sweep};
+  const Finish f{problem.query,
+                 problem.positive,
+                 problem.match,
+                 problem.positions,
+                 problem.key_positions,
+                 problem.temperature,
+                 problem.normalize,
+                 problem.loss,
+                 problem.grad_query,
+                 problem.grad_positive,
+                 sweep};
   const auto blocks = static_cast<unsigned>((int64_t{sweep.rows} + warps - 1) / warps);
   return launch(finish_kernel, {blocks, threads}, stream, f);
 }

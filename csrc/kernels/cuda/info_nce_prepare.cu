@@ -152,8 +152,7 @@ __device__ void longest_of_part(const Prepare& p) {
 __global__ void __launch_bounds__(threads) prepare_kernel(const __grid_constant__ Prepare p) {
   const auto block = static_cast<int32_t>(blockIdx.x);
   if (block < p.longest_count) return longest_of_part(p);
-  const int32_t row =
-      (block - p.longest_count) * warps + static_cast<int32_t>(threadIdx.x / 32);
+  const int32_t row = (block - p.longest_count) * warps + static_cast<int32_t>(threadIdx.x / 32);
   if (row < p.padded_rows) prepare_row(p, row);
 }
 
@@ -175,9 +174,8 @@ Status prepare_info_nce(const InfoNceCall& call, Stream stream) {
   p.queue = problem.queue.data;
   p.queue_dtype = problem.queue.dtype;
   p.queue_row_stride = problem.queue.row_stride;
-  p.queue_aligned =
-      reinterpret_cast<uintptr_t>(p.queue) % 16 == 0 &&
-      p.queue_row_stride * element_size(p.queue_dtype) % 16 == 0;
+  p.queue_aligned = reinterpret_cast<uintptr_t>(p.queue) % 16 == 0 &&
+                    p.queue_row_stride * element_size(p.queue_dtype) % 16 == 0;
   p.queue_length = problem.queue_length;
   p.filled = call.filled;
   p.longest = workspace_part<float>(call, plan.longest_offset);

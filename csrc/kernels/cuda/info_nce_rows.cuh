@@ -19,9 +19,7 @@ __device__ __forceinline__ double warp_sum(double x) {
 }
 
 // The larger; NaN if either is.
-__device__ __forceinline__ float larger(float a, float b) {
-  return a == a && !(b <= a) ? b : a;
-}
+__device__ __forceinline__ float larger(float a, float b) { return a == a && !(b <= a) ? b : a; }
 
 // The longest row of the queue, from the maxima over its parts; every lane gets it.
 __device__ __forceinline__ float longest_row(const float* parts, int count) {
@@ -96,7 +94,6 @@ struct UnitRow {
     }
   }
 };
-
 
 // What comes before and after the sweep (info_nce_prepare.cu, info_nce_finish.cu).
 Status prepare_info_nce(const InfoNceCall& call, Stream stream);

@@ -30,7 +30,9 @@ struct InfoNceSweep {
   float* weighted;     // (slices, padded_rows, padded_features) out, or null: no gradient wanted
 };
 
-Status sweep_portable(const InfoNceSweep& sweep, Stream stream);
+Status sweep_portable(const InfoNceSweep& sweep, Stream stream);  // one of these two
+Status sweep_portable_16bit(const InfoNceSweep& sweep, Stream stream);
+Status sweep_portable_f32(const InfoNceSweep& sweep, Stream stream);
 
 bool sweep_sm90_fits(const InfoNceSweep& sweep);  // 16-bit types, alignment, D
 Status sweep_sm90(const InfoNceSweep& sweep, Stream stream);

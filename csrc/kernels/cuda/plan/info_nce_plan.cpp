@@ -6,7 +6,7 @@
 namespace densecl::cuda {
 namespace {
 
-constexpr int64_t tile = 128;    // rows of a block, and the step of a slice's queue rows
+constexpr int64_t tile = 128;     // rows of a block, and the step of a slice's queue rows
 constexpr int64_t at_once = 132;  // blocks that run at once: an H100's multiprocessors
 // What a block costs beside its products (its start, its partial sums written and joined), in
 // steps of 128 queue rows.

@@ -1,0 +1,87 @@
+// info_nce on a GPU: prepare the rows, sweep over the queue, finish the rows. Which sweep runs.
+#include "densecl/cuda/info_nce.h"
+
+#include <cstdlib>
+#include <cstring>
+
+#include <ptx/launch.cuh>
+
+#include "cuda/info_nce_rows.cuh"
+#include "cuda/info_nce_sweep.h"
+
+// Builds for older chips alone hold no Hopper kernel.
+#if !defined(DENSECL_HOPPER)
+#define DENSECL_HOPPER 0
+#endif
+
+namespace densecl::cuda {
+namespace {
+
+InfoNceSweep sweep_of(const InfoNceCall& call) {
+  const InfoNceProblem& problem = call.problem;
+  const InfoNcePlan& plan = call.plan;
+  InfoNceSweep sweep{};
+  sweep.query = workspace_part<void>(call, plan.query_offset);
+  sweep.query_length = workspace_part<float>(call, plan.length_offset);
+  sweep.queue_longest = workspace_part<float>(call, plan.longest_offset);
+  sweep.longest_count = static_cast<int32_t>(plan.longest_count);
+  sweep.queue = problem.queue.data;
+  sweep.queue_row_stride = problem.queue.row_stride;
+  sweep.dtype = problem.queue.dtype;
+  sweep.rows = static_cast<int32_t>(problem.images * problem.positions);
+  sweep.padded_rows = static_cast<int32_t>(plan.padded_rows);
+  sweep.features = static_cast<int32_t>(problem.features);
+  sweep.padded_features = static_cast<int32_t>(plan.padded_features);
+  sweep.queue_length = problem.queue_length;
+  sweep.filled = call.filled;
+  sweep.scale = static_cast<float>(1.44269504088896340736 / problem.temperature);
+  sweep.slices = static_cast<int32_t>(plan.slices);
+  sweep.slice_rows = plan.slice_rows;
+  sweep.shift = workspace_part<float>(call, plan.shift_offset);
+  sweep.sum = workspace_part<float>(call, plan.sum_offset);
+  sweep.weighted = problem.grad_query ? workspace_part<float>(call, plan.weighted_offset) : nullptr;
+  return sweep;
+}
+
+bool sm90_runs(const InfoNceSweep& sweep) {
+#if DENSECL_HOPPER
+  return device_limits().compute_capability / 10 == 9 && sweep_sm90_fits(sweep);
+#else
+  return static_cast<void>(sweep), false;
+#endif
+}
+
+Status run_sweep(const InfoNceSweep& sweep, InfoNceKernel kernel, Stream stream) {
+#if DENSECL_HOPPER
+  if (kernel == InfoNceKernel::sm90) return sweep_sm90(sweep, stream);
+#endif
+  static_cast<void>(kernel);
+  return sweep_portable(sweep, stream);
+}
+
+}  // namespace
+
+Status sweep_portable(const InfoNceSweep& sweep, Stream stream) {
+  return sweep.dtype == DType::f32 ? sweep_portable_f32(sweep, stream)
+                                   : sweep_portable_16bit(sweep, stream);
+}
+
+InfoNceKernel info_nce_kernel(const InfoNceCall& call) {
+  const char* forced = std::getenv("DENSECL_CUDA_KERNEL");
+  const bool any = forced == nullptr || *forced == '\0';
+  if (!any && std::strcmp(forced, "portable") == 0) return InfoNceKernel::portable;
+  if (!any && std::strcmp(forced, "sm90") != 0) return InfoNceKernel::unknown;
+  if (sm90_runs(sweep_of(call))) return InfoNceKernel::sm90;
+  return any ? InfoNceKernel::portable : InfoNceKernel::unavailable;
+}
+
+Status info_nce(const InfoNceCall& call, InfoNceKernel kernel, Stream stream) {
+  const InfoNceSweep sweep = sweep_of(call);
+  if (sweep.rows == 0) return Status::ok;
+  Status status = prepare_info_nce(call, stream);
+  if (status == Status::ok && sweep.slices > 0) status = run_sweep(sweep, kernel, stream);
+  if (status == Status::ok) status = finish_info_nce(call, sweep, stream);
+  return status;
+}
+
+}  // namespace densecl::cuda

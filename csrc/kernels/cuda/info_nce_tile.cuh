@@ -1,0 +1,201 @@
+// What the portable sweeps of info_nce share: tiles of rows fetched into shared memory, and the
+// softmax sums of the rows a thread holds parts of.
+#pragma once
+
+#include <ptx/cp_async.cuh>
+#include <ptx/math.cuh>
+
+#include "cuda/info_nce_rows.cuh"
+
+namespace densecl::cuda {
+
+constexpr int sweep_warps = 4;
+constexpr int sweep_threads = 32 * sweep_warps;
+constexpr float log2_e = 1.44269504f;
+
+// Rows in global memory.
+template <class Storage>
+struct RowSource {
+  const Storage* data;
+  int64_t row_stride;
+  int features;
+  bool aligned;  // every row begins at a multiple of 16 bytes
+};
+
+// Fills a tile with rows [begin, begin + Tile::rows), zero from row `end` on and beyond the
+// features. Copies of aligned rows are asynchronous; others are done when it returns.
+// Tile::at(row, d): where the 16 bytes from feature d lie.
+template <class Tile, class Storage>
+__device__ __forceinline__ void load_tile(const RowSource<Storage>& source, int64_t begin,
+                                          int64_t end, Storage* tile) {
+  constexpr int chunk = 16 / sizeof(Storage);
+  constexpr int chunks = Tile::features / chunk;
+  for (int i = static_cast<int>(threadIdx.x); i < Tile::rows * chunks; i += sweep_threads) {
+    const int row = i / chunks, d = i % chunks * chunk;
+    const int valid = begin + row < end ? max(0, min(chunk, source.features - d)) : 0;
+    const Storage* from = source.data;
+    if (valid > 0) from += (begin + row) * source.row_stride + d;
+    Storage* to = tile + Tile::at(row, d);
+    if (source.aligned) {
+      copy_async<16>(to, from, valid * static_cast<int>(sizeof(Storage)));
+    } else {
+#pragma unroll
+      for (int k = 0; k < chunk; ++k) to[k] = k < valid ? from[k] : Storage{0};
+    }
+  }
+}
+
+template <class Storage>
+__device__ __forceinline__ RowSource<Storage> query_source(const InfoNceSweep& sweep) {
+  return {static_cast<const Storage*>(sweep.query), sweep.padded_features, sweep.padded_features,
+          true};
+}
+template <class Storage>
+__device__ __forceinline__ RowSource<Storage> queue_source(const InfoNceSweep& sweep) {
+  return {static_cast<const Storage*>(sweep.queue), sweep.queue_row_stride, sweep.features,
+          reinterpret_cast<uint64_t>(sweep.queue) % 16 == 0 &&
+              sweep.queue_row_stride * static_cast<int64_t>(sizeof(Storage)) % 16 == 0};
+}
+
+// How a type's weights are shifted: up to `limit`, a bound on base-2 logits, by 0 or by the bound
+// less `room`; beyond by the running maximum less `room`, so that they are at most 2^room.
+//
+// e^60 times 2^40 rows is a float, and so is e^-60.
+struct WideRule {
+  static constexpr float limit = 60.0f * log2_e, room = 0.0f;
+  static constexpr bool follows_bound = false;
+};
+// Within this limit the weights, from 2^(15 - 2 bound) to 2^15, are all normal numbers of float16.
+struct HalfRule {
+  static constexpr float limit = 14.5f, room = 15.0f;
+  static constexpr bool follows_bound = true;
+};
+
+// Softmax sums of rows g and g + 8 of a fragment, g = lane / 4, over the columns that the lane
+// holds. Compensated (Kahan), so that a million equal terms add up.
+struct RowSums {
+  float shift[2], sum[2], lost[2];
+
+  // Returns whether a row needs a running maximum. Rows that are not finite end in NaN either way
+  // and must not move the others to another rounding.
+  template <class Rule>
+  __device__ __forceinline__ bool start(const InfoNceSweep& sweep, int32_t row, float longest) {
+    const float infinity = __uint_as_float(0x7f800000u);
+    bool running = false;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float bound = sweep.query_length[row + 8 * h] * longest * sweep.scale;
+      running = running || (bound > Rule::limit && bound < infinity);
+      // infinity - infinity is NaN, which is what such a row's sum has to be.
+      shift[h] = Rule::follows_bound ? bound - Rule::room + (bound - bound) : 0.0f;
+      sum[h] = lost[h] = 0.0f;
+    }
+    return running;
+  }
+
+  __device__ __forceinline__ void start_running() {
+    shift[0] = shift[1] = -__uint_as_float(0x7f800000u);
+  }
+
+  // Raises the shift of row h to cover base-2 logits up to `peak` and returns what the sums so far
+  // are multiplied by. All lanes of a row agree on peak.
+  template <class Rule>
+  __device__ __forceinline__ float raise(int h, float peak) {
+    const float raised = max(shift[h], peak - Rule::room);
+    const float factor = exp2_approx(shift[h] - raised);
+    shift[h] = raised;
+    sum[h] *= factor;
+    lost[h] *= factor;
+    return factor;
+  }
+
+  __device__ __forceinline__ void add(int h, float x) {
+    const float corrected = x - lost[h];
+    const float total = sum[h] + corrected;
+    lost[h] = (total - sum[h]) - corrected;
+    sum[h] = total;
+  }
+
+  // The row's sum over all columns.
+  __device__ __forceinline__ float total(int h) const {
+    float x = sum[h] - lost[h];
+    x += __shfl_xor_sync(whole_warp, x, 1);
+    return x + __shfl_xor_sync(whole_warp, x, 2);
+  }
+};
+
+// The largest over the four lanes that share a row.
+__device__ __forceinline__ float quad_max(float x) {
+  x = max(x, __shfl_xor_sync(whole_warp, x, 1));
+  return max(x, __shfl_xor_sync(whole_warp, x, 2));
+}
+
+// The scores of one 16-row fragment against 8 * count columns, as mma holds them, become weights
+// 2^(score * scale - shift); `left` columns count. Returns through rescale what earlier weighted
+// sums of rows g and g + 8 are multiplied by, and whether any of the warp's are.
+template <class Rule, int count>
+__device__ __forceinline__ bool weigh(RowSums& rows, float (&scores)[count][4], float scale,
+                                      int left, bool running, float (&rescale)[2]) {
+  const float infinity = __uint_as_float(0x7f800000u);
+  if (left < 8 * count) {
+    const int column = static_cast<int>(threadIdx.x) % 4 * 2;
+#pragma unroll
+    for (int n = 0; n < count; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (8 * n + column + i % 2 >= left) scores[n][i] = -infinity;
+      }
+    }
+  }
+  bool raised = false;
+  if (running) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float peak = -infinity;
+#pragma unroll
+      for (int n = 0; n < count; ++n) peak = max(peak, max(scores[n][2 * h], scores[n][2 * h + 1]));
+      rescale[h] = rows.raise<Rule>(h, quad_max(peak) * scale);
+      raised = raised || rescale[h] != 1.0f;
+    }
+    raised = __any_sync(whole_warp, raised);
+  }
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    float total = 0.0f;
+#pragma unroll
+    for (int n = 0; n < count; ++n) {
+#pragma unroll
+      for (int i = 2 * h; i < 2 * h + 2; ++i) {
+        scores[n][i] = exp2_approx(__fmaf_rn(scores[n][i], scale, -rows.shift[h]));
+        total += scores[n][i];
+      }
+    }
+    rows.add(h, total);
+  }
+  return raised;
+}
+
+// Queue rows [begin, end) of this block's slice.
+struct SliceRange {
+  int64_t begin, end;
+  __device__ __forceinline__ explicit SliceRange(const InfoNceSweep& sweep)
+      : begin(blockIdx.y * sweep.slice_rows),
+        end(min(begin + sweep.slice_rows, counted_rows(sweep.filled, sweep.queue_length))) {}
+};
+
+// What a slice of which no row counts leaves behind.
+__device__ __forceinline__ void write_empty_slice(const InfoNceSweep& sweep, int32_t first_row,
+                                                  int block_rows) {
+  const int64_t slice_row = int64_t{blockIdx.y} * sweep.padded_rows + first_row;
+  const int thread = static_cast<int>(threadIdx.x);
+  for (int i = thread; i < block_rows; i += sweep_threads) {
+    sweep.shift[slice_row + i] = sweep.sum[slice_row + i] = 0.0f;
+  }
+  if (sweep.weighted == nullptr) return;
+  float* weighted = sweep.weighted + slice_row * sweep.padded_features;
+  for (int i = thread; i < block_rows * sweep.padded_features; i += sweep_threads) {
+    weighted[i] = 0.0f;
+  }
+}
+
+}  // namespace densecl::cuda
