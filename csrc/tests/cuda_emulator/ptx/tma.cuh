@@ -1,0 +1,56 @@
+// Twin of cuda/ptx/tma.cuh: a box holds NaN from the start of its copy until it comes, some time
+// later.
+#pragma once
+
+#include <ptx/mbarrier.cuh>
+
+#include "densecl/cuda/launch.h"
+
+namespace densecl::cuda {
+
+struct TensorMap {
+  const unsigned char* data;
+  int64_t rows, columns, stride;
+  int box_rows;
+};
+
+constexpr int box_columns = 64;
+
+inline Status describe_matrix(TensorMap* map, const void* data, int64_t rows, int64_t columns,
+                              int64_t stride, int box_rows) {
+  if (reinterpret_cast<uintptr_t>(data) % 16 != 0 || stride % 8 != 0 || box_rows > 256) {
+    return launch_failure(1);
+  }
+  *map = {static_cast<const unsigned char*>(data), rows, columns, stride, box_rows};
+  return Status::ok;
+}
+
+enum class Keep : uint64_t { first_out, last_out };
+
+inline void copy_box(void* to, const TensorMap* map, int column, int row, Barrier* barrier, Keep,
+                     int box_rows, DENSECL_WHERE) {
+  const std::size_t bytes = 128 * static_cast<std::size_t>(box_rows);
+  emulator::check_shared(to, bytes, 1024, "TMA", where);
+  emulator::state_of(barrier, "TMA", where);
+  if (box_rows != map->box_rows) emulator::fail("TMA: not the map's box", where);
+  emulator::poison(to, bytes);
+  emulator::later([=, map = *map] {
+    unsigned char* out = static_cast<unsigned char*>(to);
+    for (int r = 0; r < box_rows; ++r) {
+      for (int c = 0; c < box_columns; ++c) {
+        unsigned char* at = out + 128 * r + ((c / 8 ^ r % 8) * 16 + c % 8 * 2);
+        const bool inside = row + r < map.rows && column + c < map.columns;
+        if (inside) {
+          std::memcpy(at, map.data + 2 * ((row + r) * map.stride + column + c), 2);
+        } else {
+          std::memset(at, 0, 2);
+        }
+      }
+    }
+    emulator::bytes_came(barrier, static_cast<int>(bytes));
+  });
+}
+
+inline void show_writes_to_units() {}
+
+}  // namespace densecl::cuda

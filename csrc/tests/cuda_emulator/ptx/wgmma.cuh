@@ -1,0 +1,185 @@
+// Twin of cuda/ptx/wgmma.cuh. Products are computed when they are waited for, from what shared
+// memory and the registers of a hold by then; until then d holds NaN. So reuse before the wait
+// shows.
+#pragma once
+
+#include <array>
+#include <deque>
+#include <map>
+#include <vector>
+
+#include <ptx/device.cuh>
+#include <ptx/mma.cuh>
+
+#include "densecl/half.h"
+#include "densecl/types.h"
+
+namespace densecl::emulator {
+
+struct Product {
+  bool bf16;
+  int n;
+  float* d;
+  const uint32_t* a;  // in registers; or null
+  uint64_t a_matrix, b_matrix;
+  bool accumulate;
+};
+
+// Of one thread.
+struct Products {
+  std::vector<Product> open;
+  std::deque<std::vector<Product>> groups;
+  std::map<float*, std::vector<float>> sums;  // what d held, and then the sums so far
+  bool fenced = false;
+};
+
+inline Products& products() {
+  static std::map<std::pair<const unsigned char*, int>, Products> all;
+  static int launch = 0;
+  if (launch != launches()) all.clear();  // what a launch that failed left behind
+  launch = launches();
+  return all[{shared(), thread_in_block()}];
+}
+
+// A 16-bit element of a swizzled matrix: `offset` bytes from its start before the swizzle.
+inline uint16_t element(uint64_t matrix, int offset, Where where) {
+  uint32_t address = static_cast<uint32_t>(matrix & 0x3fff) * 16 + static_cast<uint32_t>(offset);
+  address ^= (address >> 7 & 7) << 4;
+  const void* p = cuda::shared_pointer(address);
+  check_shared(p, 2, 2, "wgmma", where);
+  uint16_t bits;
+  std::memcpy(&bits, p, 2);
+  return bits;
+}
+
+inline int leading_bytes(uint64_t matrix) { return static_cast<int>(matrix >> 16 & 0x3fff) * 16; }
+inline int stride_bytes(uint64_t matrix) { return static_cast<int>(matrix >> 32 & 0x3fff) * 16; }
+
+inline void issue(const Product& product, Where where) {
+  Products& mine = products();
+  if (!mine.fenced) fail("wgmma without wgmma.fence before it", where);
+  const int registers = product.n / 2;
+  if (!mine.sums.contains(product.d)) {
+    mine.sums[product.d].assign(product.d, product.d + registers);
+    poison(product.d, sizeof(float) * static_cast<std::size_t>(registers));
+  }
+  mine.open.push_back(product);
+}
+
+// The `index`th product of the oldest group, for all 128 threads.
+inline void compute(Products** threads, std::size_t index, Where where) {
+  const Product& one = threads[0]->groups.front()[index];
+  const auto widen = [&](uint16_t bits) { return one.bf16 ? bf16_to_f32(bits) : f16_to_f32(bits); };
+  std::vector<float> a(64 * 16), b(static_cast<std::size_t>(16 * one.n));
+  for (int r = 0; r < 64; ++r) {
+    for (int k = 0; k < 16; ++k) {
+      uint16_t bits;
+      if (one.a) {
+        const Product& holder = threads[r / 16 * 32 + r % 8 * 4 + k % 8 / 2]->groups.front()[index];
+        bits = static_cast<uint16_t>(holder.a[r % 16 / 8 + k / 8 * 2] >> (k % 2 * 16));
+      } else {
+        bits =
+            element(one.a_matrix, r / 8 * stride_bytes(one.a_matrix) + r % 8 * 128 + 2 * k, where);
+      }
+      a[static_cast<std::size_t>(r * 16 + k)] = widen(bits);
+    }
+  }
+  for (int c = 0; c < one.n; ++c) {
+    for (int k = 0; k < 16; ++k) {
+      const int offset = one.a ? c / 64 * leading_bytes(one.b_matrix) +
+                                     k / 8 * stride_bytes(one.b_matrix) + k % 8 * 128 + c % 64 * 2
+                               : c / 8 * stride_bytes(one.b_matrix) + c % 8 * 128 + 2 * k;
+      b[static_cast<std::size_t>(c * 16 + k)] = widen(element(one.b_matrix, offset, where));
+    }
+  }
+  for (int r = 0; r < 64; ++r) {
+    for (int c = 0; c < one.n; ++c) {
+      Products& holder = *threads[r / 16 * 32 + r % 8 * 4 + c % 8 / 2];
+      const Product& same = holder.groups.front()[index];
+      if (same.b_matrix != one.b_matrix || same.n != one.n) fail("wgmma: divergent", where);
+      float& sum =
+          holder.sums[same.d][static_cast<std::size_t>(c / 8 * 4 + r % 16 / 8 * 2 + c % 2)];
+      double addends[16];
+      for (int k = 0; k < 16; ++k) {
+        addends[k] = static_cast<double>(a[static_cast<std::size_t>(r * 16 + k)]) *
+                     b[static_cast<std::size_t>(c * 16 + k)];
+      }
+      sum = aligned_sum(one.accumulate ? sum : 0.0f, addends, 16);
+    }
+  }
+}
+
+}  // namespace densecl::emulator
+
+namespace densecl::cuda {
+
+inline uint64_t along_rows(const void* matrix) {
+  return (uint64_t{shared_address(matrix)} & 0x3ffff) >> 4 | uint64_t{1} << 16 |
+         uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
+}
+inline uint64_t across_rows(const void* matrix, int next) {
+  return (uint64_t{shared_address(matrix)} & 0x3ffff) >> 4 |
+         static_cast<uint64_t>(next >> 4) << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
+}
+inline uint64_t advanced(uint64_t matrix, int bytes) {
+  return matrix + static_cast<uint64_t>(bytes >> 4);
+}
+
+inline void fence_products() { emulator::products().fenced = true; }
+
+inline void commit_products() {
+  emulator::Products& mine = emulator::products();
+  mine.groups.push_back(std::move(mine.open));
+  mine.open.clear();
+}
+
+template <int left>
+void wait_products(DENSECL_WHERE) {
+  emulator::Products& mine = emulator::products();
+  const int first = emulator::thread_in_block() / 128 * 128;
+  mine.fenced = false;  // the registers may be written from here on
+  while (mine.groups.size() > static_cast<std::size_t>(left)) {
+    if (void** members = emulator::meet(first, 128, 0, &mine, "wgmma.wait_group", where)) {
+      auto** threads = reinterpret_cast<emulator::Products**>(members);
+      for (std::size_t i = 0; i < mine.groups.front().size(); ++i) {
+        emulator::compute(threads, i, where);
+      }
+      emulator::release();
+    }
+    mine.groups.pop_front();
+    for (auto sum = mine.sums.begin(); sum != mine.sums.end();) {
+      bool pending = false;
+      for (const auto& group : mine.groups) {
+        for (const auto& product : group) pending = pending || product.d == sum->first;
+      }
+      if (pending) {
+        ++sum;
+        continue;
+      }
+      std::copy(sum->second.begin(), sum->second.end(), sum->first);
+      sum = mine.sums.erase(sum);
+    }
+  }
+}
+
+template <int count>
+void hold(float (&)[count]) {}
+template <int count>
+void hold(uint32_t (&)[count][4]) {}
+
+template <DType type, int n>
+void multiply_shared(float (&d)[n / 2], uint64_t a, uint64_t b, int accumulate, DENSECL_WHERE) {
+  emulator::issue({type == DType::bf16, n, d, nullptr, a, b, accumulate != 0}, where);
+}
+template <DType type, int n>
+void multiply_registers(float (&d)[n / 2], const uint32_t (&a)[4], uint64_t b, int accumulate,
+                        DENSECL_WHERE) {
+  emulator::issue({type == DType::bf16, n, d, a, 0, b, accumulate != 0}, where);
+}
+
+template <int count>
+void take_registers() {}
+template <int count>
+void give_registers() {}
+
+}  // namespace densecl::cuda
