@@ -153,11 +153,19 @@ __device__ __forceinline__ bool weigh(RowSums& rows, float (&scores)[count][4], 
     for (int h = 0; h < 2; ++h) {
       float peak = -infinity;
 #pragma unroll
-      for (int n = 0; n < count; ++n) peak = max(peak, max(scores[n][2 * h], scores[n][2 * h + 1]));
-      rescale[h] = rows.raise<Rule>(h, quad_max(peak) * scale);
+      for (int n = 0; n < count; ++n) {
+#pragma unroll
+        for (int i = 2 * h; i < 2 * h + 2; ++i) {
+          // Rounded as the shift is: among logits of 10^10 any difference were beyond exp.
+          scores[n][i] = __fmul_rn(scores[n][i], scale);
+          peak = max(peak, scores[n][i]);
+        }
+      }
+      rescale[h] = rows.raise<Rule>(h, quad_max(peak));
       raised = raised || rescale[h] != 1.0f;
     }
     raised = __any_sync(whole_warp, raised);
+    scale = 1.0f;
   }
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
