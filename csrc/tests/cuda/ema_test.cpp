@@ -2,6 +2,7 @@
 // one rounding for the product and one for the sum.
 #include "densecl/cuda/ema.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "cuda_emulator/emulator.h"
@@ -68,7 +69,7 @@ TEST(CudaEma, EveryTypeSizeAndAlignment) {
 
 TEST(CudaEma, ManyTensorsInOneLaunch) {
   for_each_schedule([](const Schedule&) {
-    for (const int tensors : {5, 120, 121, 700}) {
+    for (const int tensors : {120, 121}) {
       std::vector<std::unique_ptr<Tensor>> targets, sources;
       std::vector<std::vector<float>> values;
       std::vector<EmaPair> pairs;
@@ -92,6 +93,27 @@ TEST(CudaEma, ManyTensorsInOneLaunch) {
       }
     }
   });
+}
+
+TEST(CudaEma, AFullTable) {
+#if defined(__SANITIZE_THREAD__)
+  GTEST_SKIP() << "half a million threads take ThreadSanitizer a minute";
+#endif
+  // Empty tensors take no place in it; the one after the last place is another launch's.
+  std::vector<float> target(ema_large_table + 1, 1.0f), source(ema_large_table + 1, 3.0f);
+  std::vector<EmaPair> pairs;
+  for (size_t i = 0; i < target.size(); ++i) {
+    pairs.push_back({&target[i], &source[i], DType::f32, DType::f32, 1});
+    pairs.push_back({&target[i], &source[i], DType::f32, DType::f32, 0});
+  }
+  const int before = emulator::launches();
+  ASSERT_EQ(ema_update(pairs.data(), 2 * ema_large_table, 0.5, nullptr), Status::ok);
+  EXPECT_EQ(emulator::launches(), before + 1);
+  EXPECT_EQ(std::count(target.begin(), target.end(), 2.0f), ema_large_table);
+  ASSERT_EQ(ema_update(pairs.data(), static_cast<int64_t>(pairs.size()), 0.5, nullptr), Status::ok);
+  EXPECT_EQ(emulator::launches(), before + 3);
+  EXPECT_EQ(std::count(target.begin(), target.end(), 2.5f), ema_large_table);
+  EXPECT_EQ(target.back(), 2.0f);
 }
 
 TEST(CudaEma, TheSameBitsAsTheCpu) {

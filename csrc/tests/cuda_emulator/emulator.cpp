@@ -32,12 +32,15 @@ struct Thread {
   Context context;
   Block* block = nullptr;
   int index = 0;
+  bool lazy = false;  // runs when no other thread can, and now and then
   enum State { ready, waiting, ended } state = ready;
   const std::function<bool()>* condition = nullptr;  // polled while waiting; null: woken by another
   const char* what = "";
   Where where;
   std::deque<std::vector<Copy>> copy_groups;  // committed, oldest first
   std::vector<Copy> copies;                   // not yet committed
+  bool fenced = false;                        // since the last barrier
+  std::vector<const volatile void*> touched;  // by atomics, since the last fence
 };
 
 // Threads that meet for one instruction.
@@ -47,6 +50,7 @@ struct Meeting {
   int arrived = 0, expected;
   const char* what;
   Where where;
+  const void* key = new_key();
   std::vector<Thread*> threads;
   std::array<void*, 256> members{};
 };
@@ -54,6 +58,7 @@ struct Meeting {
 struct Barrier {
   int arrived = 0, expected = 0;
   Where where;
+  const void* key = new_key();
   std::vector<Thread*> waiting;
 };
 
@@ -79,7 +84,9 @@ struct Launch {
   bool shuffled;
   Context host;
   std::vector<std::unique_ptr<Block>> blocks;
+  std::vector<unsigned char*> used_shared;  // of ended blocks: two blocks must not look like one
   std::vector<Action> actions;
+  const void *begun = new_key(), *ended = new_key(), *grid_key = new_key();
   Thread* running = nullptr;
   unsigned blocks_arrived = 0;  // at the grid's barrier
   Meeting* met = nullptr;       // the meeting whose last member runs
@@ -111,15 +118,25 @@ void switch_to_host() {
 }
 
 void run_kernel(Thread& thread) {
-  (*current->kernel)();
+  observe(current->begun);
+  const std::function<void()>& kernel = *current->kernel;
+  {
+    const Watched watched;
+    kernel();
+  }
   for (const std::vector<Copy>& group : thread.copy_groups) {
     if (!group.empty()) fail("ended with cp.async copies that nobody waited for", Where::current());
   }
   if (!thread.copies.empty()) fail("ended with uncommitted cp.async copies", Where::current());
 }
 
+// Never returns, so ThreadSanitizer must not count the call.
+#if defined(__SANITIZE_THREAD__)
+__attribute__((no_sanitize("thread")))
+#endif
 void thread_entry() {
   fiber_began();
+  const Unwatched unwatched;
   Thread& thread = *current->running;
   try {
     if (!current->abandoned) run_kernel(thread);
@@ -129,6 +146,8 @@ void thread_entry() {
   }
   thread.state = Thread::ended;
   ++thread.block->ended;
+  publish(current->ended);
+  ignore_end();
   switch_fiber(thread.context, current->host, true);
   __builtin_unreachable();
 }
@@ -177,10 +196,13 @@ std::unique_ptr<Block> open_block(unsigned number) {
       ::operator new[](grid.shared_bytes + guard_bytes, std::align_val_t{1024})));
   poison(block->shared.get(), grid.shared_bytes);
   std::memset(block->shared.get() + grid.shared_bytes, guard_pattern, guard_bytes);
+  const bool lazy_threads = current->shuffled && chosen.seed % 2 == 0;
+  const bool lazy_block = current->shuffled && !lazy_threads && current->random() % 3 == 0;
   for (int i = 0; i < count; ++i) {
     auto thread = std::make_unique<Thread>();
     thread->block = block.get();
     thread->index = i;
+    thread->lazy = lazy_block || (lazy_threads && current->random() % 8 == 0);
     open_fiber(thread->context, &thread_entry);
     block->order.push_back(thread.get());
     block->threads.push_back(std::move(thread));
@@ -197,7 +219,7 @@ void close_block(Block& block) {
     }
   }
   for (auto& thread : block.threads) close_fiber(thread->context);
-  ::operator delete[](block.shared.release(), std::align_val_t{1024});
+  current->used_shared.push_back(block.shared.release());
 }
 
 // Threads that cannot go on: what they wait for, how many, and one of them.
@@ -224,27 +246,37 @@ std::string deadlock() {
   return out.str();
 }
 
-// One round over all threads of the blocks in flight. Returns whether any could run.
-bool round() {
+// Every thread of the blocks in flight once, or of them the lazy ones. Returns whether any could
+// run.
+bool sweep(bool lazy) {
   bool any = false;
-  if (current->shuffled)
-    std::shuffle(current->blocks.begin(), current->blocks.end(), current->random);
   for (auto& block : current->blocks) {
-    if (current->shuffled) {
-      // Random cuts instead of a full shuffle: as telling, and cheap.
-      auto& order = block->order;
-      const auto cut = static_cast<std::ptrdiff_t>(current->random() % order.size());
-      std::rotate(order.begin(), order.begin() + cut, order.end());
-      if (current->random() % 2) std::reverse(order.begin(), order.end());
-    }
     for (Thread* thread : block->order) {
-      if (!runnable(*thread)) continue;
+      if (thread->lazy != lazy || !runnable(*thread)) continue;
       any = true;
       resume(*thread);
       if (!current->error.empty()) return true;
     }
   }
   return any;
+}
+
+// In a shuffled launch some threads and some whole blocks are lazy: they fall as far behind the
+// others as the kernel's own synchronisation lets them.
+bool round() {
+  if (current->shuffled) {
+    std::shuffle(current->blocks.begin(), current->blocks.end(), current->random);
+    for (auto& block : current->blocks) {
+      // Random cuts instead of a full shuffle: as telling, and cheap.
+      auto& order = block->order;
+      const auto cut = static_cast<std::ptrdiff_t>(current->random() % order.size());
+      std::rotate(order.begin(), order.begin() + cut, order.end());
+      if (current->random() % 2) std::reverse(order.begin(), order.end());
+    }
+  }
+  const bool any = sweep(false);
+  if (!current->error.empty() || (any && current->random() % 64 != 0)) return true;
+  return sweep(true) || any;
 }
 
 // Runs the asynchronous actions that are due; with force, the first one, due or not.
@@ -307,8 +339,8 @@ Schedule& schedule() { return chosen; }
 
 void for_each_schedule(const std::function<void(const Schedule&)>& body) {
   const Schedule before = chosen;
-  for (const Schedule& one :
-       {Schedule{0, 1, 4, 80}, Schedule{1, 3, 4, 90}, Schedule{7, 8, 1, 80}}) {
+  for (const Schedule& one : {Schedule{0, 1, 4, 80}, Schedule{1, 3, 4, 90}, Schedule{2, 2, 2, 80},
+                              Schedule{7, 8, 1, 80}}) {
     testing::ScopedTrace trace(__FILE__, __LINE__,
                                "schedule: seed " + std::to_string(one.seed) + ", blocks at once " +
                                    std::to_string(one.blocks_at_once) + ", multiprocessors " +
@@ -323,6 +355,7 @@ void for_each_schedule(const std::function<void(const Schedule&)>& body) {
 int launches() { return launch_count; }
 
 void run(const Grid& grid, const std::function<void()>& kernel) {
+  const Unwatched unwatched;
   ++launch_count;
   Launch launch;
   launch.grid = grid;
@@ -332,21 +365,40 @@ void run(const Grid& grid, const std::function<void()>& kernel) {
   blockDim = dim3(grid.threads[0], grid.threads[1], grid.threads[2]);
   gridDim = dim3(grid.blocks[0], grid.blocks[1], grid.blocks[2]);
   current = &launch;
+  publish(launch.begun);
   run_blocks();
+  observe(launch.ended);
+  for (unsigned char* shared : launch.used_shared) {
+    ::operator delete[](shared, std::align_val_t{1024});
+  }
   current = nullptr;
   if (!launch.error.empty()) throw std::runtime_error("kernel: " + launch.error);
 }
 
 void fail(const std::string& what, Where where) {
+  const Unwatched unwatched;
   throw std::runtime_error(what + " at " + place(where));
 }
 
-int thread_in_block() { return current->running->index; }
-int threads_in_block() { return static_cast<int>(current->running->block->threads.size()); }
-unsigned char* shared() { return current->running->block->shared.get(); }
-std::size_t shared_bytes() { return current->grid.shared_bytes; }
+int thread_in_block() {
+  const Unwatched unwatched;
+  return current->running->index;
+}
+int threads_in_block() {
+  const Unwatched unwatched;
+  return static_cast<int>(current->running->block->threads.size());
+}
+unsigned char* shared() {
+  const Unwatched unwatched;
+  return current->running->block->shared.get();
+}
+std::size_t shared_bytes() {
+  const Unwatched unwatched;
+  return current->grid.shared_bytes;
+}
 
 void check_aligned(const void* p, std::size_t alignment, const char* what, Where where) {
+  const Unwatched unwatched;
   if (reinterpret_cast<uintptr_t>(p) % alignment != 0) {
     fail(std::string(what) + ": address is not a multiple of " + std::to_string(alignment), where);
   }
@@ -354,6 +406,7 @@ void check_aligned(const void* p, std::size_t alignment, const char* what, Where
 
 void check_shared(const void* p, std::size_t bytes, std::size_t alignment, const char* what,
                   Where where) {
+  const Unwatched unwatched;
   check_aligned(p, alignment, what, where);
   const auto offset = static_cast<const unsigned char*>(p) - shared();
   if (offset < 0 || static_cast<std::size_t>(offset) + bytes > shared_bytes()) {
@@ -366,24 +419,53 @@ void check_shared(const void* p, std::size_t bytes, std::size_t alignment, const
 
 void poison(void* p, std::size_t bytes) { std::memset(p, 0xff, bytes); }
 
-void yield() { switch_to_host(); }
+void yield() {
+  const Unwatched unwatched;
+  switch_to_host();
+}
 
 void maybe_yield() {
+  const Unwatched unwatched;
   if (current->shuffled && current->random() % 4 == 0) yield();
 }
 
 void wait_until(const std::function<bool()>& condition, const char* what, Where where) {
+  const Unwatched unwatched;
   if (condition()) return;
   current->running->condition = &condition;
   sleep_until_woken(what, where);
 }
 
+void fence() {
+  const Unwatched unwatched;
+  Thread& thread = *current->running;
+  for (const volatile void* address : thread.touched) observe(address);
+  thread.touched.clear();
+  thread.fenced = true;
+  maybe_yield();
+}
+
+void before_atomic(const volatile void* address) {
+  const Unwatched unwatched;
+  if (current->running->fenced) publish(address);
+  maybe_yield();
+}
+
+void after_atomic(const volatile void* address) {
+  const Unwatched unwatched;
+  current->running->touched.push_back(address);
+  maybe_yield();
+}
+
 void later(std::function<void()> action) {
+  const Unwatched unwatched;
   const int delay = current->shuffled ? static_cast<int>(current->random() % 8) : 1;
   current->actions.push_back({delay, std::move(action)});
 }
 
-void** meet(int first, int count, uint32_t mask, void* mine, const char* what, Where where) {
+void** meet(int first, int count, uint32_t mask, void* mine, const char* what, Where where,
+            bool ordered) {
+  const Unwatched unwatched;
   Thread& thread = *current->running;
   Block& block = *thread.block;
   const int member = thread.index - first;
@@ -395,6 +477,11 @@ void** meet(int first, int count, uint32_t mask, void* mine, const char* what, W
   Meeting* meeting = nullptr;
   for (const auto& open : block.meetings) {
     if (open->first + open->count <= first || first + count <= open->first) continue;
+    // A warpgroup meets while other warps of it still meet among themselves.
+    const bool same_warp = std::any_of(
+        open->threads.begin(), open->threads.end(),
+        [&](const Thread* other) { return other->index / 32 == thread.index / 32; });
+    if (open->count != count && !same_warp) continue;
     const bool same = open->first == first && open->count == count && open->mask == mask;
     if (!same && count == 32 && open->count == 32 && !(open->mask & mask)) continue;
     if (!same || std::strcmp(open->what, what) != 0 || open->where.line() != where.line() ||
@@ -419,15 +506,20 @@ void** meet(int first, int count, uint32_t mask, void* mine, const char* what, W
   }
   meeting->members[static_cast<std::size_t>(member)] = mine;
   meeting->threads.push_back(&thread);
+  const void* const key = meeting->key;
+  if (ordered) publish(key);
   if (++meeting->arrived < meeting->expected) {
     sleep_until_woken(what, where);
+    if (ordered) observe(key);
     return nullptr;
   }
+  if (ordered) observe(key);
   current->met = meeting;
   return meeting->members.data();
 }
 
 void release() {
+  const Unwatched unwatched;
   Block& block = *current->running->block;
   for (Thread* thread : current->met->threads) thread->state = Thread::ready;
   std::erase_if(block.meetings,
@@ -436,6 +528,7 @@ void release() {
 }
 
 void block_barrier(int id, int threads, bool wait, const char* what, Where where) {
+  const Unwatched unwatched;
   Thread& thread = *current->running;
   Block& block = *thread.block;
   Barrier& barrier = block.barriers[id];
@@ -454,31 +547,41 @@ void block_barrier(int id, int threads, bool wait, const char* what, Where where
   barrier.expected = threads;
   barrier.where = where;
   ++barrier.arrived;
+  const void* const key = barrier.key;
+  publish(key);
+  thread.fenced = false;
   if (barrier.arrived == threads) {
     for (Thread* other : barrier.waiting) other->state = Thread::ready;
     block.barriers.erase(id);
-    return;
+  } else if (wait) {
+    barrier.waiting.push_back(&thread);
+    sleep_until_woken(what, where);
   }
-  if (!wait) return;
-  barrier.waiting.push_back(&thread);
-  sleep_until_woken(what, where);
+  if (wait) observe(key);
 }
 
 void grid_arrive(Where where) {
+  const Unwatched unwatched;
   if (!current->grid.cooperative) fail("grid barrier: the launch is not cooperative", where);
   block_barrier(0, threads_in_block(), true, "grid_arrive", where);
-  if (thread_in_block() == 0) ++current->blocks_arrived;
+  if (thread_in_block() == 0) {
+    publish(current->grid_key);
+    ++current->blocks_arrived;
+  }
   maybe_yield();
 }
 
 void grid_wait(Where where) {
+  const Unwatched unwatched;
   const Grid& grid = current->grid;
   const unsigned blocks = grid.blocks[0] * grid.blocks[1] * grid.blocks[2];
   wait_until([=] { return current->blocks_arrived >= blocks; }, "grid_wait", where);
+  observe(current->grid_key);
   block_barrier(0, threads_in_block(), true, "grid_wait", where);
 }
 
 void copy_async(void* shared, const void* global, int bytes, int bytes_read, Where where) {
+  const Unwatched unwatched;
   const auto size = static_cast<std::size_t>(bytes);
   check_shared(shared, size, size, "cp.async", where);
   if (bytes_read < 0 || bytes_read > bytes) fail("cp.async: reads more than it writes", where);
@@ -491,15 +594,18 @@ void copy_async(void* shared, const void* global, int bytes, int bytes_read, Whe
 }
 
 void commit_copies() {
+  const Unwatched unwatched;
   Thread& thread = *current->running;
   thread.copy_groups.push_back(std::move(thread.copies));
   thread.copies.clear();
 }
 
 void wait_copies(int groups_left) {
+  const Unwatched unwatched;
   auto& groups = current->running->copy_groups;
   while (groups.size() > static_cast<std::size_t>(groups_left)) {
     for (const Copy& copy : groups.front()) {
+      const Watched watched;
       std::memcpy(copy.to, copy.content.data(), static_cast<std::size_t>(copy.bytes));
     }
     groups.pop_front();

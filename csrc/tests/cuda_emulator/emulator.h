@@ -9,6 +9,8 @@
 #include <source_location>
 #include <string>
 
+#include "cuda_emulator/race.h"
+
 namespace densecl::emulator {
 
 using Where = std::source_location;
@@ -71,6 +73,12 @@ void maybe_yield();
 // Waits until condition() holds. what and where appear in the report of a deadlock.
 void wait_until(const std::function<bool()>& condition, const char* what, Where where);
 
+// Memory order (what ThreadSanitizer learns): after a fence, an atomic publishes what its thread
+// wrote; a fence after an atomic lets its thread see what others published there.
+void fence();
+void before_atomic(const volatile void* address);
+void after_atomic(const volatile void* address);
+
 // Does action some time later, as an asynchronous unit of the chip would; at the latest when
 // nothing else can go on.
 void later(std::function<void()> action);
@@ -78,7 +86,9 @@ void later(std::function<void()> action);
 // All threads of [first, first + count), or those of a warp that are in mask, meet. Returns the
 // members' `mine` pointers, by position in the group, to the one that came last: it computes and
 // then calls release(). The others get null, after the release.
-void** meet(int first, int count, std::uint32_t mask, void* mine, const char* what, Where where);
+// ordered: as __syncwarp, what members wrote before is seen by all after.
+void** meet(int first, int count, std::uint32_t mask, void* mine, const char* what, Where where,
+            bool ordered = false);
 void release();
 
 template <class Lane, class Compute>
@@ -86,6 +96,7 @@ void warp_collective(std::uint32_t mask, Lane& mine, const char* what, Where whe
                      Compute&& compute) {
   const int first = thread_in_block() / 32 * 32;
   if (void** lanes = meet(first, 32, mask, &mine, what, where)) {
+    const Unwatched unwatched;
     compute(reinterpret_cast<Lane**>(lanes));
     release();
   }

@@ -21,19 +21,28 @@
 namespace densecl::emulator {
 namespace {
 
+struct Stack {
+  void* memory;
+  void* tsan;  // ThreadSanitizer's fiber: kept for the stack, since it is dear and knows the
+               // stack's past
+};
+
 // Stacks with a page below that faults, so that a kernel's overlarge local array shows at once.
 class StackPool {
  public:
-  void* take() {
+  Stack take() {
     if (free_.empty()) grow();
-    void* stack = free_.back();
+    Stack stack = free_.back();
     free_.pop_back();
 #if defined(__SANITIZE_ADDRESS__)
-    __asan_unpoison_memory_region(stack, fiber_stack_bytes);  // an abandoned fiber leaves red zones
+    __asan_unpoison_memory_region(stack.memory, fiber_stack_bytes);  // a frame left by a switch
+#endif
+#if defined(__SANITIZE_THREAD__)
+    if (stack.tsan == nullptr) stack.tsan = __tsan_create_fiber(0);
 #endif
     return stack;
   }
-  void give(void* stack) { free_.push_back(stack); }
+  void give(Stack stack) { free_.push_back(stack); }
 
  private:
   void grow() {
@@ -46,24 +55,16 @@ class StackPool {
     for (int i = 0; i < count; ++i) {
       char* slot = static_cast<char*>(region) + i * step;
       mprotect(slot, guard, PROT_NONE);
-      free_.push_back(slot + guard);
+      free_.push_back({slot + guard, nullptr});
     }
   }
-  std::vector<void*> free_;
+  std::vector<Stack> free_;
 };
 
 StackPool& stacks() {
   static StackPool pool;
   return pool;
 }
-
-#if defined(__SANITIZE_THREAD__)
-// ThreadSanitizer's fibers are dear, so they are kept for the stack they were made with.
-std::vector<void*>& tsan_fibers() {
-  static std::vector<void*> fibers;
-  return fibers;
-}
-#endif
 
 #if defined(__SANITIZE_ADDRESS__)
 Context* leaving = nullptr;
@@ -145,27 +146,17 @@ void discard(Context& fiber) { delete static_cast<ucontext_t*>(fiber.saved); }
 #endif
 
 void open_fiber(Context& fiber, void (*entry)()) {
-  char* stack = static_cast<char*>(stacks().take());
+  const Stack stack = stacks().take();
   fiber = {};
-  fiber.stack = stack;
+  fiber.stack = stack.memory;
   fiber.stack_bytes = fiber_stack_bytes;
-#if defined(__SANITIZE_THREAD__)
-  if (tsan_fibers().empty()) {
-    fiber.tsan = __tsan_create_fiber(0);
-  } else {
-    fiber.tsan = tsan_fibers().back();
-    tsan_fibers().pop_back();
-  }
-#endif
-  prepare(fiber, stack, entry);
+  fiber.tsan = stack.tsan;
+  prepare(fiber, static_cast<char*>(stack.memory), entry);
 }
 
 void close_fiber(Context& fiber) {
   discard(fiber);
-#if defined(__SANITIZE_THREAD__)
-  tsan_fibers().push_back(fiber.tsan);
-#endif
-  stacks().give(const_cast<void*>(fiber.stack));
+  stacks().give({const_cast<void*>(fiber.stack), fiber.tsan});
   fiber = {};
 }
 

@@ -92,17 +92,16 @@ inline uint32_t ballot(uint32_t mask, bool predicate, const char* what, Where wh
   return mine.result;
 }
 
-// Kernels' atomics are atomic for ThreadSanitizer too, and a place where another thread may come
-// first.
+// A place where another thread may come first.
 template <class T, class Change>
 T atomic_update(T* address, Where where, Change change) {
   check_aligned(address, sizeof(T), "atomic", where);
-  maybe_yield();
+  before_atomic(address);
   std::atomic_ref<T> cell(*address);
-  T old = cell.load();
-  while (!cell.compare_exchange_weak(old, change(old))) {
+  T old = cell.load(std::memory_order_relaxed);
+  while (!cell.compare_exchange_weak(old, change(old), std::memory_order_relaxed)) {
   }
-  maybe_yield();
+  after_atomic(address);
   return old;
 }
 
@@ -115,11 +114,13 @@ inline void __syncthreads(DENSECL_WHERE) {
                                    where);
 }
 inline void __syncwarp(unsigned mask = 0xffffffffu, DENSECL_WHERE) {
-  int nothing = 0;
-  densecl::emulator::warp_collective(mask, nothing, "__syncwarp", where, [](int**) {});
+  const int first = densecl::emulator::thread_in_block() / 32 * 32;
+  if (densecl::emulator::meet(first, 32, mask, nullptr, "__syncwarp", where, true)) {
+    densecl::emulator::release();
+  }
 }
-inline void __threadfence() { densecl::emulator::maybe_yield(); }
-inline void __threadfence_block() { densecl::emulator::maybe_yield(); }
+inline void __threadfence() { densecl::emulator::fence(); }
+inline void __threadfence_block() { densecl::emulator::fence(); }
 
 template <class T>
 T __shfl_sync(unsigned mask, T value, int from, int width = 32, DENSECL_WHERE) {

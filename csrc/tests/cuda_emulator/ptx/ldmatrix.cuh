@@ -12,6 +12,8 @@ void load_matrices(uint32_t* out, const void* row, bool transposed, Where where)
     uint32_t* out;
   } mine{static_cast<const unsigned char*>(row), out};
   check_shared(row, 16, 16, "ldmatrix", where);
+  // The rows are read here too, as far as ThreadSanitizer can tell.
+  if (thread_in_block() % 32 < 8 * count) (void)*static_cast<const volatile uint64_t*>(row);
   warp_collective(0xffffffffu, mine, "ldmatrix", where, [&](Lane** lanes) {
     const auto element = [&](int matrix, int r, int c) {
       uint16_t bits;

@@ -29,9 +29,12 @@ inline void store_8(void* p, uint2 v, DENSECL_WHERE) {
 // Yields, so that a loop around it sees what others write.
 inline uint32_t load_acquire(const uint32_t* p) {
   emulator::yield();
-  return std::atomic_ref<uint32_t>(const_cast<uint32_t&>(*p)).load();
+  const uint32_t value = std::atomic_ref<uint32_t>(const_cast<uint32_t&>(*p)).load();
+  emulator::observe(p);
+  return value;
 }
 inline void store_release(uint32_t* p, uint32_t v) {
+  emulator::publish(p);
   std::atomic_ref<uint32_t>(*p).store(v);
   emulator::maybe_yield();
 }
