@@ -125,7 +125,7 @@ TEST(CudaInfoNce, LongRows) {
   }
 }
 
-// Every negative on the other side, the longest first: all logits far below zero.
+// Every negative on the other side: all logits far below zero, all as far or the farthest first.
 TEST(CudaInfoNce, Opposed) {
   for (const double temperature : {0.07, 0.1, 0.2}) {
     const InfoNceShape shape{
@@ -137,7 +137,8 @@ TEST(CudaInfoNce, Opposed) {
       for (int64_t j = 0; j < shape.queue_length; ++j) {
         float* row = &n[j * shape.features];
         row[0] = -1.0f;
-        const float wanted = longest * (1.0f - 0.9f * static_cast<float>(j) / 300.0f);
+        const float shorter = longest == 1.0f ? 0.0f : 0.9f;
+        const float wanted = longest * (1.0f - shorter * static_cast<float>(j) / 300.0f);
         float square = 0.0f;
         for (int64_t d = 0; d < shape.features; ++d) square += row[d] * row[d];
         for (int64_t d = 0; d < shape.features; ++d) row[d] *= wanted / std::sqrt(square);
