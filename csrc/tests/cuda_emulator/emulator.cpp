@@ -478,9 +478,9 @@ void** meet(int first, int count, uint32_t mask, void* mine, const char* what, W
   for (const auto& open : block.meetings) {
     if (open->first + open->count <= first || first + count <= open->first) continue;
     // A warpgroup meets while other warps of it still meet among themselves.
-    const bool same_warp = std::any_of(
-        open->threads.begin(), open->threads.end(),
-        [&](const Thread* other) { return other->index / 32 == thread.index / 32; });
+    const bool same_warp =
+        std::any_of(open->threads.begin(), open->threads.end(),
+                    [&](const Thread* other) { return other->index / 32 == thread.index / 32; });
     if (open->count != count && !same_warp) continue;
     const bool same = open->first == first && open->count == count && open->mask == mask;
     if (!same && count == 32 && open->count == 32 && !(open->mask & mask)) continue;
