@@ -2,6 +2,7 @@
 #   make demo     render scenes, pre-train a small network on the CPU, show what it learned
 #   make test     the whole Python test suite
 #   make bench    measure the ops against PyTorch, torch.compile, attention kernels and lightly; OUT=folder
+#   make gpu      on a machine with a GPU: build for it, test, sanitize, measure; PART=build|test|sanitize|bench OUT=folder
 #   make lint     formatting, lint and types, of Python and C++
 # Needs Python 3.10+ (with its headers), a C++20 compiler and make.
 
@@ -16,10 +17,10 @@ BUILD_INPUTS := $(CPP) setup.py pyproject.toml $(wildcard build_backend/*.py) de
 comma := ,
 CPP_BUILD := build/cpp-$(subst $(comma),-,$(SANITIZE))
 
-.PHONY: help build demo test bench lint format cpp-test clean
+.PHONY: help build demo test bench gpu lint format cpp-test cuda-check clean
 
 help:
-	@sed -n '2,5s/^# *//p' Makefile
+	@sed -n '2,6s/^# *//p' Makefile
 
 # The environment with the pinned packages.
 $(VENV)/.packages: requirements-dev.txt
@@ -54,6 +55,15 @@ $(VENV)/.bench-packages: $(VENV)/.packages benchmarks/requirements.txt
 # DENSECL_BENCH_PHOTOS=folder of photographs measures data loading too; BENCH="--quick" or "-k ema" runs less.
 bench: $(VENV)/.built $(VENV)/.bench-packages
 	$(BIN)/python -m benchmarks --out $(OUT) $(BENCH)
+
+# Needs no package index: it runs under $(PYTHON), with the torch that is there.
+PART ?= all
+gpu:
+	$(PYTHON) -m benchmarks.gpu --part $(PART) --out $(if $(filter file,$(origin OUT)),build/gpu,$(OUT))
+
+# The CUDA kernels' machine code: no spills, and Hopper's instructions where they belong.
+cuda-check: $(VENV)/.built
+	$(BIN)/python csrc/tests/machine_code.py densecl_ext/_C_cuda*.so
 
 lint: $(VENV)/.packages
 	$(BIN)/ruff check .
