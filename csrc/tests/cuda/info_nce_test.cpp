@@ -21,13 +21,14 @@ const float infinity = std::numeric_limits<float>::infinity();
 const float nan = std::numeric_limits<float>::quiet_NaN();
 
 // The kernels under test, whatever the emulated device would choose.
-Status run(const InfoNceProblem& problem, const int64_t* filled = nullptr) {
+Status run(const InfoNceProblem& problem, const int64_t* filled = nullptr,
+           InfoNceKernel kernel = InfoNceKernel::portable) {
   const InfoNcePlan plan = cuda::plan_info_nce(problem);
   test::Guarded<unsigned char> workspace(plan.workspace_bytes + 256, 0xff);  // floats are NaN
   const auto address = reinterpret_cast<uintptr_t>(workspace.data());
   const InfoNceCall call{problem, filled, plan,
                          reinterpret_cast<void*>((address + 255) / 256 * 256)};
-  return info_nce(call, InfoNceKernel::portable, nullptr);
+  return info_nce(call, kernel, nullptr);
 }
 
 // A float32 queue is promised float32 accuracy. With 16 bits the loss is as good, and the weights
@@ -419,6 +420,34 @@ TEST(CudaInfoNce, TheEnvironmentChoosesTheKernel) {
   EXPECT_EQ(info_nce_kernel(call), InfoNceKernel::unknown);
   unsetenv("DENSECL_CUDA_KERNEL");
   EXPECT_EQ(info_nce_kernel(call), InfoNceKernel::portable);
+
+  const Schedule before = emulator::schedule();
+  emulator::schedule().compute_capability = 90;
+  EXPECT_EQ(info_nce_kernel(call), InfoNceKernel::portable) << "a float32 queue";
+  InfoNceCase half({.images = 3, .features = 8, .queue_dtype = DType::bf16});
+  const InfoNceProblem narrow = half.problem();
+  EXPECT_EQ(info_nce_kernel({narrow, nullptr, cuda::plan_info_nce(narrow), nullptr}),
+            InfoNceKernel::sm90);
+  emulator::schedule() = before;
+}
+
+// Prepare, Hopper's sweep and finish together.
+TEST(CudaInfoNce, AroundTheHopperSweep) {
+  const Schedule before = emulator::schedule();
+  emulator::schedule().compute_capability = 90;
+  for (const DType dtype : {DType::bf16, DType::f16}) {
+    const InfoNceShape shape{
+        .images = 3, .positions = 50, .features = 40, .queue_length = 500, .queue_dtype = dtype};
+    SCOPED_TRACE(shape.describe());
+    InfoNceCase c(shape), part(shape);
+    ASSERT_EQ(run(c.problem(), nullptr, InfoNceKernel::sm90), Status::ok);
+    check(c);
+    const int64_t filled = 131;
+    ASSERT_EQ(run(part.problem(), &filled, InfoNceKernel::sm90), Status::ok);
+    part.shape.queue_length = filled;
+    check(part);
+  }
+  emulator::schedule() = before;
 }
 
 TEST(CudaInfoNcePlan, FillsAnH100) {
