@@ -63,6 +63,9 @@ inline __m512 high_of_pair(__m512 pairs) {
       _mm512_and_si512(_mm512_castps_si512(pairs), _mm512_set1_epi32(-0x10000)));
 }
 
+// Where the element (row, depth) of the broadcast operand stands.
+enum class Operand { row_major, depth_major };
+
 // multiply_tile of tile.h on pairs: depth, lda and ldb count pairs.
 template <int vectors, Operand order>
 inline __attribute__((always_inline)) void multiply_pairs(int64_t depth, const float* a,

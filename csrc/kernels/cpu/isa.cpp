@@ -37,12 +37,24 @@ bool available(Isa isa) {
   return false;
 }
 
+// Intel's cores with AVX-512 BF16 start a vdpbf16ps every second cycle on one port: half the
+// multiply-adds of float32 FMA (Emerald Rapids: 164 against 333 GFLOP/s on two cores).
+bool pays(Isa isa) {
+#if defined(__x86_64__)
+  if (isa == Isa::avx512bf16) return !__builtin_cpu_is("intel");
+#endif
+  (void)isa;
+  return true;
+}
+
 Status selected_isa(Isa* isa) {
   const char* forced = std::getenv("DENSECL_CPU_ISA");
   if (forced == nullptr || *forced == '\0') {
     static const Isa best = [] {
       int candidate = static_cast<int>(Isa::count) - 1;
-      while (!available(static_cast<Isa>(candidate))) --candidate;
+      while (!available(static_cast<Isa>(candidate)) || !pays(static_cast<Isa>(candidate))) {
+        --candidate;
+      }
       return static_cast<Isa>(candidate);
     }();
     *isa = best;
