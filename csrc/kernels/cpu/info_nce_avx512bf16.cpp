@@ -126,7 +126,7 @@ float pack_rows(const SweepTask& task, int64_t begin, int64_t valid, int64_t cou
   uint16_t* rows = reinterpret_cast<uint16_t*>(scratch.rows.get());
   uint16_t* pairs = reinterpret_cast<uint16_t*>(scratch.row_pairs.get());
   AlignedFloats exact(stride);
-  float longest = 0.0f;
+  LongestRow<Vec> longest;
   for (int64_t j = 0; j < count; ++j) {
     uint16_t* row = rows + j * stride;
     int64_t filled = 0;
@@ -142,8 +142,7 @@ float pack_rows(const SweepTask& task, int64_t begin, int64_t valid, int64_t cou
     }
     for (int64_t d = filled; d < stride; ++d) row[d] = 0;
     load_strip<Vec>(row, DType::bf16, 0, 1, stride, exact.get());
-    const float length = row_length<Vec>(exact.get(), stride);
-    if (longest == longest && !(length <= longest)) longest = length;
+    longest.add(exact.get(), stride);
   }
   for (int64_t j = 0; j < count; j += 2) {
     const uint16_t* low = rows + j * stride;
@@ -153,7 +152,7 @@ float pack_rows(const SweepTask& task, int64_t begin, int64_t valid, int64_t cou
       out[2 * d + 1] = low[stride + d];
     }
   }
-  return longest;
+  return longest.length();
 }
 
 // Rounds the weights (valid, width) to pairs along queue rows, zero up to count. Returns whether a

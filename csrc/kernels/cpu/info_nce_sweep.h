@@ -53,16 +53,27 @@ Sweep sweep_avx2();
 Sweep sweep_avx512();
 Sweep sweep_avx512bf16();  // bfloat16 queues only
 
-// |row|, or a bound on it where the squares overflow; infinite or NaN where the row is not finite.
+// Sum of squares of a row; infinite or NaN where it overflows or the row is not finite.
 template <class V>
-inline float row_length(const float* row, int64_t count) {
-  typename V::reg squares = V::zero();
-  for (int64_t d = 0; d < count; d += V::width) {
-    const typename V::reg x = V::load(row + d);
-    squares = V::fma(x, x, squares);
+inline float square_length(const float* row, int64_t count) {
+  typename V::reg sums[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
+  int64_t d = 0;
+  for (; d + 4 * V::width <= count; d += 4 * V::width) {
+    for (int v = 0; v < 4; ++v) {
+      const typename V::reg x = V::load(row + d + v * V::width);
+      sums[v] = V::fma(x, x, sums[v]);
+    }
   }
-  const float square = V::sum(squares);
-  if (square < __builtin_inff()) return __builtin_sqrtf(square);
+  for (; d < count; d += V::width) {
+    const typename V::reg x = V::load(row + d);
+    sums[0] = V::fma(x, x, sums[0]);
+  }
+  return V::sum(V::add(V::add(sums[0], sums[1]), V::add(sums[2], sums[3])));
+}
+
+// A bound on |row| that does not overflow; infinite or NaN where the row is not finite.
+template <class V>
+inline float length_bound(const float* row, int64_t count) {
   float peak = 0.0f;
   for (int64_t d = 0; d < count; ++d) {
     const float x = __builtin_fabsf(row[d]);
@@ -71,6 +82,29 @@ inline float row_length(const float* row, int64_t count) {
   return peak * __builtin_sqrtf(static_cast<float>(count));
 }
 
+// The largest length of rows that come one by one.
+template <class V>
+class LongestRow {
+ public:
+  void add(const float* row, int64_t count) {
+    const float square = square_length<V>(row, count);
+    if (square <= square_) return;
+    if (square < __builtin_inff()) {
+      square_ = square;
+      return;
+    }
+    const float bound = length_bound<V>(row, count);
+    if (bound_ == bound_ && !(bound <= bound_)) bound_ = bound;
+  }
+  float length() const {
+    const float length = __builtin_sqrtf(square_);
+    return length > bound_ ? length : bound_;
+  }
+
+ private:
+  float square_ = 0.0f, bound_ = 0.0f;
+};
+
 // Packs queue rows into panels of tile_rows features, so that both products walk through memory in
 // order: feature d of row j stands at d / tile_rows * panel + j * tile_rows + d % tile_rows with
 // panel = sweep_block * tile_rows; zero beyond valid rows and features. Returns the largest length
@@ -78,23 +112,28 @@ inline float row_length(const float* row, int64_t count) {
 template <class V>
 float pack_block(const SweepTask& task, int64_t begin, int64_t valid, int64_t count, float* row,
                  float* panels) {
-  float longest = 0.0f;
-  for (int64_t d = task.features; d < task.padded_features; ++d) row[d] = 0.0f;
+  const RowsView& queue = *task.queue;
+  const bool as_stored = queue.dtype == DType::f32 && queue.feature_stride == 1 &&
+                         task.features == task.padded_features;
+  LongestRow<V> longest;
+  for (int64_t d = 0; d < task.padded_features; ++d) row[d] = 0.0f;
   for (int64_t j = 0; j < count; ++j) {
-    if (j < valid) {
-      load_strip<V>(task.queue->data, task.queue->dtype, (begin + j) * task.queue->row_stride,
-                    task.queue->feature_stride, task.features, row);
-      const float length = row_length<V>(row, task.padded_features);
-      if (longest == longest && !(length <= longest)) longest = length;
+    const int64_t offset = (begin + j) * queue.row_stride;
+    const float* in = row;
+    if (j < valid && as_stored) {
+      in = static_cast<const float*>(queue.data) + offset;
+    } else if (j < valid) {
+      load_strip<V>(queue.data, queue.dtype, offset, queue.feature_stride, task.features, row);
     } else {
       for (int64_t d = 0; d < task.features; ++d) row[d] = 0.0f;
     }
+    if (j < valid) longest.add(in, task.padded_features);
     float* out = panels + j * V::tile_rows;
     for (int64_t d = 0; d < task.padded_features; d += V::tile_rows) {
-      __builtin_memcpy(out + d * sweep_block, row + d, V::tile_rows * sizeof(float));
+      __builtin_memcpy(out + d * sweep_block, in + d, V::tile_rows * sizeof(float));
     }
   }
-  return longest;
+  return longest.length();
 }
 
 // Moves the tile's rows to a running maximum that covers the scores q.n (valid, width).
