@@ -31,6 +31,7 @@ struct MatchTask {
 using MatchFunction = void (*)(const MatchTask&);
 
 void match_serial(const MatchTask&);
+void match_neon(const MatchTask&);
 void match_avx2(const MatchTask&);
 void match_avx512(const MatchTask&);
 

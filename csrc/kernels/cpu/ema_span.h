@@ -15,6 +15,7 @@ struct EmaSpan {
 using EmaFunction = void (*)(const EmaSpan&);
 
 void ema_serial(const EmaSpan&);
+void ema_neon(const EmaSpan&);
 void ema_avx2(const EmaSpan&);
 void ema_avx512(const EmaSpan&);
 

@@ -198,6 +198,9 @@ Sweep sweep_of(Isa isa, DType queue) {
   if (isa >= Isa::avx512) return sweep_avx512();
   if (isa == Isa::avx2) return sweep_avx2();
 #endif
+#if defined(__aarch64__)
+  if (isa == Isa::neon) return sweep_neon();
+#endif
   (void)isa;
   (void)queue;
   return sweep_serial();

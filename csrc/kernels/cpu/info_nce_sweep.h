@@ -49,6 +49,7 @@ constexpr int64_t group_multiple = 48;    // whole tiles in every set
 constexpr int64_t feature_multiple = 16;  // whole vectors and register tiles in every set
 
 Sweep sweep_serial();
+Sweep sweep_neon();
 Sweep sweep_avx2();
 Sweep sweep_avx512();
 Sweep sweep_avx512bf16();  // bfloat16 queues only

@@ -1,5 +1,4 @@
-// Four float lanes in the compilers' generic vectors: SSE2 on x86-64, NEON on arm64, plain code
-// elsewhere.
+// Four float lanes in the compilers' generic vectors: SSE2 on x86-64, plain code elsewhere.
 #pragma once
 
 #include <cstdint>

@@ -5,8 +5,8 @@
 
 namespace densecl {
 
-// Each holds all of those before it.
-enum class Isa : int32_t { serial, avx2, avx512, avx512bf16, count };
+// On a machine that has several, each holds all of those before it.
+enum class Isa : int32_t { serial, neon, avx2, avx512, avx512bf16, count };
 
 const char* name(Isa isa);
 
