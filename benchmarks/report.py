@@ -16,6 +16,7 @@ from benchmarks.thresholds import ASKED, Asked
 
 ISA_NAMES = {
     "serial": "plain C++",
+    "neon": "NEON",
     "avx2": "AVX2",
     "avx512": "AVX-512",
     "avx512bf16": "AVX-512 BF16",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,10 +40,16 @@ def test_the_sets_are_reported() -> None:
 
 
 def test_the_best_set_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Save that Intel's vdpbf16ps runs at half the rate of the float32 units."""
+    best = ISAS[-1]
+    cpuinfo = Path("/proc/cpuinfo")
+    intel = cpuinfo.is_file() and "GenuineIntel" in cpuinfo.read_text(encoding="utf-8")
+    if intel and best == "avx512bf16":
+        best = "avx512"
     monkeypatch.delenv("DENSECL_CPU_ISA", raising=False)
-    assert _host.selected_isa() == ISAS[-1]
+    assert _host.selected_isa() == best
     monkeypatch.setenv("DENSECL_CPU_ISA", "")
-    assert _host.selected_isa() == ISAS[-1]
+    assert _host.selected_isa() == best
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -63,7 +63,7 @@ PYBIND11_MODULE(_host, m) {
       "available_isas", [] { return isas(true); },
       "Those of them that this build holds and this machine has.");
   m.def("selected_isa", &selected,
-        "The one that runs: the best, or DENSECL_CPU_ISA. RuntimeError when that cannot run.");
+        "The one that runs: the fastest, or DENSECL_CPU_ISA. RuntimeError when that cannot run.");
   m.def("info_nce_plan", &info_nce_plan, py::arg("rows"), py::arg("queue_length"),
         py::arg("features"), py::arg("gradient") = true,
         "How the CPU cuts info_nce into tasks, and the scratch memory it takes.");

@@ -20,7 +20,9 @@ TEST_F(IsaChoice, TakesTheBestWhereNothingIsForced) {
     }
     Isa isa = Isa::count;
     ASSERT_EQ(selected_isa(&isa), Status::ok);
-    EXPECT_EQ(isa, available_isas().back());
+    std::vector<Isa> worthwhile = available_isas();
+    std::erase_if(worthwhile, [](Isa candidate) { return !pays(candidate); });
+    EXPECT_EQ(isa, worthwhile.back());
   }
 }
 

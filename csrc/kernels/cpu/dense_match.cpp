@@ -14,6 +14,9 @@ MatchFunction match_of(Isa isa) {
   if (isa >= Isa::avx512) return match_avx512;
   if (isa == Isa::avx2) return match_avx2;
 #endif
+#if defined(__aarch64__)
+  if (isa == Isa::neon) return match_neon;
+#endif
   (void)isa;
   return match_serial;
 }

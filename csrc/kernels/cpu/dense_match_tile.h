@@ -1,9 +1,11 @@
 // Similarities of a block of query positions with all key positions of one image, and their
 // running argmax; the (Sq, Sk) similarities are never stored as a whole.
 //
-// Positions go by in panels of 64, the features in steps of 128. Both sides are packed the way that
-// contiguous features already lie, feature by feature, so packing is a copy. Cost: 2 C Sq Sk FLOP;
-// query features are read ceil(Sk / 64) times, key features ceil(Sq / 64) times.
+// Positions go by in panels of 64, the features in steps of 128. Contiguous float32 features are
+// multiplied where they stand: feature c of neighbouring positions is already a vector. Everything
+// else is packed like that first. A key position or two beyond whole vectors (49 = 3 * 16 + 1) go
+// through the product with the sides swapped. Cost: 2 C Sq Sk FLOP; query features are read
+// ceil(Sk / 64) times, key features ceil(Sq / 64) times.
 #pragma once
 
 #include "cpu/aligned.h"
@@ -14,6 +16,7 @@ namespace densecl {
 
 constexpr int64_t match_panel = 64;  // positions; whole register tiles in every set
 constexpr int64_t match_step = 128;  // features
+constexpr int64_t match_reach = 72;  // positions that whole tiles of a panel may read
 
 struct MatchTask {
   const DenseMatchProblem* problem;
@@ -28,6 +31,7 @@ struct MatchTask {
 using MatchFunction = void (*)(const MatchTask&);
 
 void match_serial(const MatchTask&);
+void match_neon(const MatchTask&);
 void match_avx2(const MatchTask&);
 void match_avx512(const MatchTask&);
 
@@ -36,11 +40,18 @@ static inline float inverse_length(double square) {
   return square == 0.0 ? 0.0f : static_cast<float>(1.0 / __builtin_sqrt(square));
 }
 
+// Some features of up to match_panel positions: feature c of position i at data[c * stride + i].
+// Elements beyond the positions may be read; they hold anything.
+struct Strip {
+  const float* data;
+  int64_t stride;
+};
+
 // Fills out (depth, match_panel) with features [first_feature, first_feature + depth) of count
-// positions from first on, zero beyond them, and adds their squares to squares (match_panel,).
+// positions from first on, zero beyond them.
 template <class V>
 void pack_positions(const GridView& grid, int64_t image, int64_t first_feature, int64_t depth,
-                    int64_t first, int64_t count, float* out, double* squares) {
+                    int64_t first, int64_t count, float* out) {
   const int64_t base = image * grid.image_stride + first_feature * grid.feature_stride +
                        first * grid.position_stride;
   if (grid.feature_stride == 1 && grid.position_stride != 1) {  // channels last: read along them
@@ -55,27 +66,77 @@ void pack_positions(const GridView& grid, int64_t image, int64_t first_feature, 
                     count, out + c * match_panel);
     }
   }
-  float partial[match_panel] = {};
   for (int64_t c = 0; c < depth; ++c) {
-    float* row = out + c * match_panel;
-    for (int64_t i = count; i < match_panel; ++i) row[i] = 0.0f;
-    for (int64_t i = 0; i < match_panel; i += V::width) {
-      const typename V::reg x = V::load(row + i);
-      V::store(partial + i, V::fma(x, x, V::load(partial + i)));
-    }
+    for (int64_t i = count; i < match_panel; ++i) out[c * match_panel + i] = 0.0f;
   }
-  for (int64_t i = 0; i < match_panel; ++i) squares[i] += partial[i];
+}
+
+// One side of the product, its lengths included.
+template <class V>
+struct Side {
+  const GridView& grid;
+  int64_t image, features, positions;
+  int64_t first, count;  // the positions of this panel
+  AlignedFloats packed{match_step * match_panel + match_reach - match_panel};
+  double squares[match_panel] = {};
+
+  // The features [c, c + depth), where they stand if whole tiles of them stay in the image.
+  Strip strip(int64_t c, int64_t depth) {
+    const int64_t stride = grid.feature_stride;
+    const int64_t read_end = (c + depth - 1) * stride + first + match_reach;
+    const int64_t image_end = (features - 1) * stride + positions;
+    Strip strip{packed.get(), match_panel};
+    if (grid.dtype == DType::f32 && grid.position_stride == 1 && read_end <= image_end) {
+      const int64_t offset = image * grid.image_stride + c * stride + first;
+      strip = {static_cast<const float*>(grid.data) + offset, stride};
+    } else {
+      pack_positions<V>(grid, image, c, depth, first, count, packed.get());
+    }
+    for (int64_t i = 0; i < count; i += 4 * V::width) {  // four independent chains of additions
+      typename V::reg sums[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
+      for (int64_t k = 0; k < depth; ++k) {
+        for (int v = 0; v < 4; ++v) {
+          const typename V::reg x = V::load(strip.data + k * strip.stride + i + v * V::width);
+          sums[v] = V::fma(x, x, sums[v]);
+        }
+      }
+      float lanes[4 * V::width];
+      for (int v = 0; v < 4; ++v) V::store(lanes + v * V::width, sums[v]);
+      for (int k = 0; k < 4 * V::width; ++k) squares[i + k] += lanes[k];
+    }
+    return strip;
+  }
+};
+
+// out (rows, match_panel) [+]= a^T b for some columns: whole vectors of b, two or three at a time.
+template <class V>
+void multiply_strips(Strip a, int64_t rows, Strip b, int64_t vectors, int64_t depth, float* out,
+                     bool accumulate) {
+  const auto multiply = [&]<int count>(int64_t column) {
+    for (int64_t r = 0; r < rows; r += V::match_rows) {
+      multiply_tile<V, V::match_rows, count, 1>(depth, a.data + r, a.stride, b.data + column,
+                                                b.stride, out + r * match_panel + column,
+                                                match_panel, accumulate);
+    }
+  };
+  int64_t v = 0;
+  for (; vectors - v >= 5 || vectors - v == 3; v += 3)
+    multiply.template operator()<3>(v * V::width);
+  for (; vectors - v >= 2; v += 2) multiply.template operator()<2>(v * V::width);
+  if (v < vectors) multiply.template operator()<1>(v * V::width);
 }
 
 template <class V>
 void match_positions(const MatchTask& task) {
-  constexpr int64_t panel = match_panel, step = match_step;
-  constexpr int width = 2 * V::width;
-  static_assert(panel % V::tile_rows == 0 && panel % width == 0);
+  constexpr int64_t panel = match_panel;
+  constexpr int64_t most_left = 2;  // keys beyond whole vectors that are cheaper the other way
+  constexpr int64_t padded_rows = (panel + V::match_rows - 1) / V::match_rows * V::match_rows;
+  static_assert(panel % (4 * V::width) == 0 && padded_rows <= match_reach);
   const int64_t rows = task.end - task.begin;
   const int64_t features = task.problem->features;
 
-  AlignedFloats query(step * panel), key(step * panel), similarity(panel * panel);
+  AlignedFloats similarity(padded_rows * panel);  // (rows, keys)
+  AlignedFloats swapped(most_left * panel);       // (keys left over, rows)
   float best[panel];
   for (int64_t r = 0; r < rows; ++r) {
     best[r] = -__builtin_inff();
@@ -84,25 +145,31 @@ void match_positions(const MatchTask& task) {
   for (int64_t first = 0; first < task.key_positions; first += panel) {
     const int64_t left = task.key_positions - first;
     const int64_t columns = left < panel ? left : panel;
-    double query_square[panel] = {}, key_square[panel] = {};
-    for (int64_t c = 0; c == 0 || c < features; c += step) {
-      const int64_t depth = features - c < step ? features - c : step;
-      pack_positions<V>(*task.query, task.image, c, depth, task.begin, rows, query.get(),
-                        query_square);
-      pack_positions<V>(*task.key, task.image, c, depth, first, columns, key.get(), key_square);
-      for (int64_t r = 0; r < rows; r += V::tile_rows) {
-        for (int64_t j = 0; j < columns; j += width) {
-          multiply_tile<V, V::tile_rows, 2, Operand::depth_major>(
-              depth, query.get() + r, panel, key.get() + j, panel, similarity.get() + r * panel + j,
-              panel, c > 0);
+    const int64_t rest = columns % V::width;
+    const int64_t swapped_from = rest <= most_left ? columns - rest : columns;
+    const int64_t vectors = (swapped_from + V::width - 1) / V::width;
+    Side<V> query{*task.query, task.image, features, task.query_positions, task.begin, rows};
+    Side<V> key{*task.key, task.image, features, task.key_positions, first, columns};
+    for (int64_t c = 0; c == 0 || c < features; c += match_step) {
+      const int64_t depth = features - c < match_step ? features - c : match_step;
+      const Strip queries = query.strip(c, depth), keys = key.strip(c, depth);
+      multiply_strips<V>(queries, rows, keys, vectors, depth, similarity.get(), c > 0);
+      for (int64_t j = swapped_from; j < columns; ++j) {
+        for (int64_t r = 0; r < rows; r += 4 * V::width) {
+          multiply_tile<V, 1, 4, 1>(depth, keys.data + j, keys.stride, queries.data + r,
+                                    queries.stride, swapped.get() + (j - swapped_from) * panel + r,
+                                    panel, c > 0);
         }
       }
     }
     float key_inverse[panel];
-    for (int64_t j = 0; j < columns; ++j) key_inverse[j] = inverse_length(key_square[j]);
+    for (int64_t j = 0; j < columns; ++j) key_inverse[j] = inverse_length(key.squares[j]);
     for (int64_t r = 0; r < rows; ++r) {
-      const float query_inverse = inverse_length(query_square[r]);
-      const float* row = similarity.get() + r * panel;
+      const float query_inverse = inverse_length(query.squares[r]);
+      float* row = similarity.get() + r * panel;
+      for (int64_t j = swapped_from; j < columns; ++j) {
+        row[j] = swapped.get()[(j - swapped_from) * panel + r];
+      }
       for (int64_t j = 0; j < columns; ++j) {
         const float cosine = row[j] * (query_inverse * key_inverse[j]);
         const bool first_nan = cosine != cosine && best[r] == best[r];

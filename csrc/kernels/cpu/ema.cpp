@@ -17,6 +17,9 @@ EmaFunction mix_of(Isa isa) {
   if (isa >= Isa::avx512) return ema_avx512;
   if (isa == Isa::avx2) return ema_avx2;
 #endif
+#if defined(__aarch64__)
+  if (isa == Isa::neon) return ema_neon;
+#endif
   (void)isa;
   return ema_serial;
 }

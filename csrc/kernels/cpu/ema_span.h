@@ -15,6 +15,7 @@ struct EmaSpan {
 using EmaFunction = void (*)(const EmaSpan&);
 
 void ema_serial(const EmaSpan&);
+void ema_neon(const EmaSpan&);
 void ema_avx2(const EmaSpan&);
 void ema_avx512(const EmaSpan&);
 
@@ -24,8 +25,13 @@ void mix_strip(float* target, const float* source, int64_t count, float keep, fl
   const auto mix = [&](const float* t, const float* s) {
     return V::fma(kept, V::load(t), V::mul(taken, V::load(s)));
   };
+  constexpr int64_t ahead = 512;  // hardware prefetching stops at each 4 KiB page
   int64_t i = 0;
-  for (; i + V::width <= count; i += V::width) V::store(target + i, mix(target + i, source + i));
+  for (; i + V::width <= count; i += V::width) {
+    __builtin_prefetch(target + i + ahead);
+    __builtin_prefetch(source + i + ahead);
+    V::store(target + i, mix(target + i, source + i));
+  }
   if (i == count) return;
   // The tail goes through the same vector arithmetic, so an element's bits never depend on where
   // it stands.

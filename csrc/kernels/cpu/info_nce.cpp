@@ -9,6 +9,7 @@
 #include <cmath>
 #include <limits>
 #include <memory>
+#include <numbers>
 
 #include "cpu/info_nce_sweep.h"
 #include "cpu/rows.h"
@@ -155,11 +156,11 @@ void finish_row(const InfoNceProblem& problem, const InfoNcePlan& plan, int64_t 
   double sum = 0.0;
   for (int64_t s = 0; s < plan.slices; ++s) {
     const int64_t i = s * plan.padded_rows + row;
-    sum += work.sum[i] * std::exp(work.shift[i] - shift);
+    sum += work.sum[i] * std::exp2(work.shift[i] - shift);
   }
   // The share of the negatives, 1 - w_+, is the logistic function of their log-sum-exp less the
   // positive's logit, and the loss is its softplus: neither cancels.
-  const double excess = std::log(sum) + shift - positive_logit;
+  const double excess = std::log(sum) + shift * std::numbers::ln2 - positive_logit;
   const bool finite =
       std::isfinite(query.norm + positive.norm + query.rounded_norm + positive.rounded_norm) &&
       !std::isnan(excess) && !std::isinf(sum);
@@ -178,7 +179,7 @@ void finish_row(const InfoNceProblem& problem, const InfoNcePlan& plan, int64_t 
     for (int64_t d = 0; d < count; ++d) gradient[d] = -positive.rounded.get()[d];
     for (int64_t s = 0; s < plan.slices; ++s) {
       const int64_t i = s * plan.padded_rows + row;
-      const double part = std::exp(work.shift[i] - shift) / sum;
+      const double part = std::exp2(work.shift[i] - shift) / sum;
       const float* weighted =
           work.weighted + s * plan.padded_rows * plan.padded_features + lane.offset;
       for (int64_t d = 0; d < count; ++d) gradient[d] += part * weighted[d * lane.stride];
@@ -196,6 +197,9 @@ Sweep sweep_of(Isa isa, DType queue) {
   if (isa == Isa::avx512bf16 && queue == DType::bf16) return sweep_avx512bf16();
   if (isa >= Isa::avx512) return sweep_avx512();
   if (isa == Isa::avx2) return sweep_avx2();
+#endif
+#if defined(__aarch64__)
+  if (isa == Isa::neon) return sweep_neon();
 #endif
   (void)isa;
   (void)queue;
@@ -261,7 +265,7 @@ Status info_nce(const InfoNceProblem& problem, const InfoNcePlan& plan, void* wo
     part.rows = std::min(plan.group_rows, plan.padded_rows - first);
     part.padded_features = plan.padded_features;
     part.features = problem.features;
-    part.inverse_temperature = static_cast<float>(1.0 / problem.temperature);
+    part.scale = static_cast<float>(std::numbers::log2e / problem.temperature);
     part.queue = &problem.queue;
     part.queue_begin = slice * plan.slice_rows;
     part.queue_end = std::min(part.queue_begin + plan.slice_rows, problem.queue_length);

@@ -63,6 +63,9 @@ inline __m512 high_of_pair(__m512 pairs) {
       _mm512_and_si512(_mm512_castps_si512(pairs), _mm512_set1_epi32(-0x10000)));
 }
 
+// Where the element (row, depth) of the broadcast operand stands.
+enum class Operand { row_major, depth_major };
+
 // multiply_tile of tile.h on pairs: depth, lda and ldb count pairs.
 template <int vectors, Operand order>
 inline __attribute__((always_inline)) void multiply_pairs(int64_t depth, const float* a,
@@ -123,7 +126,7 @@ float pack_rows(const SweepTask& task, int64_t begin, int64_t valid, int64_t cou
   uint16_t* rows = reinterpret_cast<uint16_t*>(scratch.rows.get());
   uint16_t* pairs = reinterpret_cast<uint16_t*>(scratch.row_pairs.get());
   AlignedFloats exact(stride);
-  float longest = 0.0f;
+  LongestRow<Vec> longest;
   for (int64_t j = 0; j < count; ++j) {
     uint16_t* row = rows + j * stride;
     int64_t filled = 0;
@@ -139,8 +142,7 @@ float pack_rows(const SweepTask& task, int64_t begin, int64_t valid, int64_t cou
     }
     for (int64_t d = filled; d < stride; ++d) row[d] = 0;
     load_strip<Vec>(row, DType::bf16, 0, 1, stride, exact.get());
-    const float length = row_length<Vec>(exact.get(), stride);
-    if (longest == longest && !(length <= longest)) longest = length;
+    longest.add(exact.get(), stride);
   }
   for (int64_t j = 0; j < count; j += 2) {
     const uint16_t* low = rows + j * stride;
@@ -150,7 +152,7 @@ float pack_rows(const SweepTask& task, int64_t begin, int64_t valid, int64_t cou
       out[2 * d + 1] = low[stride + d];
     }
   }
-  return longest;
+  return longest.length();
 }
 
 // Rounds the weights (valid, width) to pairs along queue rows, zero up to count. Returns whether a

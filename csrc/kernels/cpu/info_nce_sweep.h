@@ -1,7 +1,7 @@
 // The sweep of info_nce over one slice of the queue for one group of rows.
 //
 // Rows lie across vector lanes, in tiles of up to tile_vectors vectors; queue elements are only
-// ever broadcast. So one packed block of queue rows, row-major as stored, serves both products of
+// ever broadcast. So one packed block of queue rows serves both products of
 // the same register tile: scores = block query^T, then weighted^T += block^T exp(scores), and
 // softmax sums need no sum across lanes. A block stays in the second-level cache, a tile's query
 // and scores in the first.
@@ -31,12 +31,12 @@ struct SweepTask {
   int64_t rows;             // a multiple of row_multiple
   int64_t features;         // D
   int64_t padded_features;  // a multiple of feature_multiple
-  float inverse_temperature;
+  float scale;              // log2(e) / T: takes scores to logits in base 2
   const RowsView* queue;
   int64_t queue_begin, queue_end;
-  float* shift;     // (rows,) out: what was subtracted from the logits
-  double* sum;      // (rows,) out: sum_j exp(logit - shift); NaN where the queue is not finite
-  float* weighted;  // (rows, padded_features) in tiles, out: sum_j exp(logit - shift) n_j; or null
+  float* shift;     // (rows,) out: what was subtracted from the base-2 logits
+  double* sum;      // (rows,) out: sum_j 2^(logit - shift); NaN where the queue is not finite
+  float* weighted;  // (rows, padded_features) in tiles, out: sum_j 2^(logit - shift) n_j; or null
 };
 
 struct Sweep {
@@ -49,20 +49,32 @@ constexpr int64_t group_multiple = 48;    // whole tiles in every set
 constexpr int64_t feature_multiple = 16;  // whole vectors and register tiles in every set
 
 Sweep sweep_serial();
+Sweep sweep_neon();
 Sweep sweep_avx2();
 Sweep sweep_avx512();
 Sweep sweep_avx512bf16();  // bfloat16 queues only
 
-// |row|, or a bound on it where the squares overflow; infinite or NaN where the row is not finite.
+// Sum of squares of a row; infinite or NaN where it overflows or the row is not finite.
 template <class V>
-inline float row_length(const float* row, int64_t count) {
-  typename V::reg squares = V::zero();
-  for (int64_t d = 0; d < count; d += V::width) {
-    const typename V::reg x = V::load(row + d);
-    squares = V::fma(x, x, squares);
+inline float square_length(const float* row, int64_t count) {
+  typename V::reg sums[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
+  int64_t d = 0;
+  for (; d + 4 * V::width <= count; d += 4 * V::width) {
+    for (int v = 0; v < 4; ++v) {
+      const typename V::reg x = V::load(row + d + v * V::width);
+      sums[v] = V::fma(x, x, sums[v]);
+    }
   }
-  const float square = V::sum(squares);
-  if (square < __builtin_inff()) return __builtin_sqrtf(square);
+  for (; d < count; d += V::width) {
+    const typename V::reg x = V::load(row + d);
+    sums[0] = V::fma(x, x, sums[0]);
+  }
+  return V::sum(V::add(V::add(sums[0], sums[1]), V::add(sums[2], sums[3])));
+}
+
+// A bound on |row| that does not overflow; infinite or NaN where the row is not finite.
+template <class V>
+inline float length_bound(const float* row, int64_t count) {
   float peak = 0.0f;
   for (int64_t d = 0; d < count; ++d) {
     const float x = __builtin_fabsf(row[d]);
@@ -71,25 +83,58 @@ inline float row_length(const float* row, int64_t count) {
   return peak * __builtin_sqrtf(static_cast<float>(count));
 }
 
-// Fills rows (count, padded_features), zero beyond the features, and returns the largest length of
-// a row (infinite or NaN where the block is not finite).
+// The largest length of rows that come one by one.
 template <class V>
-float pack_block(const SweepTask& task, int64_t begin, int64_t valid, int64_t count, float* rows) {
-  const int64_t stride = task.padded_features;
-  float longest = 0.0f;
-  for (int64_t j = 0; j < count; ++j) {
-    float* row = rows + j * stride;
-    int64_t filled = 0;
-    if (j < valid) {
-      filled = task.features;
-      load_strip<V>(task.queue->data, task.queue->dtype, (begin + j) * task.queue->row_stride,
-                    task.queue->feature_stride, filled, row);
+class LongestRow {
+ public:
+  void add(const float* row, int64_t count) {
+    const float square = square_length<V>(row, count);
+    if (square <= square_) return;
+    if (square < __builtin_inff()) {
+      square_ = square;
+      return;
     }
-    for (int64_t d = filled; d < stride; ++d) row[d] = 0.0f;
-    const float length = row_length<V>(row, stride);
-    if (longest == longest && !(length <= longest)) longest = length;
+    const float bound = length_bound<V>(row, count);
+    if (bound_ == bound_ && !(bound <= bound_)) bound_ = bound;
   }
-  return longest;
+  float length() const {
+    const float length = __builtin_sqrtf(square_);
+    return length > bound_ ? length : bound_;
+  }
+
+ private:
+  float square_ = 0.0f, bound_ = 0.0f;
+};
+
+// Packs queue rows into panels of tile_rows features, so that both products walk through memory in
+// order: feature d of row j stands at d / tile_rows * panel + j * tile_rows + d % tile_rows with
+// panel = sweep_block * tile_rows; zero beyond valid rows and features. Returns the largest length
+// of a row (infinite or NaN where the block is not finite). row: (padded_features,) scratch.
+template <class V>
+float pack_block(const SweepTask& task, int64_t begin, int64_t valid, int64_t count, float* row,
+                 float* panels) {
+  const RowsView& queue = *task.queue;
+  const bool as_stored = queue.dtype == DType::f32 && queue.feature_stride == 1 &&
+                         task.features == task.padded_features;
+  LongestRow<V> longest;
+  for (int64_t d = 0; d < task.padded_features; ++d) row[d] = 0.0f;
+  for (int64_t j = 0; j < count; ++j) {
+    const int64_t offset = (begin + j) * queue.row_stride;
+    const float* in = row;
+    if (j < valid && as_stored) {
+      in = static_cast<const float*>(queue.data) + offset;
+    } else if (j < valid) {
+      load_strip<V>(queue.data, queue.dtype, offset, queue.feature_stride, task.features, row);
+    } else {
+      for (int64_t d = 0; d < task.features; ++d) row[d] = 0.0f;
+    }
+    if (j < valid) longest.add(in, task.padded_features);
+    float* out = panels + j * V::tile_rows;
+    for (int64_t d = 0; d < task.padded_features; d += V::tile_rows) {
+      __builtin_memcpy(out + d * sweep_block, in + d, V::tile_rows * sizeof(float));
+    }
+  }
+  return longest.length();
 }
 
 // Moves the tile's rows to a running maximum that covers the scores q.n (valid, width).
@@ -106,12 +151,12 @@ void raise_shift(const SweepTask& task, int64_t first, int64_t width, const floa
   }
   for (int64_t i = 0; i < width; ++i) {
     const float old = sum[i] == 0.0 ? -__builtin_inff() : shift[i];
-    const float peak = rescale[i] * task.inverse_temperature;
+    const float peak = rescale[i] * task.scale;
     shift[i] = peak > old ? peak : old;
     rescale[i] = old - shift[i];
   }
   for (int64_t i = 0; i < width; i += V::width) {
-    V::store(rescale + i, exponential<V>(V::load(rescale + i)));
+    V::store(rescale + i, exp2<V>(V::load(rescale + i)));
   }
   for (int64_t i = 0; i < width; ++i) sum[i] *= rescale[i];
   if (task.weighted == nullptr) return;
@@ -124,18 +169,17 @@ void raise_shift(const SweepTask& task, int64_t first, int64_t width, const floa
   }
 }
 
-// scores = exp(scores / T - shift), and adds them up into sum.
+// scores = 2^(scale scores - shift), and adds them up into sum.
 template <class V>
 void exponentiate(const SweepTask& task, int64_t first, int64_t width, float* scores,
                   int64_t valid) {
-  const typename V::reg inverse_temperature = V::broadcast(task.inverse_temperature);
+  const typename V::reg scale = V::broadcast(task.scale);
   for (int64_t i = 0; i < width; i += V::width) {
     const typename V::reg minus_shift = V::sub(V::zero(), V::load(task.shift + first + i));
     typename V::reg total = V::zero();
     for (int64_t j = 0; j < valid; ++j) {
       float* at = scores + j * width + i;
-      const typename V::reg logit = V::fma(V::load(at), inverse_temperature, minus_shift);
-      const typename V::reg weight = exponential<V>(logit);
+      const typename V::reg weight = exp2<V>(V::fma(V::load(at), scale, minus_shift));
       V::store(at, weight);
       total = V::add(total, weight);
     }
@@ -162,14 +206,17 @@ void sweep_tile(const SweepTask& task, int64_t first, const float* block, int64_
                 float longest, float* scores) {
   constexpr int64_t width = vectors * V::width;
   constexpr int64_t depth_step = 128;  // the longest chain of roundings in a logit
+  constexpr int64_t panel = sweep_block * V::tile_rows;
+  static_assert(depth_step % V::tile_rows == 0);
   const int64_t stride = task.padded_features;
+  const int64_t depths = (task.features + V::tile_rows - 1) / V::tile_rows * V::tile_rows;
   const float* query = task.query + first * stride;
   for (int64_t j = 0; j < valid; j += V::tile_rows) {
-    for (int64_t d = 0; d == 0 || d < task.features; d += depth_step) {
-      const int64_t depth = task.features - d < depth_step ? task.features - d : depth_step;
-      multiply_tile<V, V::tile_rows, vectors, Operand::row_major>(depth, block + j * stride + d,
-                                                                  stride, query + d * width, width,
-                                                                  scores + j * width, width, d > 0);
+    for (int64_t d = 0; d == 0 || d < depths; d += depth_step) {
+      const int64_t depth = depths - d < depth_step ? depths - d : depth_step;
+      multiply_tile<V, V::tile_rows, vectors, V::tile_rows>(
+          depth, block + d * sweep_block + j * V::tile_rows, panel, query + d * width, width,
+          scores + j * width, width, d > 0);
     }
   }
   if (needs_shift<V>(task, first, width, longest)) {
@@ -182,8 +229,8 @@ void sweep_tile(const SweepTask& task, int64_t first, const float* block, int64_
   if (task.weighted == nullptr) return;
   float* weighted = task.weighted + first * stride;
   for (int64_t d = 0; d < stride; d += V::tile_rows) {
-    multiply_tile<V, V::tile_rows, vectors, Operand::depth_major>(
-        valid, block + d, stride, scores, width, weighted + d * width, width, true);
+    multiply_tile<V, V::tile_rows, vectors, 1>(valid, block + d * sweep_block, V::tile_rows, scores,
+                                               width, weighted + d * width, width, true);
   }
 }
 
@@ -205,13 +252,14 @@ void sweep(const SweepTask& task) {
                 group_multiple % (V::tile_vectors * V::width) == 0 &&
                 sweep_block % V::tile_rows == 0 && V::tile_vectors <= 3);
   const int64_t stride = task.padded_features;
-  AlignedFloats block(sweep_block * stride), scores(sweep_block * V::tile_vectors * V::width);
+  AlignedFloats block(sweep_block * stride), row_scratch(stride);
+  AlignedFloats scores(sweep_block * V::tile_vectors * V::width);
   clear_sums<V>(task);
   for (int64_t begin = task.queue_begin; begin < task.queue_end; begin += sweep_block) {
     const int64_t left = task.queue_end - begin;
     const int64_t valid = left < sweep_block ? left : sweep_block;
     const int64_t count = (valid + V::tile_rows - 1) / V::tile_rows * V::tile_rows;
-    const float longest = pack_block<V>(task, begin, valid, count, block.get());
+    const float longest = pack_block<V>(task, begin, valid, count, row_scratch.get(), block.get());
     int64_t row = 0;
     for (; row + V::tile_vectors * V::width <= task.rows; row += V::tile_vectors * V::width) {
       sweep_tile<V, V::tile_vectors>(task, row, block.get(), valid, longest, scores.get());

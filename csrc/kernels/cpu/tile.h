@@ -48,14 +48,12 @@ void store_strip(const float* in, int64_t count, void* data, DType dtype, int64_
   }
 }
 
-// Where the element (row, depth) of the broadcast operand stands.
-enum class Operand { row_major, depth_major };
-
-// c (rows, vectors * width) [+]= a (rows, depth) b (depth, vectors * width), row strides lda, ldb,
-// ldc. All sums stay in registers, start from zero and join c at the end: chains of roundings stay
-// as short as depth. Every lane adds up in the order of depth, so equal columns give equal bits
-// wherever they stand.
-template <class V, int rows, int vectors, Operand order>
+// c (rows, vectors * width) [+]= a (rows, depth) b (depth, vectors * width), row strides ldb, ldc.
+// Element (r, k) of a stands at k / chunk * lda + r * chunk + k % chunk: chunk 1 is depth by depth;
+// depth is a multiple of chunk. All sums stay in registers, start from zero and join c at the end:
+// chains of roundings stay as short as depth. Every lane adds up in the order of depth, so equal
+// columns give equal bits wherever they stand.
+template <class V, int rows, int vectors, int chunk>
 inline __attribute__((always_inline)) void multiply_tile(int64_t depth, const float* a, int64_t lda,
                                                          const float* b, int64_t ldb, float* c,
                                                          int64_t ldc, bool accumulate) {
@@ -67,16 +65,17 @@ inline __attribute__((always_inline)) void multiply_tile(int64_t depth, const fl
       sums[r][v] = V::zero();
     }
   }
-  for (int64_t k = 0; k < depth; ++k) {
-    typename V::reg column[vectors];
+  for (int64_t k = 0; k < depth; k += chunk, a += lda) {
+    for (int i = 0; i < chunk; ++i, b += ldb) {
+      typename V::reg column[vectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) column[v] = V::load(b + k * ldb + v * V::width);
+      for (int v = 0; v < vectors; ++v) column[v] = V::load(b + v * V::width);
 #pragma GCC unroll 16
-    for (int r = 0; r < rows; ++r) {
-      const typename V::reg x =
-          V::broadcast(order == Operand::row_major ? a[r * lda + k] : a[k * lda + r]);
+      for (int r = 0; r < rows; ++r) {
+        const typename V::reg x = V::broadcast(a[r * chunk + i]);
 #pragma GCC unroll 4
-      for (int v = 0; v < vectors; ++v) sums[r][v] = V::fma(x, column[v], sums[r][v]);
+        for (int v = 0; v < vectors; ++v) sums[r][v] = V::fma(x, column[v], sums[r][v]);
+      }
     }
   }
 #pragma GCC unroll 16
@@ -89,26 +88,25 @@ inline __attribute__((always_inline)) void multiply_tile(int64_t depth, const fl
   }
 }
 
-// exp(x) for x <= 88, relative error about one unit in the last place; below -87.3 it stays at
-// the smallest normal number instead of fading to zero. NaN stays NaN.
+// 2^x for x <= 127, relative error below one unit in the last place; below -125 it stays at 2^-125
+// instead of fading into slow subnormal numbers. NaN stays NaN, its payload's last nine bits zero.
 //
-// x = n ln2 + r with |r| <= ln2 / 2; ln2 in two parts keeps r exact; the Taylor terms up to
-// r^7 / 7! leave an error of 6e-9, a tenth of a unit in the last place.
+// x = n + r with |r| <= 1/2: adding 1.5 * 2^23 leaves no room for a fraction, so n is also the
+// last bits of the sum. The polynomial of degree 6 for 2^r is off by 2e-9 (minimax, 2^0 exact).
 template <class V>
-inline typename V::reg exponential(typename V::reg x) {
-  x = V::at_least(x, -87.3f);
-  const typename V::reg n = V::round(V::mul(x, V::broadcast(0x1.715476p+0f)));
-  typename V::reg r = V::fma(n, V::broadcast(-0x1.62e4p-1f), x);
-  r = V::fma(n, V::broadcast(-0x1.7f7d1cp-20f), r);
-  typename V::reg p = V::broadcast(1.0f / 5040.0f);
-  p = V::fma(p, r, V::broadcast(1.0f / 720.0f));
-  p = V::fma(p, r, V::broadcast(1.0f / 120.0f));
-  p = V::fma(p, r, V::broadcast(1.0f / 24.0f));
-  p = V::fma(p, r, V::broadcast(1.0f / 6.0f));
-  p = V::fma(p, r, V::broadcast(0.5f));
+inline typename V::reg exp2(typename V::reg x) {
+  x = V::at_least(x, -125.0f);
+  const typename V::reg magic = V::broadcast(0x1.8p23f);
+  const typename V::reg shifted = V::add(x, magic);
+  const typename V::reg r = V::sub(x, V::sub(shifted, magic));
+  typename V::reg p = V::broadcast(0x1.41fbbcp-13f);
+  p = V::fma(p, r, V::broadcast(0x1.5f3e54p-10f));
+  p = V::fma(p, r, V::broadcast(0x1.3b2d4cp-7f));
+  p = V::fma(p, r, V::broadcast(0x1.c6aee8p-5f));
+  p = V::fma(p, r, V::broadcast(0x1.ebfbdcp-3f));
+  p = V::fma(p, r, V::broadcast(0x1.62e430p-1f));
   p = V::fma(p, r, V::broadcast(1.0f));
-  p = V::fma(p, r, V::broadcast(1.0f));
-  return V::scale(p, n);
+  return V::add_to_exponent(p, shifted);
 }
 
 }  // namespace densecl

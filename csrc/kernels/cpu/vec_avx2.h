@@ -10,6 +10,7 @@ struct Vec {
   static constexpr int width = 8;
   static constexpr int tile_rows = 4;  // 12 sums + 3 columns + 1 broadcast of 16 registers
   static constexpr int tile_vectors = 3;
+  static constexpr int match_rows = 4;
 
   static reg zero() { return _mm256_setzero_ps(); }
   static reg broadcast(float x) { return _mm256_set1_ps(x); }
@@ -22,12 +23,10 @@ struct Vec {
   // maxps hands back its second operand when one is NaN, so x stands second.
   static reg at_least(reg x, float bound) { return _mm256_max_ps(broadcast(bound), x); }
   static reg max(reg a, reg b) { return _mm256_max_ps(a, b); }
-  static reg round(reg x) {
-    return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  }
-  static reg scale(reg p, reg n) {
-    const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
-    return _mm256_mul_ps(p, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
+  // p * 2^n, n in the last bits of a float; p * 2^n must be a normal number.
+  static reg add_to_exponent(reg p, reg n) {
+    return _mm256_castsi256_ps(
+        _mm256_add_epi32(_mm256_castps_si256(p), _mm256_slli_epi32(_mm256_castps_si256(n), 23)));
   }
   static float sum(reg a) {
     __m128 x = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));

@@ -10,6 +10,8 @@ struct Vec {
   static constexpr int width = 16;
   static constexpr int tile_rows = 8;  // 24 sums + 3 columns + 1 broadcast of 32 registers
   static constexpr int tile_vectors = 3;
+  static constexpr int match_rows =
+      7;  // 21 sums + 3 columns + 1 broadcast; 49 positions are 7 times 7
 
   static reg zero() { return _mm512_setzero_ps(); }
   static reg broadcast(float x) { return _mm512_set1_ps(x); }
@@ -22,10 +24,11 @@ struct Vec {
   // maxps hands back its second operand when one is NaN, so x stands second.
   static reg at_least(reg x, float bound) { return _mm512_max_ps(broadcast(bound), x); }
   static reg max(reg a, reg b) { return _mm512_max_ps(a, b); }
-  static reg round(reg x) {
-    return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  // p * 2^n, n in the last bits of a float; p * 2^n must be a normal number.
+  static reg add_to_exponent(reg p, reg n) {
+    return _mm512_castsi512_ps(
+        _mm512_add_epi32(_mm512_castps_si512(p), _mm512_slli_epi32(_mm512_castps_si512(n), 23)));
   }
-  static reg scale(reg p, reg n) { return _mm512_scalef_ps(p, n); }
   // The zero-masked extract: GCC 12 takes the plain one's undefined pass-through for a mistake.
   static __m256 upper_half(reg a) { return _mm512_maskz_extractf32x8_ps(0xff, a, 1); }
   static float sum(reg a) {

@@ -1,8 +1,6 @@
-// Four float lanes in the compilers' generic vectors: SSE2 on x86-64, NEON on arm64, plain code
-// elsewhere.
+// Four float lanes in the compilers' generic vectors: SSE2 on x86-64, plain code elsewhere.
 #pragma once
 
-#include <bit>
 #include <cstdint>
 
 namespace densecl::serial {
@@ -12,6 +10,7 @@ struct Vec {
   static constexpr int width = 4;
   static constexpr int tile_rows = 4;  // 8 sums + 2 columns + 1 broadcast of 16 registers
   static constexpr int tile_vectors = 2;
+  static constexpr int match_rows = 4;
 
   static reg zero() { return broadcast(0.0f); }
   static reg broadcast(float x) { return reg{x, x, x, x}; }
@@ -26,17 +25,10 @@ struct Vec {
   static reg max(reg a, reg b) { return a > b ? a : b; }
   // The bound where x is beyond it; a NaN in x stays NaN.
   static reg at_least(reg x, float bound) { return x < bound ? broadcast(bound) : x; }
-  static reg round(reg x) {  // |x| below 2^22: adding 1.5 * 2^23 leaves no room for a fraction
-    const reg magic = broadcast(0x1.8p23f);
-    return (x + magic) - magic;
-  }
-  // p * 2^n for whole n in [-126, 127].
-  static reg scale(reg p, reg n) {
-    for (int i = 0; i < width; ++i) {
-      const float exponent = n[i] == n[i] ? n[i] : 0.0f;
-      p[i] *= std::bit_cast<float>((static_cast<int32_t>(exponent) + 127) << 23);
-    }
-    return p;
+  // p * 2^n, n in the last bits of a float; p * 2^n must be a normal number.
+  static reg add_to_exponent(reg p, reg n) {
+    typedef uint32_t bits __attribute__((vector_size(16)));
+    return reinterpret_cast<reg>(reinterpret_cast<bits>(p) + (reinterpret_cast<bits>(n) << 23));
   }
   static float sum(reg a) { return (a[0] + a[2]) + (a[1] + a[3]); }
   static float largest(reg a) {

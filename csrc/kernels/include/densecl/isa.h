@@ -5,15 +5,18 @@
 
 namespace densecl {
 
-// In rising order of preference; each holds all of those before it.
-enum class Isa : int32_t { serial, avx2, avx512, avx512bf16, count };
+// On a machine that has several, each holds all of those before it.
+enum class Isa : int32_t { serial, neon, avx2, avx512, avx512bf16, count };
 
 const char* name(Isa isa);
 
 bool available(Isa isa);  // built into this library and present on this machine
 
-// The best available set, or the one that the environment variable DENSECL_CPU_ISA names. The
-// variable is read at every call, so a test can change it; reading it costs well below a
+// Whether this machine is faster with it than with the set before.
+bool pays(Isa isa);
+
+// The best available set that pays, or the one that the environment variable DENSECL_CPU_ISA names.
+// The variable is read at every call, so a test can change it; reading it costs well below a
 // microsecond.
 Status selected_isa(Isa* isa);
 
