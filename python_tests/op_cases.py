@@ -20,6 +20,13 @@ from torch import Tensor
 from densecl_ext import _host, ops, reference
 
 ISAS: list[str] = _host.available_isas()
+# Everything that may compute an op: the CPU's instruction sets, and the GPU's kernels, the best
+# for the device and those for any.
+BACKENDS = [
+    *ISAS,
+    pytest.param("cuda", marks=pytest.mark.gpu),
+    pytest.param("cuda-portable", marks=pytest.mark.gpu),
+]
 QUEUE_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # (loss, absolute; gradient, relative to the size of its terms) by the queue's dtype.
 BOUNDS = {
@@ -36,6 +43,31 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+_device = "cpu"
+
+
+def use_backend(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has `run` and `on_device` compute by one of BACKENDS until the test ends."""
+    if backend in ISAS:
+        monkeypatch.setenv("DENSECL_CPU_ISA", backend)
+        return
+    monkeypatch.setitem(globals(), "_device", "cuda")
+    _, _, kernel = backend.partition("-")
+    monkeypatch.setenv("DENSECL_CUDA_KERNEL", kernel)
+
+
+def on_device(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The function computed where use_backend said; arguments, gradients and result on the CPU."""
+
+    def move(value: Any) -> Any:
+        return value.to(_device) if isinstance(value, Tensor) else value
+
+    def call(*args: Any, **options: Any) -> Tensor:
+        return function(*map(move, args), **{k: move(v) for k, v in options.items()}).cpu()
+
+    return call
 
 
 def generator(seed: int) -> torch.Generator:
@@ -157,6 +189,8 @@ class Result:
 def run(function: Callable[..., Tensor], rows: Rows, *, double: bool = False) -> Result:
     """Losses of the rows, and the gradients of their sum."""
     query, positive, queue = rows.query, rows.positive, rows.queue
+    if function is ops.info_nce:
+        function = on_device(function)
     if double:
         query, positive = query.double(), positive.double()
         # A 16-bit queue keeps its type, by which the reference rounds the operands.

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from op_cases import (
-    ISAS,
+    BACKENDS,
     QUEUE_DTYPES,
     Rows,
     assert_close_to_truth,
@@ -63,13 +63,13 @@ def _gathered(query: Tensor, key: Tensor, match: Tensor) -> tuple[Tensor, Tensor
     return torch.stack(queries), torch.stack(positives)
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("queue_dtype", QUEUE_DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_against_float64_and_gathered_rows(
-    shape: tuple, queue_dtype: torch.dtype, isa: str, monkeypatch: pytest.MonkeyPatch
+    shape: tuple, queue_dtype: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("DENSECL_CPU_ISA", isa)
+    use_backend(backend, monkeypatch)
     n, d, sq, sk = shape
     query, key = _grids(*shape)
     match = _match(n, math.prod(sq), math.prod(sk))
@@ -153,11 +153,11 @@ def test_no_key_position_and_nothing_matched() -> None:
     assert loss == 0.0 and not query.grad.any() and key.grad.shape == (2, 8, 0)
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_bad_values_where_nothing_matches_do_not_matter(
-    isa: str, monkeypatch: pytest.MonkeyPatch
+    backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("DENSECL_CPU_ISA", isa)
+    use_backend(backend, monkeypatch)
     query, key = _grids(2, 8, (5,), (6,))
     match = torch.tensor([[0, -1, 2, 1, 1], [3, 3, -1, 0, 0]])
     queue = _queue(8, query)

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from op_cases import (
-    ISAS,
+    BACKENDS,
     QUEUE_DTYPES,
     REGIMES,
     Result,
@@ -32,24 +32,24 @@ LENGTHS = [1, 3, 31, 33, 257, 1000, 5000]
 FEATURES = [1, 3, 16, 100, 128, 129, 200, 512, 1024]
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("queue_dtype", QUEUE_DTYPES, ids=str)
 @pytest.mark.parametrize("regime", REGIMES)
 def test_regimes(
-    regime: str, queue_dtype: torch.dtype, isa: str, monkeypatch: pytest.MonkeyPatch
+    regime: str, queue_dtype: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("DENSECL_CPU_ISA", isa)
+    use_backend(backend, monkeypatch)
     for temperature in TEMPERATURES:
         check_case(regime, 25, 700, 48, temperature, queue_dtype)
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("queue_dtype", QUEUE_DTYPES[:2], ids=str)
 @pytest.mark.parametrize("features", FEATURES)
 def test_sizes(
-    features: int, queue_dtype: torch.dtype, isa: str, monkeypatch: pytest.MonkeyPatch
+    features: int, queue_dtype: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("DENSECL_CPU_ISA", isa)
+    use_backend(backend, monkeypatch)
     for i, length in enumerate(LENGTHS):
         if features * length > 1_100_000:
             continue
@@ -58,13 +58,13 @@ def test_sizes(
             check_case("random", rows, length, features, 0.1, queue_dtype)
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("queue_dtype", QUEUE_DTYPES[:2], ids=str)
 def test_long_queue_of_equal_rows(
-    queue_dtype: torch.dtype, isa: str, monkeypatch: pytest.MonkeyPatch
+    queue_dtype: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Sums of 65,536 equal terms, where the roundings of a running sum all point one way."""
-    monkeypatch.setenv("DENSECL_CPU_ISA", isa)
+    use_backend(backend, monkeypatch)
     check_case("all_equal", 12, 65536, 16, 0.2, queue_dtype)
 
 
@@ -87,13 +87,13 @@ def test_the_data_show_a_wrong_weighted_sum() -> None:
             assert difference > 0.05, regime
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("queue_dtype", QUEUE_DTYPES, ids=str)
 @pytest.mark.parametrize("normalize", [True, False])
 def test_zero_rows(
-    normalize: bool, queue_dtype: torch.dtype, isa: str, monkeypatch: pytest.MonkeyPatch
+    normalize: bool, queue_dtype: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("DENSECL_CPU_ISA", isa)
+    use_backend(backend, monkeypatch)
     query, positive, queue = randn(6, 24), randn(6, 24, seed=1), unit(randn(50, 24, seed=2))
     query[1] = positive[2] = query[3] = positive[3] = 0.0
     queue[7] = 0.0
@@ -120,7 +120,7 @@ def test_a_row_just_below_the_shortest_length_is_divided_by_it() -> None:
     assert got.grad_positive.isfinite().all()
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("queue_dtype", QUEUE_DTYPES, ids=str)
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -128,10 +128,10 @@ def test_bad_rows_come_out_as_nan_and_touch_no_other(
     bad: float,
     normalize: bool,
     queue_dtype: torch.dtype,
-    isa: str,
+    backend: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("DENSECL_CPU_ISA", isa)
+    use_backend(backend, monkeypatch)
     query, positive = randn(30, 20), randn(30, 20, seed=1)
     queue = unit(randn(70, 20, seed=2)).to(queue_dtype)
     options = {"normalize": normalize}
@@ -149,14 +149,14 @@ def test_bad_rows_come_out_as_nan_and_touch_no_other(
         torch.testing.assert_close(value[~hit], expected[~hit], atol=2e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("queue_dtype", QUEUE_DTYPES, ids=str)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("where", [0, 300, 699])
 def test_a_bad_queue_row_makes_every_row_nan(
-    where: int, bad: float, queue_dtype: torch.dtype, isa: str, monkeypatch: pytest.MonkeyPatch
+    where: int, bad: float, queue_dtype: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("DENSECL_CPU_ISA", isa)
+    use_backend(backend, monkeypatch)
     queue = unit(randn(700, 33, seed=2)).to(queue_dtype)
     queue[where, 32] = bad
     got = run(ops.info_nce, Rows(randn(14, 33), randn(14, 33, seed=1), queue))
@@ -165,10 +165,10 @@ def test_a_bad_queue_row_makes_every_row_nan(
     assert ops.info_nce(randn(14, 33), randn(14, 33, seed=1), queue).isnan()
 
 
-@pytest.mark.parametrize("isa", ISAS)
-def test_overflow_is_never_a_wrong_number(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_overflow_is_never_a_wrong_number(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Finite rows whose products leave float32: NaN or the right value, nothing else."""
-    monkeypatch.setenv("DENSECL_CPU_ISA", isa)
+    use_backend(backend, monkeypatch)
     query, positive, queue = randn(12, 16), randn(12, 16, seed=1), randn(40, 16, seed=2)
     for q_scale, p_scale, n_scale in [
         (1e30, 1.0, 1.0),
@@ -186,12 +186,12 @@ def test_overflow_is_never_a_wrong_number(isa: str, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("as_tensor", [False, True], ids=["int", "tensor"])
 @pytest.mark.parametrize("queue_dtype", QUEUE_DTYPES[:2], ids=str)
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_filled(
-    isa: str, queue_dtype: torch.dtype, as_tensor: bool, monkeypatch: pytest.MonkeyPatch
+    backend: str, queue_dtype: torch.dtype, as_tensor: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows from filled on hold NaN and do not matter."""
-    monkeypatch.setenv("DENSECL_CPU_ISA", isa)
+    use_backend(backend, monkeypatch)
     query, positive = randn(7, 40), randn(7, 40, seed=1)
     for length in (1, 37, 600):
         full = unit(randn(length, 40, seed=2)).to(queue_dtype)
