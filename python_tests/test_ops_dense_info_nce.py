@@ -11,10 +11,12 @@ from op_cases import (
     QUEUE_DTYPES,
     Rows,
     assert_close_to_truth,
+    on_device,
     one_thread,  # noqa: F401
     randn,
     run,
     unit,
+    use_backend,
 )
 from torch import Tensor
 
@@ -76,7 +78,8 @@ def test_against_float64_and_gathered_rows(
     queue = _queue(d, query, queue_dtype)
     query.requires_grad_()
     key.requires_grad_()
-    losses = ops.dense_info_nce(query, key, match, queue, reduction="none", temperature=0.1)
+    dense_info_nce = on_device(ops.dense_info_nce)
+    losses = dense_info_nce(query, key, match, queue, reduction="none", temperature=0.1)
     assert losses.shape == match.shape and losses.dtype == torch.float32
     losses.sum().backward()
 
@@ -158,10 +161,11 @@ def test_bad_values_where_nothing_matches_do_not_matter(
     backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use_backend(backend, monkeypatch)
+    dense_info_nce = on_device(ops.dense_info_nce)
     query, key = _grids(2, 8, (5,), (6,))
     match = torch.tensor([[0, -1, 2, 1, 1], [3, 3, -1, 0, 0]])
     queue = _queue(8, query)
-    clean = ops.dense_info_nce(query, key, match, queue, reduction="none")
+    clean = dense_info_nce(query, key, match, queue, reduction="none")
     bad_query, bad_key = query.clone(), key.clone()
     bad_query[0, :, 1] = math.nan
     bad_query[1, 3, 2] = math.inf
@@ -169,7 +173,7 @@ def test_bad_values_where_nothing_matches_do_not_matter(
     bad_key[0, 0, 3] = -math.inf
     bad_query.requires_grad_()
     bad_key.requires_grad_()
-    losses = ops.dense_info_nce(bad_query, bad_key, match, queue, reduction="none")
+    losses = dense_info_nce(bad_query, bad_key, match, queue, reduction="none")
     torch.testing.assert_close(losses.detach(), clean, atol=2e-6, rtol=1e-5)
     losses.sum().backward()
     assert bad_query.grad.isfinite().all() and bad_key.grad.isfinite().all()
@@ -177,7 +181,7 @@ def test_bad_values_where_nothing_matches_do_not_matter(
     bad_key = key.clone()
     bad_key[0, 2, 1] = math.nan
     bad_key.requires_grad_()
-    losses = ops.dense_info_nce(query, bad_key, match, queue, reduction="none")
+    losses = dense_info_nce(query, bad_key, match, queue, reduction="none")
     assert (losses.isnan() == torch.tensor([[0, 0, 0, 1, 1], [0] * 5]).bool()).all()
     losses[0].sum().backward()
     assert bad_key.grad[0, :, 1].isnan().all() and bad_key.grad[0, :, [0, 2]].isfinite().all()
@@ -283,3 +287,15 @@ def test_zero_vectors() -> None:
     assert loss.isfinite() and query.grad.isfinite().all() and key.grad.isfinite().all()
     assert not query.grad[0, :, 1].any() and not key.grad[0, :, 2].any()
     assert query.grad[0, :, 2].any() and key.grad[0, :, 0].any()
+
+
+@pytest.mark.gpu
+def test_a_match_out_of_range_is_nan_on_a_gpu() -> None:
+    """Where looking at the values would wait for the device, the rows that hold them tell."""
+    query, key = _grids(2, 8, (3,), (4,))
+    match = torch.tensor([[0, 4, -1], [3, 1, -2]])
+    queue = _queue(8, query)
+    leaves = [t.cuda().requires_grad_() for t in (query, key)]
+    losses = ops.dense_info_nce(*leaves, match.cuda(), queue.cuda(), reduction="none")
+    assert losses.isnan().tolist() == [[False, True, False], [False, False, True]]
+    assert losses[0, 2] == 0.0

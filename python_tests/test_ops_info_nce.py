@@ -8,6 +8,7 @@ import pytest
 import torch
 from op_cases import (
     BACKENDS,
+    ISAS,
     QUEUE_DTYPES,
     REGIMES,
     Result,
@@ -15,10 +16,12 @@ from op_cases import (
     assert_close_to_truth,
     case,
     check_case,
+    on_device,
     one_thread,  # noqa: F401
     randn,
     run,
     unit,
+    use_backend,
 )
 from torch import Tensor
 
@@ -50,6 +53,8 @@ def test_sizes(
     features: int, queue_dtype: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use_backend(backend, monkeypatch)
+    if features > 256 and backend not in ISAS:
+        pytest.skip("the CUDA kernels take at most 256 features")
     for i, length in enumerate(LENGTHS):
         if features * length > 1_100_000:
             continue
@@ -162,7 +167,7 @@ def test_a_bad_queue_row_makes_every_row_nan(
     got = run(ops.info_nce, Rows(randn(14, 33), randn(14, 33, seed=1), queue))
     assert got.loss.isnan().all()
     assert got.grad_query.isnan().all() and got.grad_positive.isnan().all()
-    assert ops.info_nce(randn(14, 33), randn(14, 33, seed=1), queue).isnan()
+    assert on_device(ops.info_nce)(randn(14, 33), randn(14, 33, seed=1), queue).isnan()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -406,3 +411,73 @@ def test_the_incoming_gradient_scales_each_row() -> None:
     loss = ops.info_nce(query, rows.positive, rows.queue, reduction="none")
     loss.backward(factor)
     torch.testing.assert_close(query.grad, expected.grad_query * factor.unsqueeze(1))
+
+
+def _on_gpu(queue_dtype: torch.dtype) -> list[Tensor]:
+    query, positive, queue = randn(300, 128), randn(300, 128, seed=1), unit(randn(5000, 128))
+    return [query.cuda().requires_grad_(), positive.cuda(), queue.to(queue_dtype).cuda()]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("queue_dtype", QUEUE_DTYPES, ids=str)
+def test_gpu_repeats_its_bits_without_waiting(queue_dtype: torch.dtype) -> None:
+    """Again and on another stream, with a count that lies on the device."""
+    query, positive, queue = _on_gpu(queue_dtype)
+    filled = torch.tensor(4321, device="cuda")
+
+    def once() -> list[Tensor]:
+        loss = ops.info_nce(query, positive, queue, filled=filled)
+        return [loss.detach(), *torch.autograd.grad(loss, query)]
+
+    expected = once()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = [once() for _ in range(20)]
+        with torch.cuda.stream(stream):
+            again += [once() for _ in range(20)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for got in again for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("queue_dtype", QUEUE_DTYPES, ids=str)
+def test_gpu_graph_follows_its_inputs(queue_dtype: torch.dtype) -> None:
+    """A captured call computes from what the tensors hold when it is replayed."""
+    query, positive, queue = _on_gpu(queue_dtype)
+    filled = torch.tensor(100, device="cuda")
+
+    def once() -> Tensor:
+        return ops.info_nce(query, positive, queue, filled=filled, reduction="none")
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        once()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = once()
+    for count in (0, 1, 4999, 5000):
+        filled.fill_(count)
+        queue.copy_(queue.flip(0))
+        graph.replay()
+        assert torch.equal(loss, once())
+
+
+@pytest.mark.gpu
+def test_gpu_says_how_many_features_it_takes() -> None:
+    rows = torch.zeros(3, 257, device="cuda")
+    with pytest.raises(RuntimeError, match="info_nce: .* at most 256 features, got 257"):
+        ops.info_nce(rows, rows, rows)
+
+
+@pytest.mark.gpu
+def test_gpu_says_which_kernels_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DENSECL_CUDA_KERNEL", "fastest")
+    rows = torch.zeros(3, 8, device="cuda")
+    with pytest.raises(RuntimeError, match="DENSECL_CUDA_KERNEL .* expected portable or sm90"):
+        ops.info_nce(rows, rows, rows)

@@ -55,8 +55,8 @@ def info_nce(
     Raises:
         ValueError: shapes or values that do not fit; a queue that requires grad.
         TypeError: a dtype outside the three.
-        RuntimeError: tensors on different devices, or on one without kernels; asking for a second
-            derivative.
+        RuntimeError: tensors on different devices, or on one without kernels; more than 256
+            features on a GPU; asking for a second derivative.
     """
     op = "info_nce"
     _checks.is_rows(op, "query", query, "(M, D)")
@@ -109,7 +109,8 @@ def dense_info_nce(
 
     Raises:
         ValueError, TypeError, RuntimeError: as :func:`info_nce`; ValueError too for a match
-            outside [-1, prod(Sk)), on the CPU (elsewhere looking would wait for the device).
+            outside [-1, prod(Sk)), on the CPU. On a GPU, where looking would wait for the device,
+            such a position's loss and gradients are NaN.
     """
     op = "dense_info_nce"
     _checks.is_grid(op, "query_grid", query_grid, "(N, D, *Sq)")
