@@ -299,3 +299,5 @@ def test_a_match_out_of_range_is_nan_on_a_gpu() -> None:
     losses = ops.dense_info_nce(*leaves, match.cuda(), queue.cuda(), reduction="none")
     assert losses.isnan().tolist() == [[False, True, False], [False, False, True]]
     assert losses[0, 2] == 0.0
+    losses.nansum().backward()
+    assert leaves[0].grad is not None and leaves[0].grad[0, :, 0].any()

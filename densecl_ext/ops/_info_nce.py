@@ -255,8 +255,9 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | No
     if ctx.needs_input_grad[1]:
         rows = factor * grad_positive  # (N, S, D)
         if match is not None:
-            # Positions that share a key add up; an unmatched one's row is zero, wherever it goes.
-            index = match.clamp(min=0).unsqueeze(2).expand_as(rows)
+            # Positions that share a key add up. An unmatched one's row is zero and one matched out
+            # of range (on a GPU) NaN, wherever they go.
+            index = match.clamp(0, max(ctx.key_positions - 1, 0)).unsqueeze(2).expand_as(rows)
             shape = (rows.shape[0], ctx.key_positions, rows.shape[2])
             rows = (
                 rows.new_zeros(shape).scatter_add(1, index, rows)  # (N, Sk, D)
