@@ -25,7 +25,7 @@ from op_cases import (
 )
 from torch import Tensor
 
-from densecl_ext import ops, reference
+from densecl_ext import _host, ops, reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -411,6 +411,24 @@ def test_the_incoming_gradient_scales_each_row() -> None:
     loss = ops.info_nce(query, rows.positive, rows.queue, reduction="none")
     loss.backward(factor)
     torch.testing.assert_close(query.grad, expected.grad_query * factor.unsqueeze(1))
+
+
+@pytest.mark.parametrize("sixteen_bit", [True, False])
+def test_gpu_plan_covers_the_queue_in_little_memory(sixteen_bit: bool) -> None:
+    for rows in (1, 49, 128, 129, 256, 3136, 12544, 50176):
+        for length in (0, 1, 127, 129, 1000, 65536, 1 << 20):
+            for features in (1, 64, 65, 128, 256):
+                plan = _host.info_nce_cuda_plan(rows, length, features, sixteen_bit)
+                slices, slice_rows = plan["queue_slices"], plan["slice_rows"]
+                assert slices * slice_rows >= length > (slices - 1) * slice_rows or length == 0
+                alone = _host.info_nce_cuda_plan(rows, length, features, sixteen_bit, False)
+                assert alone["queue_slices"] == slices  # the loss is the same bits
+                assert alone["workspace_bytes"] <= plan["workspace_bytes"]
+    plan = _host.info_nce_cuda_plan(12544, 65536, 128)
+    assert plan["queue_slices"] == 4 and plan["workspace_bytes"] < 30e6  # logits: 3.3 GB
+    assert _host.info_nce_cuda_plan(256, 65536, 128)["queue_slices"] == 64
+    with pytest.raises(ValueError, match="features must lie in"):
+        _host.info_nce_cuda_plan(1, 1, 257)
 
 
 def _on_gpu(queue_dtype: torch.dtype) -> list[Tensor]:

@@ -3,6 +3,7 @@
 
 #include <stdexcept>
 
+#include "densecl/cuda/info_nce.h"
 #include "densecl/info_nce.h"
 #include "densecl/isa.h"
 
@@ -52,6 +53,25 @@ py::dict info_nce_plan(int64_t rows, int64_t queue_length, int64_t features, boo
   return out;
 }
 
+py::dict info_nce_cuda_plan(int64_t rows, int64_t queue_length, int64_t features, bool sixteen_bit,
+                            bool gradient) {
+  if (rows < 0 || rows > cuda::info_nce_rows || queue_length < 0 || features < 0 ||
+      features > cuda::info_nce_features) {
+    throw std::invalid_argument(
+        "info_nce_cuda_plan: rows must lie in [0, 2^30], queue_length must not be negative, "
+        "features must lie in [0, 256]");
+  }
+  const cuda::InfoNcePlan plan = cuda::plan_info_nce(
+      rows, features, queue_length, sixteen_bit ? DType::bf16 : DType::f32, gradient);
+  py::dict out;
+  out["queue_slices"] = plan.slices;
+  out["slice_rows"] = plan.slice_rows;
+  out["padded_rows"] = plan.padded_rows;
+  out["padded_features"] = plan.padded_features;
+  out["workspace_bytes"] = plan.workspace_bytes;
+  return out;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_host, m) {
@@ -67,4 +87,7 @@ PYBIND11_MODULE(_host, m) {
   m.def("info_nce_plan", &info_nce_plan, py::arg("rows"), py::arg("queue_length"),
         py::arg("features"), py::arg("gradient") = true,
         "How the CPU cuts info_nce into tasks, and the scratch memory it takes.");
+  m.def("info_nce_cuda_plan", &info_nce_cuda_plan, py::arg("rows"), py::arg("queue_length"),
+        py::arg("features"), py::arg("sixteen_bit") = true, py::arg("gradient") = true,
+        "How a GPU's kernels cut info_nce into slices, and the scratch memory it takes.");
 }
