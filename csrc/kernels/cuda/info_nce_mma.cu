@@ -254,6 +254,7 @@ __global__ void __launch_bounds__(sweep_threads)
 #pragma unroll
   for (int tile = 0; tile < S::stages - 1; ++tile) fetch(tile);
 
+  const int last = static_cast<int>(slice.end - slice.begin - int64_t{tiles - 1} * S::Queue::rows);
   const int warp = static_cast<int>(threadIdx.x / 32);
   Warp<Type, features, gradient> work;
   work.start(sweep, first_row + warp * S::warp_rows, query + warp * S::warp_rows * features);
@@ -263,9 +264,8 @@ __global__ void __launch_bounds__(sweep_threads)
     // All see this tile, and all are done with the one before, whose stage is free now.
     __syncthreads();
     fetch(tile + S::stages - 1);
-    const int64_t left = slice.end - slice.begin - int64_t{tile} * S::Queue::rows;
-    work.take(stages + tile % S::stages * S::Queue::size,
-              static_cast<int>(min(left, int64_t{S::Queue::rows})), sweep.scale);
+    work.take(stages + tile % S::stages * S::Queue::size, tile + 1 == tiles ? last : S::Queue::rows,
+              sweep.scale);
   }
   work.write(sweep, first_row + warp * S::warp_rows);
 }

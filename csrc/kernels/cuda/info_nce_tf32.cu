@@ -193,7 +193,7 @@ struct Warp {
 };
 
 template <int features, bool gradient>
-__global__ void __launch_bounds__(sweep_threads)
+__global__ void __launch_bounds__(sweep_threads, 2)
     sweep_kernel(const __grid_constant__ InfoNceSweep sweep) {
   using S = Shape<features>;
   const int32_t first_row = static_cast<int32_t>(blockIdx.x) * S::block_rows;
@@ -217,6 +217,7 @@ __global__ void __launch_bounds__(sweep_threads)
 #pragma unroll
   for (int tile = 0; tile < S::stages - 1; ++tile) fetch(tile);
 
+  const int last = static_cast<int>(slice.end - slice.begin - int64_t{tiles - 1} * S::Queue::rows);
   const int warp = static_cast<int>(threadIdx.x / 32);
   Warp<features, gradient> work;
   work.start(sweep, first_row + 16 * warp, query + S::Query::at(16 * warp, 0));
@@ -226,9 +227,8 @@ __global__ void __launch_bounds__(sweep_threads)
     // All see this tile, and all are done with the one before, whose stage is free now.
     __syncthreads();
     fetch(tile + S::stages - 1);
-    const int64_t left = slice.end - slice.begin - int64_t{tile} * S::Queue::rows;
-    work.take(stages + tile % S::stages * S::Queue::size,
-              static_cast<int>(min(left, int64_t{S::Queue::rows})), sweep.scale);
+    work.take(stages + tile % S::stages * S::Queue::size, tile + 1 == tiles ? last : S::Queue::rows,
+              sweep.scale);
   }
   work.write(sweep, first_row + 16 * warp);
 }

@@ -30,6 +30,8 @@ __device__ __forceinline__ void load_tile(const RowSource<Storage>& source, int6
                                           int64_t end, Storage* tile) {
   constexpr int chunk = 16 / sizeof(Storage);
   constexpr int chunks = Tile::features / chunk;
+  // Copies under way need no registers; unrolled, their addresses would take those of the sums.
+#pragma unroll 1
   for (int i = static_cast<int>(threadIdx.x); i < Tile::rows * chunks; i += sweep_threads) {
     const int row = i / chunks, d = i % chunks * chunk;
     const int valid = begin + row < end ? max(0, min(chunk, source.features - d)) : 0;
