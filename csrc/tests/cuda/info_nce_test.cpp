@@ -450,58 +450,5 @@ TEST(CudaInfoNce, AroundTheHopperSweep) {
   emulator::schedule() = before;
 }
 
-TEST(CudaInfoNcePlan, FillsAnH100) {
-  const auto plan = [](int64_t rows) { return plan_info_nce(rows, 128, 65536, DType::bf16, true); };
-  // research/kernels.md, section 3.4
-  for (const auto& [rows, slices] :
-       {std::pair{256, 64}, {1024, 16}, {3136, 5}, {6272, 8}, {12544, 4}, {25088, 2}, {50176, 1}}) {
-    EXPECT_EQ(plan(rows).slices, slices) << rows;
-  }
-  EXPECT_LE(plan(12544).workspace_bytes, 30'000'000);
-}
-
-TEST(CudaInfoNcePlan, EverythingHasItsPlace) {
-  std::mt19937 random(5);
-  const auto draw = [&](int bits) {
-    return static_cast<int64_t>(random() % (1u << random() % static_cast<unsigned>(bits)));
-  };
-  for (int repeat = 0; repeat < 5000; ++repeat) {
-    const int64_t rows = draw(18), features = random() % 257, length = draw(22);
-    const DType dtype = dtypes[random() % 3];
-    for (const bool gradient : {false, true}) {
-      const InfoNcePlan plan = plan_info_nce(rows, features, length, dtype, gradient);
-      ASSERT_EQ(plan.padded_rows % 128, 0);
-      ASSERT_TRUE(plan.padded_rows >= rows && plan.padded_rows < rows + 128);
-      ASSERT_EQ(plan.padded_features % 64, 0);
-      ASSERT_TRUE(plan.padded_features >= features && plan.padded_features <= 256);
-      ASSERT_EQ(plan.slice_rows % 128, 0);
-      ASSERT_EQ(plan.slices == 0, length == 0);
-      ASSERT_LE(plan.slices, 65535) << "a grid's y";
-      ASSERT_GE(plan.slices * plan.slice_rows, length) << "every queue row is in a slice";
-      ASSERT_TRUE(length == 0 || (plan.slices - 1) * plan.slice_rows < length) << "none is empty";
-      ASSERT_GE(plan.longest_count, 1);
-
-      const int64_t partials = plan.slices * plan.padded_rows;
-      ASSERT_TRUE(plan.slices <= 1 || partials <= 51200);
-      const std::pair<int64_t, int64_t> parts[] = {
-          {plan.query_offset, plan.padded_rows * plan.padded_features * element_size(dtype)},
-          {plan.length_offset, plan.padded_rows * 4},
-          {plan.longest_offset, plan.longest_count * 4},
-          {plan.shift_offset, partials * 4},
-          {plan.sum_offset, partials * 4},
-          {plan.weighted_offset, gradient ? partials * plan.padded_features * 4 : 0}};
-      int64_t end = 0;
-      for (const auto& [offset, bytes] : parts) {
-        ASSERT_EQ(offset % 256, 0);
-        ASSERT_GE(offset, end);
-        end = offset + bytes;
-      }
-      ASSERT_GE(plan.workspace_bytes, end);
-      ASSERT_EQ(plan.slices, plan_info_nce(rows, features, length, dtype, !gradient).slices)
-          << "the loss does not depend on whether a gradient is wanted";
-    }
-  }
-}
-
 }  // namespace
 }  // namespace densecl::cuda
