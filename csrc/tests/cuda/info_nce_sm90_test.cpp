@@ -24,6 +24,7 @@ struct Case {
   bool gradient = true;
   int distinct = 0;  // so many different keys, repeated; 0: all differ
   bool dominated = false;
+  bool opposed = false;  // keys lie opposite the first query, more or less
 };
 
 // Device memory at its exact size, so that AddressSanitizer sees every access.
@@ -77,6 +78,10 @@ class Sweep {
         std::copy_n(queue_.data + j % c.distinct * stride_, stride_, row);
       } else {
         fill(row, c.spread * (j % 2 ? 1.0f : 0.75f));
+      }
+      for (int d = 0; c.opposed && d < c.features; ++d) {
+        const auto away = static_cast<float>(wide(row[d]) * 0.2 - wide(query_.data[d]));
+        row[d] = narrow(0.8f * away);
       }
       if (c.dominated && j == c.length / 2) std::copy_n(query_.data, c.features, row);
     }
@@ -222,6 +227,11 @@ TEST(InfoNceSm90, Float16) {
 TEST(InfoNceSm90, LargeLogitsTakeTheRunningMaximum) {
   expect_close({.temperature = 0.01f}, 5e-5);
   expect_close({.temperature = 0.2f, .spread = 40.0f}, 5e-5);
+}
+TEST(InfoNceSm90, Float16KeepsLightWeights) {
+  // All keys opposed: every weight is near the bottom of the range; logits of -14 nats.
+  expect_close({.dtype = DType::f16, .temperature = 0.07f, .opposed = true}, 2e-5, 2e-4);
+  expect_close({.dtype = DType::f16, .temperature = 0.11f, .opposed = true}, 2e-5, 2e-4);
 }
 TEST(InfoNceSm90, RowsThatDoNotCountMayBeNaN) {
   for (const int64_t counted : {1, 63, 128, 131}) {

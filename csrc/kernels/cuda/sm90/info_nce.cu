@@ -31,8 +31,9 @@ constexpr int row_bytes = 128;  // of a box: 64 features
 
 constexpr float log2_e = 1.44269504f;
 constexpr float unshifted_bound = 60.0f * log2_e;  // 2^bound times 2^20 keys is a float
-constexpr float half_bound = 20.0f * log2_e;       // 2^(15 - bound) is no zero in float16
-constexpr float half_room = 15.0f;                 // 2^15 is below float16's largest number
+// Float16's range is short: weights are at most 2^15, and up to this bound all are normal numbers.
+constexpr float half_bound = 14.5f;
+constexpr float half_room = 15.0f;
 
 constexpr float heavy_share = 1.0f / 16;  // of a row's sum: the weight's rounding error counts
 constexpr uint32_t golden = 40503;        // 2^16 / 1.618...
@@ -112,7 +113,7 @@ __device__ void fetch(const Part<blocks>& part, const TensorMap* query, const Te
 }
 
 // The softmax of a thread's two rows (8 apart) of 64, with what they have come to.
-template <bool online>
+template <DType type, bool online>
 struct Softmax {
   float shift[2], sum[2] = {0.0f, 0.0f};
   float rescale[2];  // online: what the sums so far are multiplied with
@@ -134,7 +135,9 @@ struct Softmax {
 #pragma unroll
     for (int i = 0; i < count; ++i) {
       const int h = i / 2 % 2;
-      scores[i] = exp2_approx(fmaf(scores[i], scale, -shift[h]));
+      // Beside a running maximum, huge logits must be rounded as the maximum was.
+      scores[i] = exp2_approx(online ? __fsub_rn(__fmul_rn(scores[i], scale), shift[h])
+                                     : fmaf(scores[i], scale, -shift[h]));
       total[h] += scores[i];
       peak[h] = fmaxf(peak[h], scores[i]);
     }
@@ -160,7 +163,8 @@ struct Softmax {
       }
       top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
       top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
-      const float raised = fmaxf(shift[h], top * scale);
+      const float room = type == DType::f16 ? half_room : 0.0f;
+      const float raised = fmaxf(shift[h], __fmul_rn(top, scale) - room);
       rescale[h] = raised == shift[h] ? 1.0f : exp2_approx(shift[h] - raised);
       shift[h] = raised;
       sum[h] *= rescale[h];
@@ -214,7 +218,7 @@ __device__ void multiply(const Part<blocks>& part, const InfoNceSweep& sweep, in
   const int lane = thread % 32;
   const bool last_group = group == 1;
 
-  Softmax<online> softmax;
+  Softmax<type, online> softmax;
   softmax.shift[0] = shift[0];
   softmax.shift[1] = shift[1];
   float scores[keys / 2];
