@@ -3,6 +3,8 @@
 
 #include <ptx/device.cuh>
 
+#include "cuda_emulator/race.h"
+
 namespace densecl::cuda {
 
 inline void barrier_wait(int id, int threads, DENSECL_WHERE) {
@@ -14,6 +16,7 @@ inline void barrier_arrive(int id, int threads, DENSECL_WHERE) {
 
 // For threads that start at a multiple of their number.
 inline bool barrier_any(int, int threads, bool predicate, DENSECL_WHERE) {
+  const emulator::Unwatched unwatched;
   const int first = emulator::thread_in_block() / threads * threads;
   if (void** members = emulator::meet(first, threads, 0, &predicate, "barrier.red.or", where)) {
     bool any = false;

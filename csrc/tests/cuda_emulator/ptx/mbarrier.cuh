@@ -3,6 +3,8 @@
 
 #include <ptx/device.cuh>
 
+#include "cuda_emulator/race.h"
+
 namespace densecl::cuda {
 
 using Barrier = uint64_t;
@@ -35,6 +37,8 @@ inline void bytes_came(cuda::Barrier* barrier, int bytes) {
 }
 
 inline void arrive_at(cuda::Barrier* barrier, int bytes, const char* what, Where where) {
+  const Unwatched unwatched;
+  publish(barrier);
   maybe_yield();
   BarrierState& state = state_of(barrier, what, where);
   if (state.pending == 0 || state.pending > state.expected) {
@@ -51,6 +55,7 @@ inline void arrive_at(cuda::Barrier* barrier, int bytes, const char* what, Where
 namespace densecl::cuda {
 
 inline void open_barrier(Barrier* barrier, int arrivals, DENSECL_WHERE) {
+  const emulator::Unwatched unwatched;
   const auto count = static_cast<uint16_t>(arrivals);
   emulator::state_of(barrier, "mbarrier.init", where) = {count, count, 0};
 }
@@ -63,9 +68,11 @@ inline void arrive_expecting(Barrier* barrier, int bytes, DENSECL_WHERE) {
   emulator::arrive_at(barrier, bytes, "mbarrier.arrive.expect_tx", where);
 }
 inline void wait_for(Barrier* barrier, int parity, DENSECL_WHERE) {
+  const emulator::Unwatched unwatched;
   const emulator::BarrierState& state = emulator::state_of(barrier, "mbarrier.try_wait", where);
   emulator::wait_until([&] { return (state.bytes_and_phase & 1) != parity; }, "mbarrier.try_wait",
                        where);
+  emulator::observe(barrier);
 }
 
 }  // namespace densecl::cuda

@@ -29,6 +29,7 @@ enum class Keep : uint64_t { first_out, last_out };
 
 inline void copy_box(void* to, const TensorMap* map, int column, int row, Barrier* barrier, Keep,
                      int box_rows, DENSECL_WHERE) {
+  const emulator::Unwatched unwatched;
   const std::size_t bytes = 128 * static_cast<std::size_t>(box_rows);
   emulator::check_shared(to, bytes, 1024, "TMA", where);
   emulator::state_of(barrier, "TMA", where);

@@ -9,8 +9,8 @@
 #include <vector>
 
 #include <ptx/device.cuh>
-#include <ptx/mma.cuh>
-
+#include "cuda_emulator/products.h"
+#include "cuda_emulator/race.h"
 #include "densecl/half.h"
 #include "densecl/types.h"
 
@@ -56,6 +56,7 @@ inline int leading_bytes(uint64_t matrix) { return static_cast<int>(matrix >> 16
 inline int stride_bytes(uint64_t matrix) { return static_cast<int>(matrix >> 32 & 0x3fff) * 16; }
 
 inline void issue(const Product& product, Where where) {
+  const Unwatched unwatched;
   Products& mine = products();
   if (!mine.fenced) fail("wgmma without wgmma.fence before it", where);
   const int registers = product.n / 2;
@@ -70,7 +71,8 @@ inline void issue(const Product& product, Where where) {
 inline void compute(Products** threads, std::size_t index, Where where) {
   const Product& one = threads[0]->groups.front()[index];
   const auto widen = [&](uint16_t bits) { return one.bf16 ? bf16_to_f32(bits) : f16_to_f32(bits); };
-  std::vector<float> a(64 * 16), b(static_cast<std::size_t>(16 * one.n));
+  const auto n = static_cast<std::size_t>(one.n);
+  std::vector<float> a(64 * 16), b(16 * n), sums(64 * n);
   for (int r = 0; r < 64; ++r) {
     for (int k = 0; k < 16; ++k) {
       uint16_t bits;
@@ -89,23 +91,26 @@ inline void compute(Products** threads, std::size_t index, Where where) {
       const int offset = one.a ? c / 64 * leading_bytes(one.b_matrix) +
                                      k / 8 * stride_bytes(one.b_matrix) + k % 8 * 128 + c % 64 * 2
                                : c / 8 * stride_bytes(one.b_matrix) + c % 8 * 128 + 2 * k;
-      b[static_cast<std::size_t>(c * 16 + k)] = widen(element(one.b_matrix, offset, where));
+      b[static_cast<std::size_t>(k * one.n + c)] = widen(element(one.b_matrix, offset, where));
     }
   }
+  for (int t = 0; t < 128; ++t) {
+    const Product& same = threads[t]->groups.front()[index];
+    if (same.b_matrix != one.b_matrix || same.n != one.n) fail("wgmma: divergent", where);
+  }
+  const auto sum_of = [&](int r, int c) -> float& {
+    Products& holder = *threads[r / 16 * 32 + r % 8 * 4 + c % 8 / 2];
+    std::vector<float>& held = holder.sums[holder.groups.front()[index].d];
+    return held[static_cast<std::size_t>(c / 8 * 4 + r % 16 / 8 * 2 + c % 2)];
+  };
   for (int r = 0; r < 64; ++r) {
     for (int c = 0; c < one.n; ++c) {
-      Products& holder = *threads[r / 16 * 32 + r % 8 * 4 + c % 8 / 2];
-      const Product& same = holder.groups.front()[index];
-      if (same.b_matrix != one.b_matrix || same.n != one.n) fail("wgmma: divergent", where);
-      float& sum =
-          holder.sums[same.d][static_cast<std::size_t>(c / 8 * 4 + r % 16 / 8 * 2 + c % 2)];
-      double addends[16];
-      for (int k = 0; k < 16; ++k) {
-        addends[k] = static_cast<double>(a[static_cast<std::size_t>(r * 16 + k)]) *
-                     b[static_cast<std::size_t>(c * 16 + k)];
-      }
-      sum = aligned_sum(one.accumulate ? sum : 0.0f, addends, 16);
+      sums[static_cast<std::size_t>(r * one.n + c)] = one.accumulate ? sum_of(r, c) : 0.0f;
     }
+  }
+  add_product(sums.data(), a.data(), b.data(), 64, one.n, 16, 16);
+  for (int r = 0; r < 64; ++r) {
+    for (int c = 0; c < one.n; ++c) sum_of(r, c) = sums[static_cast<std::size_t>(r * one.n + c)];
   }
 }
 
@@ -125,9 +130,13 @@ inline uint64_t advanced(uint64_t matrix, int bytes) {
   return matrix + static_cast<uint64_t>(bytes >> 4);
 }
 
-inline void fence_products() { emulator::products().fenced = true; }
+inline void fence_products() {
+  const emulator::Unwatched unwatched;
+  emulator::products().fenced = true;
+}
 
 inline void commit_products() {
+  const emulator::Unwatched unwatched;
   emulator::Products& mine = emulator::products();
   mine.groups.push_back(std::move(mine.open));
   mine.open.clear();
@@ -135,6 +144,7 @@ inline void commit_products() {
 
 template <int left>
 void wait_products(DENSECL_WHERE) {
+  const emulator::Unwatched unwatched;
   emulator::Products& mine = emulator::products();
   const int first = emulator::thread_in_block() / 128 * 128;
   mine.fenced = false;  // the registers may be written from here on
