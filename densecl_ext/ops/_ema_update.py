@@ -61,22 +61,26 @@ def ema_update_(
     with torch.no_grad():
         if scheduled is not None:
             scheduled = scheduled.detach().to(torch.float64)
-        for device in devices:
-            here = [i for i in range(len(targets)) if targets[i].device == device]
-            _native_op([targets[i] for i in here], [sources[i] for i in here], value, scheduled)
+        if len(devices) == 1:
+            _native_op(targets, sources, value, scheduled)
+        else:
+            for device in devices:
+                here = [i for i in range(len(targets)) if targets[i].device == device]
+                _native_op([targets[i] for i in here], [sources[i] for i in here], value, scheduled)
     _mutation.record(*targets)
 
 
 def _all_fit(
     targets: Sequence[Tensor], sources: Sequence[Tensor], momentum: float | Tensor
 ) -> bool:
-    """The checks of `_check_pair` on all pairs at once; hundreds of pairs cost a tenth of the time.
+    """The checks of `_check_pair` on all pairs at once; which takes a quarter of the time.
 
     False where one by one some might still pass, several devices for example.
     """
+    tensors = [*targets, *sources]
     try:
-        devices = {tensor.device for tensor in (*targets, *sources)}
-        dtypes = {tensor.dtype for tensor in (*targets, *sources)}
+        devices = {tensor.device for tensor in tensors}
+        dtypes = {tensor.dtype for tensor in tensors}
         shapes_match = [t.shape for t in targets] == [s.shape for s in sources]
     except AttributeError:
         return False
