@@ -21,9 +21,12 @@ struct MatchCase {
   Guarded<int64_t> match, back;
 
   MatchCase(const Shape& s, const std::vector<float>& q, const std::vector<float>& k, DType dtype)
+      : MatchCase(s, q, k, dtype, dtype) {}
+  MatchCase(const Shape& s, const std::vector<float>& q, const std::vector<float>& k,
+            DType query_dtype, DType key_dtype)
       : shape(s),
-        query(q, dtype),
-        key(k, dtype),
+        query(q, query_dtype),
+        key(k, key_dtype),
         match(s.images * s.query_positions),
         back(s.images * s.key_positions) {}
 
@@ -137,30 +140,86 @@ TEST_P(DenseMatch, MutualKeepsWhatAgreesBothWays) {
   }
 }
 
+// (images, features, positions) with features side by side, `gap` NaN between two positions.
+std::vector<float> channels_last(const std::vector<float>& from, int64_t images, int64_t features,
+                                 int64_t positions, int64_t gap) {
+  const int64_t stride = features + gap;
+  std::vector<float> to(images * positions * stride, std::numeric_limits<float>::quiet_NaN());
+  for (int64_t n = 0; n < images; ++n) {
+    for (int64_t c = 0; c < features; ++c) {
+      for (int64_t p = 0; p < positions; ++p) {
+        to[(n * positions + p) * stride + c] = from[(n * features + c) * positions + p];
+      }
+    }
+  }
+  return to;
+}
+
+GridView channels_last_view(Typed& data, int64_t features, int64_t positions, int64_t gap) {
+  return {data.data(), data.dtype(), positions * (features + gap), 1, features + gap};
+}
+
 TEST_P(DenseMatch, ChannelsLastGivesTheSame) {
-  const Shape s{2, 19, 25, 33};
-  const auto q = normal(s.images * s.features * s.query_positions, 1);
-  const auto k = normal(s.images * s.features * s.key_positions, 2);
-  const auto turn = [&](const std::vector<float>& from, int64_t positions) {
-    std::vector<float> to(from.size());
-    for (int64_t n = 0; n < s.images; ++n) {
-      for (int64_t c = 0; c < s.features; ++c) {
-        for (int64_t p = 0; p < positions; ++p) {
-          to[(n * positions + p) * s.features + c] = from[(n * s.features + c) * positions + p];
+  for (const Shape& s : shapes) {
+    for (const DType query_dtype : {DType::f32, DType::bf16, DType::f16}) {
+      for (const DType key_dtype : {query_dtype, DType::f32}) {
+        for (const int64_t gap : {0, 5}) {
+          SCOPED_TRACE(describe(s) + ", " + dtype_name(query_dtype) + " and " +
+                       dtype_name(key_dtype) + ", gap " + std::to_string(gap));
+          const auto q = normal(s.images * s.features * s.query_positions, 1);
+          const auto k = normal(s.images * s.features * s.key_positions, 2, 3.0f);
+          MatchCase run(s, q, k, query_dtype, key_dtype);
+          Typed query(channels_last(q, s.images, s.features, s.query_positions, gap), query_dtype);
+          Typed key(channels_last(k, s.images, s.features, s.key_positions, gap), key_dtype);
+          DenseMatchProblem problem = run.problem(false);
+          problem.query = channels_last_view(query, s.features, s.query_positions, gap);
+          problem.key = channels_last_view(key, s.features, s.key_positions, gap);
+          SerialExecutor executor;
+          ASSERT_EQ(dense_match(problem, executor), Status::ok);
+          for (int64_t n = 0; n < s.images; ++n) {
+            for (int64_t i = 0; i < s.query_positions; ++i) {
+              const int64_t chosen = run.match[n * s.query_positions + i];
+              const double cosine = run.cosine(n, i, chosen);
+              for (int64_t j = 0; j < s.key_positions; ++j) {
+                ASSERT_LE(run.cosine(n, i, j), cosine + 1e-6) << "query " << i << ", key " << j;
+              }
+            }
+          }
         }
       }
     }
-    return to;
-  };
-  MatchCase first(s, q, k, DType::f32);
-  MatchCase last(s, turn(q, s.query_positions), turn(k, s.key_positions), DType::f32);
-  DenseMatchProblem problem = last.problem(false);
-  problem.query.feature_stride = problem.key.feature_stride = 1;
-  problem.query.position_stride = problem.key.position_stride = s.features;
-  SerialExecutor executor;
-  ASSERT_EQ(dense_match(first.problem(false), executor), Status::ok);
-  ASSERT_EQ(dense_match(problem, executor), Status::ok);
-  EXPECT_EQ(first.match.copy(), last.match.copy());
+  }
+}
+
+TEST_P(DenseMatch, ChannelsLastTiesNaNAndZeros) {
+  // Every key occurs at three or four positions, in whole tiles and in what is left of them.
+  const Shape s{1, 45, 23, 199};
+  const int64_t distinct = 51;
+  for (const DType dtype : {DType::f32, DType::bf16}) {
+    const std::vector<float> pool = normal(s.features * distinct, 5);
+    std::vector<float> key(s.features * s.key_positions);
+    for (int64_t j = 0; j < s.key_positions; ++j) {
+      for (int64_t c = 0; c < s.features; ++c) {
+        key[j * s.features + c] = pool[j % distinct * s.features + c];
+      }
+    }
+    std::vector<float> query = normal(s.features * s.query_positions, 6);
+    for (int64_t c = 0; c < s.features; ++c) query[s.features + c] = 0.0f;
+    const auto run = [&] {
+      MatchCase one(s, query, key, dtype);
+      DenseMatchProblem problem = one.problem(false);
+      problem.query = channels_last_view(one.query, s.features, s.query_positions, 0);
+      problem.key = channels_last_view(one.key, s.features, s.key_positions, 0);
+      SerialExecutor executor;
+      EXPECT_EQ(dense_match(problem, executor), Status::ok);
+      return one.match.copy();
+    };
+    const std::vector<int64_t> match = run();
+    for (const int64_t chosen : match) EXPECT_LT(chosen, distinct);
+    EXPECT_EQ(match[1], 0) << "a zero vector is equally far from every key";
+    key[150 * s.features + 44] = std::numeric_limits<float>::quiet_NaN();
+    for (const int64_t chosen : run()) EXPECT_EQ(chosen, 150);
+  }
 }
 
 TEST_P(DenseMatch, ZeroVectorsAndNaN) {

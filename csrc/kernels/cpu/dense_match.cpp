@@ -11,7 +11,8 @@ namespace {
 
 MatchFunction match_of(Isa isa) {
 #if defined(__x86_64__)
-  if (isa >= Isa::avx512) return match_avx512;
+  if (isa == Isa::avx512bf16) return match_avx512bf16;
+  if (isa == Isa::avx512) return match_avx512;
   if (isa == Isa::avx2) return match_avx2;
 #endif
 #if defined(__aarch64__)

@@ -11,7 +11,7 @@
 #include "cpu/vec_avx2.h"
 
 namespace densecl {
-void match_avx2(const MatchTask& task) { match_positions<avx2::Vec>(task); }
+void match_avx2(const MatchTask& task) { match_positions<avx2::Vec, FloatDot<avx2::Vec>>(task); }
 }  // namespace densecl
 
 #include "cpu/target_end.h"

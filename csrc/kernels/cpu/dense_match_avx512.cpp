@@ -11,7 +11,9 @@
 #include "cpu/vec_avx512.h"
 
 namespace densecl {
-void match_avx512(const MatchTask& task) { match_positions<avx512::Vec>(task); }
+void match_avx512(const MatchTask& task) {
+  match_positions<avx512::Vec, FloatDot<avx512::Vec>>(task);
+}
 }  // namespace densecl
 
 #include "cpu/target_end.h"

@@ -3,6 +3,6 @@
 #include "cpu/vec_neon.h"
 
 namespace densecl {
-void match_neon(const MatchTask& task) { match_positions<neon::Vec>(task); }
+void match_neon(const MatchTask& task) { match_positions<neon::Vec, FloatDot<neon::Vec>>(task); }
 }  // namespace densecl
 #endif

@@ -1,20 +1,22 @@
 // Similarities of a block of query positions with all key positions of one image, and their
 // running argmax; the (Sq, Sk) similarities are never stored as a whole.
 //
-// Positions go by in panels of 64, the features in steps of 128. Contiguous float32 features are
-// multiplied where they stand: feature c of neighbouring positions is already a vector. Everything
-// else is packed like that first. A key position or two beyond whole vectors (49 = 3 * 16 + 1) go
-// through the product with the sides swapped. Cost: 2 C Sq Sk FLOP; query features are read
-// ceil(Sk / 64) times, key features ceil(Sq / 64) times.
+// Positions go by in panels of 64. Where features lie side by side (channels last), rows are
+// multiplied as they stand (dense_match_rows.h). Otherwise features go by in steps of 128:
+// contiguous float32 features are multiplied where they stand, since feature c of neighbouring
+// positions is already a vector, and everything else is packed like that first. A key position or
+// two beyond whole vectors (49 = 3 * 16 + 1) go through the product with the sides swapped.
+// Cost: 2 C Sq Sk FLOP; query features are read ceil(Sk / 64) times, key features ceil(Sq / 64)
+// times.
 #pragma once
 
 #include "cpu/aligned.h"
+#include "cpu/dense_match_rows.h"
 #include "cpu/tile.h"
 #include "densecl/dense_match.h"
 
 namespace densecl {
 
-constexpr int64_t match_panel = 64;  // positions; whole register tiles in every set
 constexpr int64_t match_step = 128;  // features
 constexpr int64_t match_reach = 72;  // positions that whole tiles of a panel may read
 
@@ -34,6 +36,7 @@ void match_serial(const MatchTask&);
 void match_neon(const MatchTask&);
 void match_avx2(const MatchTask&);
 void match_avx512(const MatchTask&);
+void match_avx512bf16(const MatchTask&);
 
 // 1 / |x| from the sum of squares; a zero vector is similar to nothing: 0.
 static inline float inverse_length(double square) {
@@ -126,17 +129,59 @@ void multiply_strips(Strip a, int64_t rows, Strip b, int64_t vectors, int64_t de
   if (v < vectors) multiply.template operator()<1>(v * V::width);
 }
 
+// The similarities of one panel of queries and keys, and the sums of squares of both.
+struct Similarities {
+  float* values;  // (rows, match_panel)
+  double query_squares[match_panel];
+  double key_squares[match_panel];
+};
+
 template <class V>
-void match_positions(const MatchTask& task) {
+void multiply_across(const MatchTask& task, int64_t first, int64_t columns, Similarities& out) {
   constexpr int64_t panel = match_panel;
   constexpr int64_t most_left = 2;  // keys beyond whole vectors that are cheaper the other way
+  const int64_t rows = task.end - task.begin;
+  const int64_t features = task.problem->features;
+  const int64_t rest = columns % V::width;
+  const int64_t swapped_from = rest <= most_left ? columns - rest : columns;
+  const int64_t vectors = (swapped_from + V::width - 1) / V::width;
+  AlignedFloats swapped(most_left * panel);  // (keys left over, rows)
+  Side<V> query{*task.query, task.image, features, task.query_positions, task.begin, rows};
+  Side<V> key{*task.key, task.image, features, task.key_positions, first, columns};
+  for (int64_t c = 0; c == 0 || c < features; c += match_step) {
+    const int64_t depth = features - c < match_step ? features - c : match_step;
+    const Strip queries = query.strip(c, depth), keys = key.strip(c, depth);
+    multiply_strips<V>(queries, rows, keys, vectors, depth, out.values, c > 0);
+    for (int64_t j = swapped_from; j < columns; ++j) {
+      for (int64_t r = 0; r < rows; r += 4 * V::width) {
+        multiply_tile<V, 1, 4, 1>(depth, keys.data + j, keys.stride, queries.data + r,
+                                  queries.stride, swapped.get() + (j - swapped_from) * panel + r,
+                                  panel, c > 0);
+      }
+    }
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t j = swapped_from; j < columns; ++j) {
+      out.values[r * panel + j] = swapped.get()[(j - swapped_from) * panel + r];
+    }
+  }
+  for (int64_t i = 0; i < panel; ++i) {
+    out.query_squares[i] = query.squares[i];
+    out.key_squares[i] = key.squares[i];
+  }
+}
+
+// D: how rows are multiplied that hold their features side by side.
+template <class V, class D>
+void match_positions(const MatchTask& task) {
+  constexpr int64_t panel = match_panel;
   constexpr int64_t padded_rows = (panel + V::match_rows - 1) / V::match_rows * V::match_rows;
   static_assert(panel % (4 * V::width) == 0 && padded_rows <= match_reach);
   const int64_t rows = task.end - task.begin;
-  const int64_t features = task.problem->features;
+  const bool side_by_side = holds_rows(*task.query) && holds_rows(*task.key);
 
-  AlignedFloats similarity(padded_rows * panel);  // (rows, keys)
-  AlignedFloats swapped(most_left * panel);       // (keys left over, rows)
+  AlignedFloats values(padded_rows * panel);
+  Similarities similarities{values.get(), {}, {}};
   float best[panel];
   for (int64_t r = 0; r < rows; ++r) {
     best[r] = -__builtin_inff();
@@ -145,31 +190,21 @@ void match_positions(const MatchTask& task) {
   for (int64_t first = 0; first < task.key_positions; first += panel) {
     const int64_t left = task.key_positions - first;
     const int64_t columns = left < panel ? left : panel;
-    const int64_t rest = columns % V::width;
-    const int64_t swapped_from = rest <= most_left ? columns - rest : columns;
-    const int64_t vectors = (swapped_from + V::width - 1) / V::width;
-    Side<V> query{*task.query, task.image, features, task.query_positions, task.begin, rows};
-    Side<V> key{*task.key, task.image, features, task.key_positions, first, columns};
-    for (int64_t c = 0; c == 0 || c < features; c += match_step) {
-      const int64_t depth = features - c < match_step ? features - c : match_step;
-      const Strip queries = query.strip(c, depth), keys = key.strip(c, depth);
-      multiply_strips<V>(queries, rows, keys, vectors, depth, similarity.get(), c > 0);
-      for (int64_t j = swapped_from; j < columns; ++j) {
-        for (int64_t r = 0; r < rows; r += 4 * V::width) {
-          multiply_tile<V, 1, 4, 1>(depth, keys.data + j, keys.stride, queries.data + r,
-                                    queries.stride, swapped.get() + (j - swapped_from) * panel + r,
-                                    panel, c > 0);
-        }
-      }
+    if (side_by_side) {
+      const RowPanel queries{*task.query, task.image, task.begin, rows};
+      const RowPanel keys{*task.key, task.image, first, columns};
+      multiply_rows<V, D>(queries, keys, task.problem->features, similarities.values,
+                          similarities.query_squares, similarities.key_squares);
+    } else {
+      multiply_across<V>(task, first, columns, similarities);
     }
     float key_inverse[panel];
-    for (int64_t j = 0; j < columns; ++j) key_inverse[j] = inverse_length(key.squares[j]);
+    for (int64_t j = 0; j < columns; ++j) {
+      key_inverse[j] = inverse_length(similarities.key_squares[j]);
+    }
     for (int64_t r = 0; r < rows; ++r) {
-      const float query_inverse = inverse_length(query.squares[r]);
-      float* row = similarity.get() + r * panel;
-      for (int64_t j = swapped_from; j < columns; ++j) {
-        row[j] = swapped.get()[(j - swapped_from) * panel + r];
-      }
+      const float query_inverse = inverse_length(similarities.query_squares[r]);
+      const float* row = similarities.values + r * panel;
       for (int64_t j = 0; j < columns; ++j) {
         const float cosine = row[j] * (query_inverse * key_inverse[j]);
         const bool first_nan = cosine != cosine && best[r] == best[r];

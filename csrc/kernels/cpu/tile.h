@@ -27,7 +27,13 @@ void load_strip(const void* data, DType dtype, int64_t offset, int64_t stride, i
   if (dtype == DType::bf16) {
     for (int64_t i = 0; i < count; ++i) out[i] = bf16_to_f32(in[i * stride]);
   } else {
-    for (int64_t i = 0; i < count; ++i) out[i] = f16_to_f32(in[i * stride]);
+    int64_t i = 0;
+    if constexpr (requires { V::load_f16(in); }) {
+      if (stride == 1) {
+        for (; i + V::width <= count; i += V::width) V::store(out + i, V::load_f16(in + i));
+      }
+    }
+    for (; i < count; ++i) out[i] = f16_to_f32(in[i * stride]);
   }
 }
 

@@ -1,7 +1,9 @@
-// Eight float lanes, AVX2 and FMA. Include after the target pragma.
+// Eight float lanes, AVX2, FMA and F16C. Include after the target pragma.
 #pragma once
 
 #include <immintrin.h>
+
+#include <cstdint>
 
 namespace densecl::avx2 {
 
@@ -11,10 +13,14 @@ struct Vec {
   static constexpr int tile_rows = 4;  // 12 sums + 3 columns + 1 broadcast of 16 registers
   static constexpr int tile_vectors = 3;
   static constexpr int match_rows = 4;
+  static constexpr int dot_keys = 2;  // 8 sums with 4 query rows
 
   static reg zero() { return _mm256_setzero_ps(); }
   static reg broadcast(float x) { return _mm256_set1_ps(x); }
   static reg load(const float* p) { return _mm256_loadu_ps(p); }
+  static reg load_f16(const uint16_t* p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
   static void store(float* p, reg a) { _mm256_storeu_ps(p, a); }
   static reg add(reg a, reg b) { return _mm256_add_ps(a, b); }
   static reg sub(reg a, reg b) { return _mm256_sub_ps(a, b); }

@@ -3,6 +3,8 @@
 
 #include <immintrin.h>
 
+#include <cstdint>
+
 namespace densecl::avx512 {
 
 struct Vec {
@@ -12,10 +14,14 @@ struct Vec {
   static constexpr int tile_vectors = 3;
   static constexpr int match_rows =
       7;  // 21 sums + 3 columns + 1 broadcast; 49 positions are 7 times 7
+  static constexpr int dot_keys = 4;  // 16 sums with 4 query rows
 
   static reg zero() { return _mm512_setzero_ps(); }
   static reg broadcast(float x) { return _mm512_set1_ps(x); }
   static reg load(const float* p) { return _mm512_loadu_ps(p); }
+  static reg load_f16(const uint16_t* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
   static void store(float* p, reg a) { _mm512_storeu_ps(p, a); }
   static reg add(reg a, reg b) { return _mm512_add_ps(a, b); }
   static reg sub(reg a, reg b) { return _mm512_sub_ps(a, b); }

@@ -13,10 +13,12 @@ struct Vec {
   static constexpr int tile_rows = 8;  // 24 sums + 3 columns + broadcasts of 32 registers
   static constexpr int tile_vectors = 3;
   static constexpr int match_rows = 7;  // 49 positions are 7 times 7
+  static constexpr int dot_keys = 4;    // 16 sums with 4 query rows
 
   static reg zero() { return vdupq_n_f32(0.0f); }
   static reg broadcast(float x) { return vdupq_n_f32(x); }
   static reg load(const float* p) { return vld1q_f32(p); }
+  static reg load_f16(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
   static void store(float* p, reg a) { vst1q_f32(p, a); }
   static reg add(reg a, reg b) { return vaddq_f32(a, b); }
   static reg sub(reg a, reg b) { return vsubq_f32(a, b); }

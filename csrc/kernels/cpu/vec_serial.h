@@ -11,6 +11,7 @@ struct Vec {
   static constexpr int tile_rows = 4;  // 8 sums + 2 columns + 1 broadcast of 16 registers
   static constexpr int tile_vectors = 2;
   static constexpr int match_rows = 4;
+  static constexpr int dot_keys = 2;  // 8 sums with 4 query rows
 
   static reg zero() { return broadcast(0.0f); }
   static reg broadcast(float x) { return reg{x, x, x, x}; }
