@@ -3,93 +3,33 @@
 
 #include <limits>
 
-#include "tests/support.h"
+#include "tests/dense_match_case.h"
 
 namespace densecl::test {
 namespace {
 
 class DenseMatch : public EveryIsa {};
 
-struct Shape {
-  int64_t images, features, query_positions, key_positions;
-};
-
-// One op call with everything it needs, in the layout (images, features, positions).
-struct MatchCase {
-  Shape shape;
-  Typed query, key;
-  Guarded<int64_t> match, back;
-
-  MatchCase(const Shape& s, const std::vector<float>& q, const std::vector<float>& k, DType dtype)
-      : shape(s),
-        query(q, dtype),
-        key(k, dtype),
-        match(s.images * s.query_positions),
-        back(s.images * s.key_positions) {}
-
-  DenseMatchProblem problem(bool mutual) {
-    const auto grid = [&](Typed& data, int64_t positions) {
-      return GridView{data.data(), data.dtype(), shape.features * positions, positions, 1};
-    };
-    return {shape.images,
-            shape.features,
-            shape.query_positions,
-            shape.key_positions,
-            grid(query, shape.query_positions),
-            grid(key, shape.key_positions),
-            match.data(),
-            mutual ? back.data() : nullptr};
-  }
-
-  double cosine(int64_t image, int64_t i, int64_t j) {
-    const int64_t nq = shape.query_positions, nk = shape.key_positions;
-    double dot = 0.0, q = 0.0, k = 0.0;
-    for (int64_t c = 0; c < shape.features; ++c) {
-      const double x = query[(image * shape.features + c) * nq + i];
-      const double y = key[(image * shape.features + c) * nk + j];
-      dot += x * y;
-      q += x * x;
-      k += y * y;
-    }
-    return q == 0.0 || k == 0.0 ? 0.0 : dot / std::sqrt(q * k);
-  }
-};
-
-const Shape shapes[] = {{1, 1, 1, 1},     {2, 3, 5, 7},      {1, 129, 49, 49},  {3, 64, 9, 130},
-                        {2, 130, 61, 64}, {1, 257, 121, 65}, {1, 2048, 49, 25}, {2, 16, 196, 196}};
-
-std::string describe(const Shape& s) {
-  return "N " + std::to_string(s.images) + ", C " + std::to_string(s.features) + ", Sq " +
-         std::to_string(s.query_positions) + ", Sk " + std::to_string(s.key_positions);
-}
+const MatchShape shapes[] = {{1, 1, 1, 1},      {2, 3, 5, 7},     {1, 129, 49, 49},
+                             {3, 64, 9, 130},   {2, 130, 61, 64}, {1, 257, 121, 65},
+                             {1, 2048, 49, 25}, {2, 16, 196, 196}};
 
 TEST_P(DenseMatch, FindsTheMostSimilarKey) {
-  for (const Shape& s : shapes) {
+  for (const MatchShape& s : shapes) {
     for (const DType dtype : {DType::f32, DType::bf16, DType::f16}) {
-      SCOPED_TRACE(describe(s) + ", " + dtype_name(dtype));
+      SCOPED_TRACE(s.describe() + ", " + dtype_name(dtype));
       MatchCase run(s, normal(s.images * s.features * s.query_positions, 1),
                     normal(s.images * s.features * s.key_positions, 2, 3.0f), dtype);
       SerialExecutor executor;
       ASSERT_EQ(dense_match(run.problem(false), executor), Status::ok);
-      for (int64_t n = 0; n < s.images; ++n) {
-        for (int64_t i = 0; i < s.query_positions; ++i) {
-          const int64_t chosen = run.match[n * s.query_positions + i];
-          ASSERT_GE(chosen, 0);
-          ASSERT_LT(chosen, s.key_positions);
-          const double cosine = run.cosine(n, i, chosen);
-          for (int64_t j = 0; j < s.key_positions; ++j) {
-            // Two keys closer than float32 can tell apart may both be right.
-            ASSERT_LE(run.cosine(n, i, j), cosine + 1e-6) << "query " << i << ", key " << j;
-          }
-        }
-      }
+      run.check(1e-6);  // two keys closer than float32 can tell apart may both be right
     }
   }
 }
 
 TEST_P(DenseMatch, TheLowestIndexWinsAnExactTie) {
   // Every key occurs at three positions of a different panel each.
-  const Shape s{1, 37, 20, 200};
+  const MatchShape s{1, 37, 20, 200};
   const int64_t distinct = 50;
   const std::vector<float> pool = normal(s.features * distinct, 5);
   std::vector<float> key(s.features * s.key_positions);
@@ -106,7 +46,7 @@ TEST_P(DenseMatch, TheLowestIndexWinsAnExactTie) {
 
 TEST_P(DenseMatch, AllEqualMeansTheFirst) {
   for (const int64_t features : {0, 12}) {
-    const Shape s{2, features, 30, 70};
+    const MatchShape s{2, features, 30, 70};
     MatchCase run(s, std::vector<float>(s.images * s.features * s.query_positions, 0.5f),
                   std::vector<float>(s.images * s.features * s.key_positions, 0.25f), DType::f32);
     SerialExecutor executor;
@@ -116,12 +56,12 @@ TEST_P(DenseMatch, AllEqualMeansTheFirst) {
 }
 
 TEST_P(DenseMatch, MutualKeepsWhatAgreesBothWays) {
-  for (const Shape& s : shapes) {
-    SCOPED_TRACE(describe(s));
+  for (const MatchShape& s : shapes) {
+    SCOPED_TRACE(s.describe());
     const auto q = normal(s.images * s.features * s.query_positions, 1);
     const auto k = normal(s.images * s.features * s.key_positions, 2);
     MatchCase forward(s, q, k, DType::f32), mutual(s, q, k, DType::f32);
-    const Shape turned{s.images, s.features, s.key_positions, s.query_positions};
+    const MatchShape turned{s.images, s.features, s.key_positions, s.query_positions};
     MatchCase backward(turned, k, q, DType::f32);
     SerialExecutor executor;
     ASSERT_EQ(dense_match(forward.problem(false), executor), Status::ok);
@@ -138,7 +78,7 @@ TEST_P(DenseMatch, MutualKeepsWhatAgreesBothWays) {
 }
 
 TEST_P(DenseMatch, ChannelsLastGivesTheSame) {
-  const Shape s{2, 19, 25, 33};
+  const MatchShape s{2, 19, 25, 33};
   const auto q = normal(s.images * s.features * s.query_positions, 1);
   const auto k = normal(s.images * s.features * s.key_positions, 2);
   const auto turn = [&](const std::vector<float>& from, int64_t positions) {
@@ -164,7 +104,7 @@ TEST_P(DenseMatch, ChannelsLastGivesTheSame) {
 }
 
 TEST_P(DenseMatch, ZeroVectorsAndNaN) {
-  const Shape s{1, 4, 3, 80};
+  const MatchShape s{1, 4, 3, 80};
   std::vector<float> q = normal(s.features * s.query_positions, 1);
   std::vector<float> k = normal(s.features * s.key_positions, 2);
   for (int64_t c = 0; c < s.features; ++c) q[c * s.query_positions + 1] = 0.0f;
@@ -182,7 +122,7 @@ TEST_P(DenseMatch, ZeroVectorsAndNaN) {
 }
 
 TEST_P(DenseMatch, SameForEveryNumberOfThreads) {
-  const Shape s{5, 70, 130, 90};
+  const MatchShape s{5, 70, 130, 90};
   const auto q = normal(s.images * s.features * s.query_positions, 1);
   const auto k = normal(s.images * s.features * s.key_positions, 2);
   std::vector<int64_t> first;
@@ -197,7 +137,7 @@ TEST_P(DenseMatch, SameForEveryNumberOfThreads) {
 
 TEST_P(DenseMatch, NoImagesAndNoQueries) {
   SerialExecutor executor;
-  for (const Shape& s : {Shape{0, 4, 3, 3}, Shape{2, 4, 0, 3}}) {
+  for (const MatchShape& s : {MatchShape{0, 4, 3, 3}, MatchShape{2, 4, 0, 3}}) {
     MatchCase run(s, std::vector<float>(s.images * s.features * s.query_positions),
                   std::vector<float>(s.images * s.features * s.key_positions, 1.0f), DType::f32);
     EXPECT_EQ(dense_match(run.problem(true), executor), Status::ok);
