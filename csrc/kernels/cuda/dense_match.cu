@@ -22,7 +22,7 @@ namespace densecl::cuda {
 namespace {
 
 struct MatchSweep {
-  MatchSource query, key;
+  MatchSource source[2];  // query, key
   int64_t features;
   int32_t query_tiles, key_tiles, chunks;
   int32_t slices, slice_chunks;     // slices 0: whole blocks
@@ -73,56 +73,50 @@ __device__ __forceinline__ void join_tiles(const float* tiles, int count, bool l
   }
 }
 
-// Takes a tile of sums, lengths inverted, into the running best of each row: thread i has every
-// fourth column of row i / 4.
-__device__ __forceinline__ void take_columns(const float* tile, int first_key, int columns,
-                                             Best& best) {
-  const int row = static_cast<int>(threadIdx.x) / 4;
+// Joins a tile's parts and takes it into the running best of each row: thread i has every fourth
+// column of row i / 4.
+__device__ __forceinline__ void take_tile(const MatchSweep& sweep, int key_tile, const float* parts,
+                                          int count, float* tile, Best& best) {
+  join_tiles(parts, count, true, tile);
+  __syncthreads();
+  const int row = static_cast<int>(threadIdx.x) / 4, first_key = key_tile * match_key_tile;
+  const int columns = min(match_key_tile, sweep.source[1].positions - first_key);
   const float* lengths = tile + match_tile_squares + match_query_tile;
   const float length = tile[match_tile_squares + row];
-  for (int j = static_cast<int>(threadIdx.x) % 4; j < columns; j += 4) {
-    best.take(tile[row * match_tile_pitch + j] * lengths[j] * length, first_key + j);
+#pragma unroll 2
+  for (int k = 0; k < match_key_tile / 4; ++k) {
+    const int j = 4 * k + static_cast<int>(threadIdx.x) % 4;
+    if (j < columns)
+      best.take(tile[row * match_tile_pitch + j] * lengths[j] * length, first_key + j);
   }
 }
 
-// Writes the matches of a tile's rows. back: the best row of every column, or null.
-__device__ __forceinline__ void write_matches(const Best& best, int rows, const int* back,
-                                              int64_t* match) {
-  const int row = static_cast<int>(threadIdx.x) / 4;
-  if (threadIdx.x % 4 != 0 || row >= rows) return;
-  match[row] = back != nullptr && back[best.index] != row ? -1 : best.index;
-}
-
-// Joins a tile's parts, looks for the best and, after the last key tile, writes the matches.
-__device__ __forceinline__ void finish_tile(const MatchSweep& sweep, int64_t image, int query_tile,
-                                            int key_tile, const float* parts, int count,
-                                            float* shared, Best& best) {
-  join_tiles(parts, count, true, shared);
-  __syncthreads();
-  const int first_key = key_tile * match_key_tile, first_row = query_tile * match_query_tile;
-  const int columns = min(match_key_tile, sweep.key.positions - first_key);
-  const int rows = min(match_query_tile, sweep.query.positions - first_row);
-  take_columns(shared, first_key, columns, best);
-  if (key_tile + 1 < sweep.key_tiles) return;
+// After the last tile of a query tile's rows, writes their matches. two_way: that tile is all there
+// is, and holds each key's best query as well; the place behind it is free.
+__device__ __forceinline__ void write_matches(const MatchSweep& sweep, int image, int first_row,
+                                              float* tile, Best& best) {
+  const int thread = static_cast<int>(threadIdx.x), row = thread / 4;
+  const int rows = min(match_query_tile, sweep.source[0].positions - first_row);
+  int* back = reinterpret_cast<int*>(tile + match_tile_floats);
   best.join_lanes();
-  int* back = nullptr;
   if (sweep.two_way) {
-    back = reinterpret_cast<int*>(shared + match_tile_floats);
-    const int column = static_cast<int>(threadIdx.x) / 4;
+    const int column = min(thread / 4, match_key_tile - 1);
+    const float* lengths = tile + match_tile_squares;
+    const float length = lengths[match_query_tile + column];
     Best asked{0.0f, -1};
-    if (column < columns) {
-      const float* lengths = shared + match_tile_squares;
-      const float length = lengths[match_query_tile + column];
-      for (int i = static_cast<int>(threadIdx.x) % 4; i < rows; i += 4) {
-        asked.take(shared[i * match_tile_pitch + column] * length * lengths[i], i);
-      }
+#pragma unroll 2
+    for (int k = 0; k < match_query_tile / 4; ++k) {
+      const int i = 4 * k + thread % 4;
+      if (i < rows) asked.take(tile[i * match_tile_pitch + column] * length * lengths[i], i);
     }
     asked.join_lanes();
-    // The parts before were joined: their place is free.
-    if (column < columns && threadIdx.x % 4 == 0) back[column] = asked.index;
+    if (thread / 4 < match_key_tile && thread % 4 == 0) back[column] = asked.index;
     __syncthreads();
   }
-  write_matches(best, rows, back, sweep.match + image * sweep.query.positions + first_row);
+  if (thread % 4 != 0 || row >= rows) return;
+  const bool agreed = !sweep.two_way || back[best.index] == row;
+  sweep.match[int64_t{image} * sweep.source[0].positions + first_row + row] =
+      agreed ? best.index : -1;
 }
 
 // grid: (images * query_tiles, key_tiles in parts, slices in parts)
@@ -132,10 +126,10 @@ __global__ void __launch_bounds__(match_threads, 2)
   using Storage = typename Type::Storage;
   constexpr int chunk = match_chunk_words * Type::packed;
   float* shared = shared_memory<float>();
-  const int64_t image = blockIdx.x / sweep.query_tiles;
+  const int image = static_cast<int>(blockIdx.x) / sweep.query_tiles;
   const int query_tile = static_cast<int>(blockIdx.x) % sweep.query_tiles;
   const int first_row = query_tile * match_query_tile;
-  const int rows = min(match_query_tile, sweep.query.positions - first_row);
+  const int rows = min(match_query_tile, sweep.source[0].positions - first_row);
   const bool in_parts = sweep.slices > 0;
   const int first_tile = in_parts ? static_cast<int>(blockIdx.y) : 0;
   const int last_tile = in_parts ? first_tile + 1 : sweep.key_tiles;
@@ -145,25 +139,26 @@ __global__ void __launch_bounds__(match_threads, 2)
   const int warp = static_cast<int>(threadIdx.x) / 32, half = warp / match_quarters,
             quarter = warp % match_quarters;
   MatchWarp<Type, channels_last> work;
-  work.query.start(sweep.query.pitch, sweep.lane_step, sweep.element_step, quarter, 32 * half);
-  work.key.start(sweep.key.pitch, sweep.lane_step, sweep.element_step, quarter, 0);
-  const int keys_at = sweep.query.pitch * (channels_last ? match_query_tile : chunk);
+  work.query.start(sweep.source[0].pitch, sweep.lane_step, sweep.element_step, quarter, 32 * half);
+  work.key.start(sweep.source[1].pitch, sweep.lane_step, sweep.element_step, quarter, 0);
+  const int keys_at = sweep.source[0].pitch * (channels_last ? match_query_tile : chunk);
 
   Best best{0.0f, -1};
 #pragma unroll 1
   for (int key_tile = first_tile; key_tile < last_tile; ++key_tile) {
     const int first_key = key_tile * match_key_tile;
-    const int columns = min(match_key_tile, sweep.key.positions - first_key);
+    const int columns = min(match_key_tile, sweep.source[1].positions - first_key);
     const auto stage = [&](int c) {
       return reinterpret_cast<Storage*>(reinterpret_cast<char*>(shared) +
                                         (c - first_chunk) % match_stages * match_stage_bytes);
     };
     const auto fetch = [&](int c) {
-      if (c < last_chunk) {
-        fetch_chunk<Type, channels_last>(sweep.query, image, int64_t{c} * chunk, sweep.features,
-                                         first_row, rows, stage(c));
-        fetch_chunk<Type, channels_last>(sweep.key, image, int64_t{c} * chunk, sweep.features,
-                                         first_key, columns, stage(c) + keys_at);
+    // One side after the other by the same code: two copies of it would take the sums' registers.
+#pragma unroll 1
+      for (int side = 0; side < 2 && c < last_chunk; ++side) {
+        fetch_chunk<Type, channels_last>(sweep.source[side], image, int64_t{c} * chunk,
+                                         sweep.features, side ? first_key : first_row,
+                                         side ? columns : rows, stage(c) + (side ? keys_at : 0));
       }
       commit_copies();
     };
@@ -176,7 +171,7 @@ __global__ void __launch_bounds__(match_threads, 2)
       // All see this chunk, and all are done with the one before, whose stage is free now.
       __syncthreads();
       fetch(c + match_stages - 1);
-      if (32 * half < rows) work.take(stage(c), stage(c) + keys_at);
+      work.take(stage(c), stage(c) + keys_at, half);
     }
 
     // The quarters' sums take the place of the stages.
@@ -189,26 +184,27 @@ __global__ void __launch_bounds__(match_threads, 2)
           (int64_t{blockIdx.x} * sweep.key_tiles + key_tile) * sweep.slices + blockIdx.z;
       join_tiles(shared, match_quarters, false, sweep.parts + part * match_tile_floats);
     } else {
-      finish_tile(sweep, image, query_tile, key_tile, shared, match_quarters, shared, best);
+      take_tile(sweep, key_tile, shared, match_quarters, shared, best);
       __syncthreads();  // before the next tile's copies
     }
   }
+  if (!in_parts) write_matches(sweep, image, first_row, shared, best);
 }
 
 // Blocks in parts: adds the slices and looks for the best. grid: images * query_tiles
 __global__ void __launch_bounds__(match_threads)
     join_kernel(const __grid_constant__ MatchSweep sweep) {
   float* shared = shared_memory<float>();
-  const int64_t image = blockIdx.x / sweep.query_tiles;
+  const int image = static_cast<int>(blockIdx.x) / sweep.query_tiles;
   const int query_tile = static_cast<int>(blockIdx.x) % sweep.query_tiles;
   Best best{0.0f, -1};
 #pragma unroll 1
   for (int key_tile = 0; key_tile < sweep.key_tiles; ++key_tile) {
     const int64_t part = (int64_t{blockIdx.x} * sweep.key_tiles + key_tile) * sweep.slices;
-    finish_tile(sweep, image, query_tile, key_tile, sweep.parts + part * match_tile_floats,
-                sweep.slices, shared, best);
+    take_tile(sweep, key_tile, sweep.parts + part * match_tile_floats, sweep.slices, shared, best);
     __syncthreads();
   }
+  write_matches(sweep, image, query_tile * match_query_tile, shared, best);
 }
 
 // Keeps the matches whose key asks for the same query.
@@ -232,8 +228,8 @@ Status run_pass(const DenseMatchProblem& problem, const MatchCut& cut, bool two_
                 void* workspace, Stream stream) {
   const DType dtype = match_dtype(problem);
   MatchSweep sweep{};
-  sweep.query = plan_match_source(problem, true);
-  sweep.key = plan_match_source(problem, false);
+  sweep.source[0] = plan_match_source(problem, true);
+  sweep.source[1] = plan_match_source(problem, false);
   sweep.features = problem.features;
   sweep.query_tiles = static_cast<int32_t>(cut.query_tiles);
   sweep.key_tiles = static_cast<int32_t>(cut.key_tiles);
@@ -242,8 +238,8 @@ Status run_pass(const DenseMatchProblem& problem, const MatchCut& cut, bool two_
   sweep.slice_chunks = static_cast<int32_t>(cut.slice_chunks);
   // Lines of an odd number of words, as in 7 x 7 float32 positions, are on distinct banks eight
   // features apart; all others as neighbours.
-  const bool apart = dtype == DType::f32 && (sweep.query.fetch == MatchFetch::block ||
-                                             sweep.key.fetch == MatchFetch::block);
+  const bool apart = dtype == DType::f32 && (sweep.source[0].fetch == MatchFetch::block ||
+                                             sweep.source[1].fetch == MatchFetch::block);
   sweep.lane_step = apart ? 8 : 1;
   sweep.element_step = apart ? 1 : 4;
   sweep.two_way = two_way;

@@ -84,7 +84,7 @@ __device__ __forceinline__ void copy_pieces(int piece, char* to, const char* fro
 // zero beyond the features; what lies beyond the positions stays as it was. Elements fetched one by
 // one are there when it returns, the others are under way.
 template <class Type, bool channels_last>
-__device__ __forceinline__ void fetch_chunk(const MatchSource& source, int64_t image, int64_t begin,
+__device__ __forceinline__ void fetch_chunk(const MatchSource& source, int image, int64_t begin,
                                             int64_t features, int64_t first, int count,
                                             typename Type::Storage* place) {
   using Storage = typename Type::Storage;
@@ -92,8 +92,8 @@ __device__ __forceinline__ void fetch_chunk(const MatchSource& source, int64_t i
   const int thread = static_cast<int>(threadIdx.x);
   const int valid = static_cast<int>(min(int64_t{chunk}, features - begin));
   const GridView& grid = source.grid;
-  const int64_t base =
-      image * grid.image_stride + begin * grid.feature_stride + first * grid.position_stride;
+  const int64_t base = int64_t{image} * grid.image_stride + begin * grid.feature_stride +
+                       first * grid.position_stride;
   const char* from = static_cast<const char*>(grid.data) + base * size;
   if (source.fetch == MatchFetch::block) {
     const int line = source.positions * size;
@@ -173,8 +173,9 @@ struct MatchLane {
 template <class Type, int count>
 struct MatchOperand {
   uint32_t word[count];
-  __device__ __forceinline__ void set(int i, uint32_t bits, float& square) {
+  __device__ __forceinline__ void set(int i, uint32_t bits, float& square, bool counts) {
     word[i] = bits;
+    if (!counts) return;
     const float low = Type::widen(bits), high = Type::widen(bits >> 16);
     square = __fmaf_rn(low, low, __fmaf_rn(high, high, square));
   }
@@ -182,9 +183,9 @@ struct MatchOperand {
 template <int count>
 struct MatchOperand<MatchF32, count> {
   uint32_t high[count], low[count];
-  __device__ __forceinline__ void set(int i, uint32_t bits, float& square) {
+  __device__ __forceinline__ void set(int i, uint32_t bits, float& square, bool counts) {
     const float x = __uint_as_float(bits);
-    square = __fmaf_rn(x, x, square);
+    if (counts) square = __fmaf_rn(x, x, square);
     high[i] = to_tf32(x);
     low[i] = __float_as_uint(x - __uint_as_float(high[i]));
   }
@@ -212,12 +213,13 @@ struct MatchWarp {
   static constexpr int row_tiles = 2, column_tiles = match_key_tile / 8;
   MatchLane<Type, channels_last> query, key;
   float dots[row_tiles][column_tiles][4];
-  float query_squares[row_tiles][2], key_squares[column_tiles];
+  // Of the first tiles of key positions in the first half's warps, of the others in the second's.
+  static constexpr int square_tiles = (column_tiles + 1) / 2;
+  float query_squares[row_tiles][2], key_squares[square_tiles];
 
   __device__ __forceinline__ void clear() {
 #pragma unroll
     for (int n = 0; n < column_tiles; ++n) {
-      key_squares[n] = 0.0f;
 #pragma unroll
       for (int m = 0; m < row_tiles; ++m) {
 #pragma unroll
@@ -225,24 +227,28 @@ struct MatchWarp {
       }
     }
 #pragma unroll
+    for (int n = 0; n < square_tiles; ++n) key_squares[n] = 0.0f;
+#pragma unroll
     for (int m = 0; m < row_tiles; ++m) query_squares[m][0] = query_squares[m][1] = 0.0f;
   }
 
   __device__ __forceinline__ void take(const typename Type::Storage* queries,
-                                       const typename Type::Storage* keys) {
+                                       const typename Type::Storage* keys, int half) {
     MatchOperand<Type, 4> a[row_tiles];
 #pragma unroll
     for (int m = 0; m < row_tiles; ++m) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        a[m].set(i, query.word(queries, i / 2, 16 * m + i % 2 * 8), query_squares[m][i % 2]);
+        a[m].set(i, query.word(queries, i / 2, 16 * m + i % 2 * 8), query_squares[m][i % 2], true);
       }
     }
 #pragma unroll
     for (int n = 0; n < column_tiles; ++n) {
       MatchOperand<Type, 2> b;
 #pragma unroll
-      for (int i = 0; i < 2; ++i) b.set(i, key.word(keys, i, 8 * n), key_squares[n]);
+      for (int i = 0; i < 2; ++i) {
+        b.set(i, key.word(keys, i, 8 * n), key_squares[n % square_tiles], n / square_tiles == half);
+      }
 #pragma unroll
       for (int m = 0; m < row_tiles; ++m) multiply<Type>(dots[m][n], a[m], b);
     }
@@ -270,9 +276,12 @@ struct MatchWarp {
       }
     }
 #pragma unroll
-    for (int n = 0; n < column_tiles; ++n) {
-      const float square = over_lanes(key_squares[n]);
-      if (half == 0 && t == 0) tile[match_tile_squares + match_query_tile + 8 * n + g] = square;
+    for (int k = 0; k < square_tiles; ++k) {
+      const int n = k + half * square_tiles;
+      const float square = over_lanes(key_squares[k]);
+      if (n < column_tiles && t == 0) {
+        tile[match_tile_squares + match_query_tile + 8 * n + g] = square;
+      }
     }
   }
 };
