@@ -113,7 +113,7 @@ TEST(CudaDenseMatch, MixedTypes) {
 }
 
 TEST(CudaDenseMatch, EveryCutUnderEverySchedule) {
-  for (const MatchShape& s : {MatchShape{3, 300, 49, 49}, {1, 160, 70, 120}}) {
+  for (const MatchShape& s : {MatchShape{2, 140, 49, 49}, {1, 140, 70, 60}}) {
     for (const DType dtype : dtypes) {
       std::vector<int64_t> first;
       for_each_schedule([&](const Schedule&) {
@@ -206,8 +206,8 @@ TEST(CudaDenseMatch, Scales) {
 // The same key, also at a power of two of its length, within a tile of products and across tiles.
 TEST(CudaDenseMatch, TheLowestIndexWinsAnExactTie) {
   for (const auto& [first, second] :
-       {std::pair{0, 1}, {3, 12}, {7, 8}, {5, 55}, {55, 56}, {9, 121}, {60, 149}}) {
-    for (const int64_t features : {1, 7, 100}) {
+       {std::pair{0, 1}, {3, 12}, {7, 8}, {55, 56}, {60, 149}}) {
+    for (const int64_t features : {1, 100}) {
       const MatchShape s{1, features, 40, 150};
       const auto twin = normal(features, 3);
       auto query = normal(features * 40, 4, 0.1f), key = keys_of(s);
