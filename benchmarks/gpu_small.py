@@ -57,8 +57,30 @@ def info_nce() -> None:
     os.environ.pop("DENSECL_CUDA_KERNEL", None)
 
 
+def dense_match() -> None:
+    """One tile and several, blocks with all features and slices of them, both ways of a layout."""
+    for dtype in DTYPES:
+        for images, channels, queries, keys in ((3, 40, 49, 49), (1, 333, 70, 120), (2, 65, 1, 9)):
+            for layout in (torch.contiguous_format, torch.channels_last):
+                query = torch.randn(images, channels, queries, 1).to(dtype)
+                key = torch.randn(images, channels, keys, 1).to(dtype)
+                query, key = (x.contiguous(memory_format=layout) for x in (query, key))
+                unit_query, unit_key = (
+                    torch.nn.functional.normalize(x.double().flatten(2), dim=1)
+                    for x in (query, key)
+                )
+                similarity = unit_query.transpose(1, 2) @ unit_key  # (N, Sq, Sk)
+                match = ops.dense_match(query.cuda(), key.cuda()).cpu()
+                chosen = similarity.gather(2, match.unsqueeze(2)).squeeze(2)
+                name = f"dense_match {dtype} {images} {channels} {queries} {keys}"
+                check(name, chosen, similarity.amax(dim=2), 1e-5)
+                mutual = ops.dense_match(query.cuda(), key.cuda(), mutual=True).cpu()
+                if not torch.equal(mutual[mutual >= 0], match[mutual >= 0]):
+                    raise AssertionError(f"{name}: mutual matches are not among the matches")
+
+
 def others() -> None:
-    """The ops that move or compare."""
+    """The ops that move or average."""
     for dtype in DTYPES:
         queue, keys = torch.zeros(37, 24, dtype=dtype), torch.randn(20, 24)
         target, source = torch.randn(1003), torch.randn(1003).to(dtype)
@@ -80,6 +102,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("gpu_small: no GPU")
     info_nce()
+    dense_match()
     others()
     torch.cuda.synchronize()
     print("every op agrees with the CPU on small shapes")

@@ -285,3 +285,40 @@ def assert_same_bits(now: list[Tensor], before: list[Tensor]) -> None:
 def _bits(tensor: Tensor) -> Tensor:
     integer = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
     return tensor.detach().contiguous().view(-1).view(integer[tensor.element_size()])
+
+
+def similarities(query: Tensor, key: Tensor) -> Tensor:
+    """(N, Sq, Sk) cosines in float64."""
+    unit_query, unit_key = (
+        F.normalize(x.double().flatten(2), dim=1, eps=1e-300) for x in (query, key)
+    )
+    return unit_query.transpose(1, 2) @ unit_key
+
+
+def assert_best(query: Tensor, key: Tensor, match: Tensor) -> None:
+    """Equal to the float64 argmax but where the float64 values tie within float32 rounding."""
+    similarity = similarities(query, key)
+    assert match.dtype == torch.int64 and match.shape == similarity.shape[:2]
+    assert ((match >= 0) & (match < similarity.shape[2])).all()
+    chosen = similarity.gather(2, match.unsqueeze(2)).squeeze(2)
+    best = similarity.amax(dim=2)
+    rounding = 2.0**-23 * max(4.0, query.shape[1] ** 0.5)
+    assert (best - chosen <= rounding).all(), float((best - chosen).max())
+    clear = (similarity >= (best - rounding).unsqueeze(2)).sum(dim=2) == 1
+    assert torch.equal(match[clear], similarity.argmax(dim=2)[clear])
+
+
+def assert_mutual(query: Tensor, key: Tensor, match: Tensor) -> None:
+    """Where nothing ties within rounding, mutual matches are those of float64."""
+    similarity = similarities(query, key)
+    rounding = 2.0**-23 * max(4.0, query.shape[1] ** 0.5)
+
+    def clear(dim: int) -> Tensor:
+        best = similarity.amax(dim=dim, keepdim=True)
+        return (similarity >= best - rounding).sum(dim=dim) == 1
+
+    expected = reference.dense_match(query.double(), key.double(), mutual=True)
+    forward = similarity.argmax(dim=2)
+    certain = clear(2) & clear(1).gather(1, forward)
+    assert certain.float().mean() > 0.9
+    assert torch.equal(match[certain], expected[certain])

@@ -3,6 +3,7 @@
 
 #include <stdexcept>
 
+#include "densecl/cuda/dense_match.h"
 #include "densecl/cuda/info_nce.h"
 #include "densecl/info_nce.h"
 #include "densecl/isa.h"
@@ -72,6 +73,34 @@ py::dict info_nce_cuda_plan(int64_t rows, int64_t queue_length, int64_t features
   return out;
 }
 
+py::dict dense_match_cuda_plan(int64_t images, int64_t features, int64_t query_positions,
+                               int64_t key_positions, bool sixteen_bit) {
+  const auto fits = [](int64_t positions) {
+    return positions >= 0 && positions <= cuda::match_positions;
+  };
+  if (images < 0 || features < 0 || !fits(query_positions) || !fits(key_positions) ||
+      key_positions == 0) {
+    throw std::invalid_argument(
+        "dense_match_cuda_plan: images and features must not be negative, query_positions must lie "
+        "in [0, 2^30], key_positions in [1, 2^30]");
+  }
+  DenseMatchProblem problem{};
+  problem.images = images;
+  problem.features = features;
+  problem.query_positions = query_positions;
+  problem.key_positions = key_positions;
+  problem.query.dtype = problem.key.dtype = sixteen_bit ? DType::bf16 : DType::f32;
+  const cuda::MatchCut cut = cuda::plan_dense_match(problem).forward;
+  py::dict out;
+  out["query_tiles"] = cut.query_tiles;
+  out["key_tiles"] = cut.key_tiles;
+  out["feature_chunks"] = cut.chunks;
+  out["feature_slices"] = cut.slices;
+  out["slice_chunks"] = cut.slice_chunks;
+  out["workspace_bytes"] = cut.workspace_bytes;
+  return out;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_host, m) {
@@ -90,4 +119,8 @@ PYBIND11_MODULE(_host, m) {
   m.def("info_nce_cuda_plan", &info_nce_cuda_plan, py::arg("rows"), py::arg("queue_length"),
         py::arg("features"), py::arg("sixteen_bit") = true, py::arg("gradient") = true,
         "How a GPU's kernels cut info_nce into slices, and the scratch memory it takes.");
+  m.def("dense_match_cuda_plan", &dense_match_cuda_plan, py::arg("images"), py::arg("features"),
+        py::arg("query_positions"), py::arg("key_positions"), py::arg("sixteen_bit") = false,
+        "How a GPU's kernels cut dense_match into tiles and slices of the features (0: one launch, "
+        "every block takes all of them), and the scratch memory it takes.");
 }
