@@ -8,10 +8,10 @@
 // features. Keys go by with a running best; the (Sq, Sk) similarities are never stored as a whole.
 // Few images: features cut into slices, whose sums a second launch adds in order.
 //
-// Cost at N = 256, C = 2,048, 49 x 49, an estimate (not yet run): 205 MB float32, 103 MB 16-bit,
-// read once: 48 / 24 us at 4.3 TB/s; 256 blocks are one wave of two on each of 132
-// multiprocessors. Beside it, 7.5 GFLOP count as 11.3 in whole tiles, three times for float32:
-// docs/design.md has the arithmetic.
+// Cost at N = 256, C = 2,048, 49 x 49, on paper (it has not run on a GPU): 205 MB float32, 103 MB
+// 16-bit, read once: 48 / 24 us at 4.3 TB/s. 256 blocks, two on each of 132 multiprocessors, are
+// one wave, 97 % full. The 2.5 GFLOP count as 3.8 in whole tiles, 11.3 of tf32 for float32: 23 us
+// at 495 TFLOP/s. docs/design.md adds the issue slots.
 #include "densecl/cuda/dense_match.h"
 
 #include <ptx/launch.cuh>
@@ -164,14 +164,15 @@ __global__ void __launch_bounds__(match_threads, 2)
     };
     work.clear();
 #pragma unroll 1
-    for (int s = 0; s < match_stages - 1; ++s) fetch(first_chunk + s);
-#pragma unroll 1
-    for (int c = first_chunk; c < last_chunk; ++c) {
-      wait_copies<match_stages - 2>();
-      // All see this chunk, and all are done with the one before, whose stage is free now.
-      __syncthreads();
+    for (int c = first_chunk - (match_stages - 1); c < last_chunk; ++c) {
+      const bool here = c >= first_chunk;  // before, copies are only started
+      if (here) {
+        wait_copies<match_stages - 2>();
+        // All see this chunk, and all are done with the one before, whose stage is free now.
+        __syncthreads();
+      }
       fetch(c + match_stages - 1);
-      work.take(stage(c), stage(c) + keys_at, half);
+      if (here) work.take(stage(c), stage(c) + keys_at, half);
     }
 
     // The quarters' sums take the place of the stages.
