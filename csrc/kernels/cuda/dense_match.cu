@@ -1,17 +1,17 @@
 // The most similar key position of every query position: norms, products and argmax in one pass.
 //
-// A block takes 64 query positions against 56 key positions (49 = 7 x 7 fit into one tile, 196 and
-// 784 are whole key tiles). Features come through four stages of shared memory (cp.async). Eight
-// warps: two halves of the query rows times four quarters of each chunk's features, since a warp
-// that holds 32 x 56 sums reads and splits each operand once for many products. Squares come from
-// the operands in registers. Float32 takes three tf32 products, added up in float32 after eight
-// features. Keys go by with a running best; the (Sq, Sk) similarities are never stored as a whole.
-// Few images: features cut into slices, whose sums a second launch adds in order.
+// A block takes 64 query positions against 56 key positions (7 x 7 fits into one tile, 28 x 28 is
+// 14 key tiles). Features come through four stages of shared memory (cp.async), each side fetched
+// by half of the threads. Eight warps: two halves of the query rows times four quarters of a
+// chunk's features, since a warp with 32 x 56 sums reads and splits each operand once for many
+// products. Squares come from the operands in registers. Float32 takes three tf32 products, added
+// up in float32 after eight features. Keys go by with a running best. Few images: the features are
+// cut into slices, whose sums a second launch adds in order.
 //
-// Cost at N = 256, C = 2,048, 49 x 49, an estimate (not yet run): 205 MB float32, 103 MB 16-bit,
-// read once: 48 / 24 us at 4.3 TB/s; 256 blocks are one wave of two on each of 132
-// multiprocessors. Beside it, 7.5 GFLOP count as 11.3 in whole tiles, three times for float32:
-// docs/design.md has the arithmetic.
+// Cost at N = 256, C = 2,048, 49 x 49, on paper (it has not run on a GPU): 205 MB float32, 103 MB
+// 16-bit, read once: 48 / 24 us at 4.3 TB/s. 256 blocks, two on each of 132 multiprocessors, are
+// one wave, 97 % full. The 2.5 GFLOP are 3.8 in whole tiles, 11.3 of tf32 for float32: 23 us at
+// 495 TFLOP/s. docs/design.md adds the issue slots.
 #include "densecl/cuda/dense_match.h"
 
 #include <ptx/launch.cuh>
@@ -148,30 +148,31 @@ __global__ void __launch_bounds__(match_threads, 2)
   for (int key_tile = first_tile; key_tile < last_tile; ++key_tile) {
     const int first_key = key_tile * match_key_tile;
     const int columns = min(match_key_tile, sweep.source[1].positions - first_key);
+    const MatchSource& source = sweep.source[half];
+    const int64_t origin = image * source.grid.image_stride +
+                           (half ? first_key : first_row) * source.grid.position_stride;
     const auto stage = [&](int c) {
       return reinterpret_cast<Storage*>(reinterpret_cast<char*>(shared) +
                                         (c - first_chunk) % match_stages * match_stage_bytes);
     };
     const auto fetch = [&](int c) {
-    // One side after the other by the same code: two copies of it would take the sums' registers.
-#pragma unroll 1
-      for (int side = 0; side < 2 && c < last_chunk; ++side) {
-        fetch_chunk<Type, channels_last>(sweep.source[side], image, int64_t{c} * chunk,
-                                         sweep.features, side ? first_key : first_row,
-                                         side ? columns : rows, stage(c) + (side ? keys_at : 0));
+      if (c < last_chunk) {
+        fetch_chunk<Type, channels_last>(source, origin, int64_t{c} * chunk, sweep.features,
+                                         half ? columns : rows, stage(c) + (half ? keys_at : 0));
       }
       commit_copies();
     };
     work.clear();
 #pragma unroll 1
-    for (int s = 0; s < match_stages - 1; ++s) fetch(first_chunk + s);
-#pragma unroll 1
-    for (int c = first_chunk; c < last_chunk; ++c) {
-      wait_copies<match_stages - 2>();
-      // All see this chunk, and all are done with the one before, whose stage is free now.
-      __syncthreads();
+    for (int c = first_chunk - (match_stages - 1); c < last_chunk; ++c) {
+      const bool here = c >= first_chunk;  // before, copies are only started
+      if (here) {
+        wait_copies<match_stages - 2>();
+        // All see this chunk, and all are done with the one before, whose stage is free now.
+        __syncthreads();
+      }
       fetch(c + match_stages - 1);
-      work.take(stage(c), stage(c) + keys_at, half);
+      if (here) work.take(stage(c), stage(c) + keys_at, half);
     }
 
     // The quarters' sums take the place of the stages.
