@@ -285,3 +285,18 @@ def test_pretraining_and_what_follows(tmp_path: Path) -> None:
         data, tmp_path / "again", backbone=SMALL, weights=str(tmp_path / "ours.pth"), epochs=1
     )
     assert pretrain(again).step == 3
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the resident set from /proc")
+def test_the_step_stores_no_logits() -> None:
+    from benchmarks import memory, vit_memory
+
+    if not memory.supported():
+        pytest.skip("no /proc/self/clear_refs")
+    arguments = ["--backbone", SMALL, "--batch", "4", "--size", "160", "--threads", "1"]
+    ours, formula = (vit_memory.measure(name, arguments) for name in ("ours", "formula"))
+    assert ours is not None and formula is not None
+    assert ours["grid"] == [10, 10] and ours["rows"] == 400
+    assert ours["loss"] == pytest.approx(formula["loss"], rel=1e-5)
+    copy = ours["rows"] * 65537 * 4
+    assert ours["bytes"] < copy < formula["bytes"] / 2
