@@ -9,4 +9,7 @@ machine.py, ceiling.cpp   where: the machine, its arithmetic and copy ceilings
 test_*.py                 the rows; conftest.py runs one
 thresholds.py             what is asked of them
 report.py, charts.py      what people read
+
+scale.py, scale_model.py  on paper: images/s, hours and cost of many GPUs (docs/scale.md)
+vit_memory.py             peak memory of a vision transformer's step, beside the formula's logits
 """

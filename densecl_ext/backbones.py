@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from densecl_ext.timm_backbone import TIMM, TimmBackbone
+
 RESNETS = (
     "resnet18",
     "resnet34",
@@ -56,13 +58,15 @@ class ResNetBackbone(nn.Module):
 
 
 def build_backbone(name: str, *, weights: str | Path | None = None) -> nn.Module:
-    """Build a torchvision ResNet as a backbone.
+    """Build a torchvision ResNet or a timm network as a backbone.
 
     Args:
-        name: one of :data:`RESNETS`.
+        name: one of :data:`RESNETS`, or ``timm/`` and the name of any network of timm
+            (:class:`densecl_ext.timm_backbone.TimmBackbone`).
         weights: None for a random start; the path of a file that ``torch.save`` wrote of a
-            torchvision state dict, with or without ``fc.*``; or the name of torchvision weights
-            such as ``"DEFAULT"`` or ``"IMAGENET1K_V1"``, which torchvision may download.
+            state dict with the library's own names, with or without the classifier; or, for a
+            ResNet, the name of torchvision weights such as ``"DEFAULT"`` or ``"IMAGENET1K_V1"``,
+            which torchvision may download.
 
     Returns:
         A module with the attribute ``out_channels``.
@@ -70,12 +74,14 @@ def build_backbone(name: str, *, weights: str | Path | None = None) -> nn.Module
     Raises:
         ValueError: an unknown name, or weights that do not fit.
         FileNotFoundError: ``weights`` names a file that does not exist.
-        ImportError: torchvision is not installed.
+        ImportError: torchvision or timm is not installed.
     """
+    if name.startswith(TIMM):
+        return _build_timm(name, weights)
     if name not in RESNETS:
         raise ValueError(
-            f"build_backbone: name must be one of {', '.join(RESNETS)}, got {name!r}; any other "
-            "backbone can be passed to DenseCL as an nn.Module"
+            f"build_backbone: name must be one of {', '.join(RESNETS)}, or {TIMM}NAME, got "
+            f"{name!r}; any other backbone can be passed to DenseCL as an nn.Module"
         )
     try:
         from torchvision import models
@@ -98,6 +104,19 @@ def build_backbone(name: str, *, weights: str | Path | None = None) -> nn.Module
     backbone = ResNetBackbone(resnet)
     if path is not None:
         _load_file(backbone, path)
+    return backbone
+
+
+def _build_timm(name: str, weights: str | Path | None) -> TimmBackbone:
+    path = _weights_path(weights)
+    if weights is not None and path is None:
+        raise ValueError(
+            f"build_backbone: weights of {name} must be a file, got {str(weights)!r}; nothing is "
+            "downloaded for timm's networks"
+        )
+    backbone = TimmBackbone(name)
+    if path is not None:
+        _load_file(backbone, path, backbone.classifiers)
     return backbone
 
 
@@ -151,14 +170,15 @@ def _weights_path(weights: str | Path | None) -> Path | None:
     return None
 
 
-def _load_file(backbone: nn.Module, path: Path) -> None:
+def _load_file(backbone: nn.Module, path: Path, classifiers: tuple[str, ...] = ("fc",)) -> None:
     state = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(
-            f"build_backbone: {path} must hold a state dict of tensors with torchvision's names; "
-            "`densecl export --to torchvision` writes such a file from a checkpoint"
+            f"build_backbone: {path} must hold a state dict of tensors with the library's own "
+            "names; `densecl export` writes such a file from a checkpoint"
         )
-    state = {name: value for name, value in state.items() if not name.startswith("fc.")}
+    dropped = tuple(f"{classifier}." for classifier in classifiers)
+    state = {name: value for name, value in state.items() if not name.startswith(dropped)}
     try:
         backbone.load_state_dict(state, strict=True)
     except RuntimeError as error:

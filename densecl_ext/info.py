@@ -97,6 +97,7 @@ def _libraries(missing: list[str]) -> dict[str, str | None]:
             missing.append(
                 f"{name} is not installed (needed for: {purpose}): pip install 'densecl_ext[train]'"
             )
+    versions["timm"] = _version_of("timm")  # not missed where it is not: nothing else needs it
     names = {dist.metadata["Name"] or "" for dist in importlib.metadata.distributions()}
     dali = sorted(name for name in names if name.lower().startswith(DALI))
     versions["dali"] = f"{_version_of(dali[0])} ({dali[0]})" if dali else None

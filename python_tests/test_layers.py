@@ -30,6 +30,7 @@ LEVELS = [
         "momentum",
         "necks",
         "queue",
+        "timm_backbone",
     },
     {"model", "data"},
     {"checkpoints"},
@@ -42,6 +43,8 @@ NATIVE = {"ops", "_native"}
 HOST = NATIVE | {"info"}
 IMPORTED_LAZILY = {
     "torchvision",
+    "timm",
+    "safetensors",
     "nvidia",
     "lightning",
     "PIL",

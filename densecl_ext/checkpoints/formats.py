@@ -46,6 +46,7 @@ FORMS = (
 )
 
 CONTAINERS = ("state_dict", "model")
+NAMED = "densecl_ext backbone"
 
 
 def find_tensors(content: Any) -> dict[str, Tensor]:
@@ -80,6 +81,67 @@ def find_tensors(content: Any) -> dict[str, Tensor]:
     raise ValueError(
         f"expected a state_dict, or a dict with one under {' or '.join(CONTAINERS)}, got {kind}"
     )
+
+
+def named_backbone(architecture: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """The content of a file that says which network its tensors are."""
+    return {"format": NAMED, "architecture": architecture, "state_dict": tensors}
+
+
+def find_architecture(content: Any) -> str | None:
+    """The network that a checkpoint of this project says it holds; None where nothing is said."""
+    if not isinstance(content, Mapping):
+        return None
+    if content.get("format") == NAMED:
+        return str(content["architecture"])
+    config = content.get("config")
+    if content.get("format") == "densecl_ext" and isinstance(config, Mapping):
+        return str(config.get("backbone"))
+    return None
+
+
+def difference(got: Mapping[str, Any], wanted: Mapping[str, Any]) -> tuple[int, str]:
+    """How two mappings from names to shapes differ: in so many names, told in words."""
+    parts = {
+        "missing": sorted(wanted.keys() - got.keys()),
+        "unexpected": sorted(got.keys() - wanted.keys()),
+        "of another shape": sorted(k for k in got.keys() & wanted.keys() if got[k] != wanted[k]),
+    }
+    told = "; ".join(
+        f"{len(names)} {word} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for word, names in parts.items()
+        if names
+    )
+    return sum(map(len, parts.values())), told
+
+
+def extract_named(
+    tensors: Mapping[str, Tensor], shapes: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], list[str], Form]:
+    """Takes the tensors of a known network out, whatever stands beside them.
+
+    Args:
+        tensors: all tensors of a checkpoint.
+        shapes: name -> shape of every tensor of the network.
+
+    Returns:
+        The network's tensors, the names under the same prefix that were left out, and the form
+        whose prefix it was.
+
+    Raises:
+        ValueError: under no known prefix are there all of them in these shapes.
+    """
+    nearest: tuple[int, str] | None = None
+    for form in FORMS:
+        under = {k[len(form.prefix) :]: v for k, v in tensors.items() if k.startswith(form.prefix)}
+        found = {k: v for k, v in under.items() if k in shapes}
+        count, told = difference({k: v.shape for k, v in found.items()}, shapes)
+        if count == 0:
+            return found, sorted(under.keys() - found.keys()), form
+        if nearest is None or count < nearest[0]:
+            nearest = (count, told)
+    assert nearest is not None
+    raise ValueError(f"not exactly the network that it should be: {nearest[1]}")
 
 
 def extract_backbone(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str], Form]:

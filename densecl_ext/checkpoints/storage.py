@@ -82,7 +82,7 @@ def load_checkpoint(path: str | os.PathLike[str], *, trusted: bool = False) -> A
     """Reads a checkpoint onto the CPU.
 
     Args:
-        path: a file written by `torch.save`.
+        path: a file written by `torch.save`, or one of tensors alone that ends in .safetensors.
         trusted: also accept pickled Python objects, which can run any code when they are read.
             Only for files whose origin you trust.
 
@@ -92,10 +92,13 @@ def load_checkpoint(path: str | os.PathLike[str], *, trusted: bool = False) -> A
     Raises:
         FileNotFoundError: no such file.
         ValueError: not a checkpoint, damaged, or it holds Python objects and `trusted` is False.
+        ImportError: it is a .safetensors file, and safetensors is not installed.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"load_checkpoint: no such file: {path}")
+    if path.suffix == ".safetensors":
+        return _load_safetensors(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=not trusted)
     except pickle.UnpicklingError as error:
@@ -116,3 +119,18 @@ def load_checkpoint(path: str | os.PathLike[str], *, trusted: bool = False) -> A
         raise ValueError(
             f"load_checkpoint: {path} is not a readable checkpoint: {error}"
         ) from error
+
+
+def _load_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        import safetensors
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise ImportError(
+            f"load_checkpoint: {path} needs safetensors, which cannot be imported ({error}); "
+            "pip install 'densecl_ext[timm]'"
+        ) from error
+    try:
+        return load_file(path)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"load_checkpoint: {path} is damaged or cut short: {error}") from error

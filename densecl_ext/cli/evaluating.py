@@ -113,10 +113,10 @@ def _calibrate(network: nn.Module, train: SegmentationFolder, scale: float) -> N
     import torch
 
     from densecl_ext.evaluate import recalibrate_batch_norm
-    from densecl_ext.evaluate.features import prepare_images
+    from densecl_ext.evaluate.features import input_size, prepare_images
 
     images = torch.stack([train[i][0] for i in range(min(len(train), CALIBRATION_IMAGES))])
-    size = (round(images.shape[2] * scale), round(images.shape[3] * scale))
+    size = input_size(network, (images.shape[2], images.shape[3]), scale)
     batches = [prepare_images(part, size) for part in images.split(32)]
     recalibrate_batch_norm(network, batches)
 

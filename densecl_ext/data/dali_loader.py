@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from nvidia.dali.plugin.pytorch import feed_ndarray
 
 from densecl_ext.data.augmentation import KEY_VIEW, QUERY_VIEW, ViewParameters, draw_parameters
 from densecl_ext.data.dali_pipeline import (
@@ -28,8 +27,13 @@ from densecl_ext.data.loader import EpochLoader, TwoViews, candidates
 if TYPE_CHECKING:
     from PIL import Image
 
-# Batches whose files are read ahead of the one in the pipeline.
+# Batches whose files are read ahead of those in the pipeline.
 _READ_AHEAD = 2
+
+# Batches in the pipeline: one that is waited for and one behind it, so that a slow batch does not
+# show at once. DALI's own prefetching would ask for both before the first may run, which an epoch
+# of one batch could not give it.
+_IN_FLIGHT = 2
 
 # What DALI decodes exactly as Pillow does; the rest Pillow decodes and DALI takes from there.
 _NATIVE = frozenset(
@@ -119,6 +123,8 @@ class DaliLoader(EpochLoader):
             prefetch_queue_depth=1,
             size=self.size,
             augmentation=self.augmentation,
+            layout="HWC" if self.channels_last else "CHW",
+            half=self.dtype == torch.float16,
             **self._pipeline_settings(),
         )
         pipeline.build()
@@ -179,19 +185,20 @@ class DaliLoader(EpochLoader):
 
         waiting = iter(requests)
         reading = deque(submit(batch) for batch in islice(waiting, _READ_AHEAD))
-        running: list[_Slot] = []
+        running: deque[list[_Slot]] = deque()
 
         def start_next() -> None:
-            running[:] = [future.result() for future in reading.popleft()] if reading else []
-            reading.extend(submit(batch) for batch in islice(waiting, 1))
-            if running:
-                self._schedule(running)
+            if reading:
+                running.append([future.result() for future in reading.popleft()])
+                reading.extend(submit(batch) for batch in islice(waiting, 1))
+                self._schedule(running[-1])
 
         try:
-            start_next()
+            for _ in range(_IN_FLIGHT):
+                start_next()
             while running:
                 batch = self._finish(epoch, running)
-                # DALI works on the next batch while the consumer has this one.
+                # DALI works on the next batches while the consumer has this one.
                 start_next()
                 yield batch
         finally:
@@ -208,16 +215,19 @@ class DaliLoader(EpochLoader):
             self._pipeline.feed_input(name, [row_of(slot.parameters[view]) for slot in slots])
         self._pipeline.schedule_run()
 
-    def _finish(self, epoch: int, slots: list[_Slot]) -> TwoViews:
-        """The views of the batch in flight."""
+    def _finish(self, epoch: int, running: deque[list[_Slot]]) -> TwoViews:
+        """The views of the first of the batches in flight, which it takes out."""
         try:
-            # Bound to the consumer's stream, the outputs are not reused before it has copied them.
+            # Bound to the consumer's stream: its next operators wait for these outputs on the GPU,
+            # the host does not, and memory that the consumer gives back is reused in that order.
             outputs = self._pipeline.share_outputs(cuda_stream=self._stream())
         except RuntimeError as error:
-            self._repair(epoch, slots, error)
+            self._repair(epoch, running, error)
             self._pipeline = self._build()
-            self._schedule(slots)
-            return self._finish(epoch, slots)
+            for slots in running:
+                self._schedule(slots)
+            return self._finish(epoch, running)
+        slots = running.popleft()
         for slot in slots:
             for index, reason in slot.unreadable:
                 self._skip(index, reason)
@@ -229,7 +239,8 @@ class DaliLoader(EpochLoader):
                 for view in (QUERY_VIEW, KEY_VIEW)
             ],
             dtype=torch.float32,
-        ).to(self.device)
+            pin_memory=self._on_gpu,  # from other memory the copy would make the host wait
+        ).to(self.device, non_blocking=True)
         return TwoViews(
             views[QUERY_VIEW],
             views[KEY_VIEW],
@@ -239,19 +250,22 @@ class DaliLoader(EpochLoader):
         )
 
     def _to_torch(self, output: Any) -> torch.Tensor:
-        dense = output.as_tensor()
-        device = self.device if self._on_gpu else "cpu"
-        views = torch.empty(dense.shape(), dtype=torch.float32, device=device)
-        # A copy: DALI writes the next batches into the same memory.
-        feed_ndarray(dense, views, cuda_stream=self._stream())
-        return views.to(self.device)
+        """DALI's own memory as a tensor: it is not written again while the tensor lives."""
+        views = torch.from_dlpack(output.as_tensor())
+        if self.channels_last:
+            views = views.permute(0, 3, 1, 2)
+        # Copies for bfloat16 alone, which DALI does not write.
+        return views.to(self.dtype)
 
-    def _repair(self, epoch: int, slots: list[_Slot], error: RuntimeError) -> None:
-        """Replace, in place, the slots that DALI cannot decode; raise `error` if there is none."""
-        failed = self._undecodable(slots)
+    def _repair(self, epoch: int, running: deque[list[_Slot]], error: RuntimeError) -> None:
+        """Replace, in place, the slots that DALI cannot decode; raise `error` if there is none.
+
+        Which of the batches in flight has failed is not told.
+        """
+        failed = [(slots, place) for slots in running for place in self._undecodable(slots)]
         if not failed:
             raise error
-        for position in failed:
+        for slots, position in failed:
             slot = slots[position]
             if slot.file in self._through_pillow:
                 raise error

@@ -11,8 +11,9 @@ chosen to follow Pillow's 8-bit arithmetic, which MoCo v2 was trained with, oper
   from torchvision's result than leaving the hue alone does;
 - blur is a true Gaussian, where Pillow approximates one by three box filters.
 
-With `device="cuda"` decoding and all pixel operators run on the GPU. That path is written from
-DALI's documentation and has not yet run on one.
+With `device="gpu"` the same graph decodes by nvJPEG and runs every pixel operator on the GPU. Only
+the drawn numbers go there and nothing comes back, so that no thread of DALI waits for its GPU in
+the middle of a batch. That path has not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -87,12 +88,6 @@ def _beside(number: Any, device: str) -> Any:
     return number.gpu() if device == "gpu" else number
 
 
-def _mean_gray(image: Any, device: str) -> Any:
-    mean = math.floor(fn.reductions.mean(_gray(image), axes=(0, 1, 2)) + 0.5)
-    # Arguments of operators live on the CPU.
-    return mean.cpu() if device == "gpu" else mean
-
-
 def _rotate_hue(image: Any, sextants: Any, most: float) -> Any:
     """Rotate the hue in HSV by a signed number of sextants of at most `most`, itself at most 3.
 
@@ -134,11 +129,12 @@ def _adjust(image: Any, operation: Any, factor: Any, device: str) -> Any:
             image, contrast=factor, contrast_center=0.0, brightness_shift=_TRUNCATE / 255
         )
     elif operation == CONTRAST:
-        image = fn.brightness_contrast(
-            image,
-            contrast=factor,
-            contrast_center=_mean_gray(image, device),
-            brightness_shift=_TRUNCATE / 255,
+        # Not brightness_contrast: its centre is an argument, and those live on the CPU, so that a
+        # GPU's mean would have to be waited for.
+        factor = _beside(factor, device)
+        center = math.floor(fn.reductions.mean(_gray(image), axes=(0, 1, 2)) + 0.5)
+        image = fn.cast(
+            image * factor + (center * (1.0 - factor) + _TRUNCATE), dtype=DALIDataType.UINT8
         )
     elif operation == SATURATION:
         factor = _beside(factor, device)
@@ -148,8 +144,16 @@ def _adjust(image: Any, operation: Any, factor: Any, device: str) -> Any:
     return image
 
 
-def _view(image: Any, row: Any, size: int, augmentation: Augmentation, device: str) -> Any:
-    """Crop, resize, colour, gray, blur, mirror, normalise: float32 (3, size, size)."""
+def _view(
+    image: Any,
+    row: Any,
+    size: int,
+    augmentation: Augmentation,
+    device: str,
+    layout: str,
+    half: bool,
+) -> Any:
+    """Crop, resize, colour, gray, blur, mirror, normalise: one view in its last layout and type."""
     view = fn.slice(
         image,
         row[_Y0:_HEIGHT],
@@ -175,8 +179,8 @@ def _view(image: Any, row: Any, size: int, augmentation: Augmentation, device: s
         view = fn.gaussian_blur(view, sigma=row[_SIGMA])
     return fn.crop_mirror_normalize(
         view,
-        dtype=DALIDataType.FLOAT,
-        output_layout="CHW",
+        dtype=DALIDataType.FLOAT16 if half else DALIDataType.FLOAT,
+        output_layout=layout,
         mirror=fn.cast(row[_FLIP], dtype=DALIDataType.INT32),
         mean=[255 * value for value in augmentation.mean],
         std=[255 * value for value in augmentation.std],
@@ -191,20 +195,24 @@ def _decoded(device: str) -> Any:
 
 
 @pipeline_def(enable_conditionals=True)
-def two_view_pipeline(size: int, augmentation: Augmentation, device: str) -> Any:
+def two_view_pipeline(
+    size: int, augmentation: Augmentation, device: str, layout: str = "CHW", half: bool = False
+) -> Any:
     """The graph: encoded images and one row of parameters for each view, to two batches of views.
 
     Args:
         size: Height and width of the views in pixels.
         augmentation: Gives mean and standard deviation; the rest comes drawn.
         device: "cpu" or "gpu".
+        layout: "CHW", or "HWC" for what torch calls channels-last.
+        half: float16 instead of float32.
 
     Returns:
-        Two float32 outputs (N, 3, size, size). The image is decoded once for both.
+        Two outputs (N, 3, size, size) or (N, size, size, 3). The image is decoded once for both.
     """
     image = _decoded(device)
     rows = [fn.external_source(name=name, dtype=DALIDataType.FLOAT, ndim=1) for name in VIEW_INPUTS]
-    return tuple(_view(image, row, size, augmentation, device) for row in rows)
+    return tuple(_view(image, row, size, augmentation, device, layout, half) for row in rows)
 
 
 @pipeline_def

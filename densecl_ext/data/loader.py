@@ -24,7 +24,7 @@ class TwoViews(NamedTuple):
     """A batch: two views of the same N images.
 
     Attributes:
-        view_q: Query view, float32 (N, 3, size, size), normalised.
+        view_q: Query view (N, 3, size, size), normalised, in the loader's dtype and layout.
         view_k: Key view, the same.
         crop_q: float32 (N, 5): x0, y0, x1, y1 of the query crop in pixels of the decoded image (x
             right, y down, upright after EXIF orientation), and 1.0 where the view was mirrored left
@@ -93,6 +93,8 @@ class EpochLoader(ABC):
         seed: int,
         augmentation: Augmentation,
         drop_last: bool,
+        channels_last: bool = False,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.files = files
         self.skipped: dict[Path, str] = {}
@@ -102,6 +104,8 @@ class EpochLoader(ABC):
         self.seed = seed
         self.augmentation = augmentation
         self.drop_last = drop_last
+        self.channels_last = channels_last
+        self.dtype = dtype
         self.epoch = 0
         self._position = 0
         self._first = 0
@@ -246,6 +250,8 @@ def build_loader(
     seed: int = 0,
     augmentation: Augmentation = Augmentation(),  # noqa: B008  (frozen)
     drop_last: bool = True,
+    channels_last: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> ViewLoader:
     """Two augmented views of every image under a folder, shuffled anew in every epoch.
 
@@ -269,6 +275,10 @@ def build_loader(
         seed: Seed of order and views, at least 0.
         augmentation: The distribution of the views.
         drop_last: Leave out an incomplete last batch.
+        channels_last: Views in torch's channels-last memory format, as they come out of DALI,
+            rather than contiguous.
+        dtype: Of the views: float32, bfloat16 or float16, for an encoder that computes in it.
+            What is rounded is the normalised pixel; values and order of the draws stay.
 
     Returns:
         The loader.
@@ -276,6 +286,7 @@ def build_loader(
     Raises:
         ValueError: A value is out of range, the folder holds no readable image, or fewer images
             than one batch with `drop_last`.
+        TypeError: `dtype` is none of the three.
         ImportError: The backend that was asked for is not installed.
     """
     if backend not in ("auto", "dali", "torchvision"):
@@ -286,6 +297,10 @@ def build_loader(
     for name, value, least in (("batch_size", batch_size, 1), ("size", size, 1), ("seed", seed, 0)):
         if value < least:
             raise ValueError(f"build_loader: {name} must be at least {least}, got {value}")
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(
+            f"build_loader: dtype must be torch.float32, bfloat16 or float16, got {dtype}"
+        )
     if workers is None:
         workers = min(8, available_cores())
     if workers < 0:
@@ -304,6 +319,8 @@ def build_loader(
         "seed": seed,
         "augmentation": augmentation,
         "drop_last": drop_last,
+        "channels_last": channels_last,
+        "dtype": dtype,
     }
     if backend == "dali" or (backend == "auto" and _has("nvidia.dali")):
         try:

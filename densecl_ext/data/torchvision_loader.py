@@ -30,14 +30,14 @@ if TYPE_CHECKING:
 
 
 class _Sample(NamedTuple):
-    views: np.ndarray  # uint8 (2, 3, size, size)
+    views: np.ndarray  # uint8 (2, size, size, 3)
     crops: np.ndarray  # float32 (2, 5)
     file: int
     unreadable: list[tuple[int, str]]
 
 
 class _Batch(NamedTuple):
-    views: Tensor  # uint8 (2, N, 3, size, size)
+    views: Tensor  # uint8 (2, N, size, size, 3)
     crops: Tensor  # float32 (2, N, 5)
     files: Tensor  # int64 (N,)
     unreadable: list[tuple[int, str]]
@@ -52,7 +52,7 @@ def render_view(image: Image.Image, parameters: ViewParameters, size: int) -> np
         size: Height and width of the view in pixels.
 
     Returns:
-        uint8 (3, size, size).
+        uint8 (size, size, 3).
     """
     from PIL import ImageFilter
     from torchvision.transforms import InterpolationMode
@@ -75,7 +75,7 @@ def render_view(image: Image.Image, parameters: ViewParameters, size: int) -> np
         view = view.filter(ImageFilter.GaussianBlur(parameters.blur_sigma))
     if parameters.flip:
         view = F.hflip(view)
-    return np.ascontiguousarray(np.asarray(view).transpose(2, 0, 1))
+    return np.asarray(view)
 
 
 class TwoViewDataset(Dataset[_Sample]):
@@ -192,8 +192,10 @@ class TorchvisionLoader(EpochLoader):
             )
 
     def _normalised(self, pixels: Tensor) -> Tensor:
-        pixels = pixels.to(self.device, non_blocking=True)
-        return torch.addcmul(self._offset, pixels.float(), self._scale)
+        pixels = pixels.to(self.device, non_blocking=True).permute(0, 3, 1, 2)  # (N, 3, H, W)
+        if not self.channels_last:
+            pixels = pixels.contiguous()  # here they are bytes
+        return torch.addcmul(self._offset, pixels.float(), self._scale).to(self.dtype)
 
     def close(self) -> None:
         """End the worker processes."""

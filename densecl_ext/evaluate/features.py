@@ -9,10 +9,28 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from densecl_ext.timm_backbone import TimmBackbone
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+def input_size(backbone: nn.Module, size: tuple[int, int], scale: float = 1.0) -> tuple[int, int]:
+    """The size nearest to an image's that a backbone takes.
+
+    Args:
+        backbone: a timm network takes multiples of its stride, any other every size.
+        size: height and width of the image.
+        scale: factor to resize by.
+
+    Returns:
+        Height and width for :func:`prepare_images`.
+    """
+    step = backbone.stride if isinstance(backbone, TimmBackbone) else 1
+    height, width = (max(1, round(side * scale / step)) * step for side in size)
+    return height, width
 
 
 def prepare_images(

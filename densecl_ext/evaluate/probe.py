@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from densecl_ext.evaluate.features import extract_features, prepare_images
+from densecl_ext.evaluate.features import extract_features, input_size, prepare_images
 from densecl_ext.evaluate.metrics import IGNORE_INDEX, SegmentationResult, confusion_matrix
 
 
@@ -55,7 +55,8 @@ def linear_segmentation(
         num_classes: number of classes; labels are below it or 255 (ignored).
         class_names: for the result; numbers where empty.
         layers: whose outputs are the features, see :func:`extract_features`; None is the last.
-        scale: images are resized by this factor before the backbone (labels keep their size).
+        scale: images are resized by this factor before the backbone (labels keep their size); for
+            a timm network to the nearest multiples of its stride.
         epochs: passes over ``train``.
         batch_size: images a step.
         lr: the highest learning rate.
@@ -147,8 +148,7 @@ def _features(
                 f"linear_segmentation: labels must be below num_classes = {num_classes} or "
                 f"{IGNORE_INDEX}, got {int(wrong.max())}"
             )
-        height, width = label.shape[1:]
-        size = (max(1, round(height * scale)), max(1, round(width * scale)))
+        size = input_size(backbone, (label.shape[1], label.shape[2]), scale)
         inputs = prepare_images(torch.stack([image for image, _ in pairs]), size, device)
         # standardised later on: float16 keeps 11 bits of them at half the memory
         features.append(extract_features(backbone, inputs, layers).clamp(-6e4, 6e4).half())

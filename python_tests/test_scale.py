@@ -1,0 +1,132 @@
+"""The arithmetic of benchmarks.scale, and that docs/scale.md says what it prints."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("torchvision")
+
+from benchmarks import scale
+from benchmarks import scale_model as model
+from densecl_ext import DenseCL
+
+ROOT = Path(__file__).resolve().parent.parent
+H100 = model.MACHINES["h100"]
+EXACT = model.Assumptions(link=1.0, latency=0.0)
+
+
+@pytest.fixture(scope="module")
+def network():
+    return model.count()
+
+
+def test_the_network_is_the_models(network):
+    with torch.device("meta"):
+        net = DenseCL("resnet50", queue_length=8)
+    assert network.parameters == sum(p.numel() for p in net.parameters() if p.requires_grad)
+    assert network.positions == 49
+    heads = 2048 * 2048 + 2048 * 128  # of one position
+    assert network.macs - 50 * heads == pytest.approx(4.09e9, rel=2e-3)  # torchvision's own number
+    small = model.count("resnet18")
+    assert small.macs < network.macs and small.parameters < network.parameters
+
+
+def ring(size, peers, speed):
+    """Seconds of a ring all-reduce: 2 (P - 1) rounds, each moving a P-th part."""
+    return sum(size / peers / speed for _ in range(2 * (peers - 1)))
+
+
+def test_all_reduce_adds_up_round_by_round():
+    size = 130e6
+    assert model.all_reduce(size, 8, H100, EXACT) == pytest.approx(ring(size, 8, H100.local))
+    assert model.all_reduce(size, 4, H100, EXACT) == pytest.approx(ring(size, 4, H100.local))
+    # Eight nodes: every GPU sums an eighth with its seven twins.
+    expected = ring(size, 8, H100.local) + ring(size / 8, 8, H100.remote)
+    assert model.all_reduce(size, 64, H100, EXACT) == pytest.approx(expected)
+    one_a_node = replace(H100, per_node=1)
+    assert model.all_reduce(size, 16, one_a_node, EXACT) == pytest.approx(
+        ring(size, 16, H100.remote)
+    )
+
+
+def test_all_gather_delivers_every_byte():
+    size = 1e6
+    inside = model.all_gather(size, 8, H100, EXACT)
+    assert inside * H100.local == pytest.approx(7 * size)
+    fast = replace(H100, remote=1e30)
+    assert model.all_gather(size, 64, fast, EXACT) * H100.local == pytest.approx(56 * size)
+    fast = replace(H100, local=1e30)
+    assert model.all_gather(size, 64, fast, EXACT) * H100.remote == pytest.approx(7 * size)
+    slow = model.Assumptions(link=0.5, latency=1e-3)
+    assert model.all_gather(size, 8, H100, slow) == pytest.approx(2 * inside + 3e-3)
+
+
+def test_a_step(network):
+    rate, a = 2000.0, model.Assumptions()
+    alone = model.step(1, 32, rate, network, H100, a)
+    fixed = 32 * network.parameters / H100.memory
+    assert alone.seconds == alone.compute == pytest.approx(32 / rate + fixed)
+    assert alone.efficiency == 1.0 and alone.gradients == alone.keys == alone.shuffle == 0.0
+    many = model.step(64, 32, rate, network, H100, a)
+    assert many.gradients == model.all_reduce(4 * network.parameters, 64, H100, a)
+    assert many.keys == model.all_gather(32 * 256 * 4, 64, H100, a)
+    assert many.shuffle == model.all_gather(32 * 3 * 224 * 224 * 4, 64, H100, a)
+    assert many.gradients_shown == 0.0  # behind the backward pass
+    assert many.seconds == many.compute + many.keys
+    assert many.images_per_second == pytest.approx(64 * 32 / many.seconds)
+    bare = model.step(64, 32, rate, network, H100, replace(a, hidden=0.0))
+    assert bare.seconds == pytest.approx(many.seconds + many.gradients)
+    assert bare.shuffled_images_per_second < bare.images_per_second
+
+
+def test_roofline(network):
+    arithmetic, traffic = model.roofline(network, H100)
+    flop = 8 * network.macs + 4 * 50 * 65536 * 128
+    assert arithmetic == pytest.approx(flop / 989e12)
+    assert traffic == pytest.approx(26 * 2 * network.activations / 3.35e12)
+    assert model.estimated_rate(network, H100, 0.5) == pytest.approx(0.5 / traffic)
+
+
+def test_the_papers_own_hours():
+    """Its 8 V100 at its own time for an epoch take the days that it reports."""
+    coco, _ = model.RECIPES
+    assert pytest.approx(1116, abs=1) == scale.PUBLISHED * 8
+    assert model.hours(coco, scale.PUBLISHED * 8) == pytest.approx(800 * 106 / 3600)
+    assert model.hours(coco, scale.PUBLISHED * 8) == pytest.approx(24 * 1.0, rel=0.05)
+
+
+def test_a_measured_step_is_read(tmp_path):
+    configs = {
+        "ours": {"batch": 32, "images_per_second": [90.0, 110.0, 100.0]},
+        "ours, graph": {"batch": 256, "images_per_second": [120.0]},
+        "failed": {"batch": 32, "reason": "out of memory"},
+    }
+    path = tmp_path / "step.json"
+    path.write_text(json.dumps({"configs": configs}))
+    assert scale.measured(path, None) == (120.0, 256, "ours, graph")
+    assert scale.measured(path, "ours") == (100.0, 32, "ours")
+    with pytest.raises(ValueError, match="no measured configuration failed"):
+        scale.measured(path, "failed")
+    arguments = ["--machine", "h100", "--step", str(path), "--out", str(tmp_path / "out")]
+    pytest.importorskip("matplotlib")
+    assert scale.main(arguments) == 0
+    text = (tmp_path / "out" / "scale.md").read_text()
+    assert "measured: ours, graph" in text and "estimate" not in text
+    assert (tmp_path / "out" / "scale.png").is_file()
+    with pytest.raises(SystemExit):
+        scale.main(["--step", str(path)])  # whose rate?
+
+
+def test_the_page_says_what_the_command_prints(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    scale.main(["--out", str(tmp_path)])
+    page = (ROOT / "docs" / "scale.md").read_text()
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("|", "Ro"))]
+    assert len(rows) > 30
+    missing = [row for row in rows if row not in page]
+    assert not missing, "run python -m benchmarks.scale and take its tables over"
