@@ -29,6 +29,7 @@ LEVELS = [
         "matching",
         "momentum",
         "necks",
+        "phases",
         "queue",
         "timm_backbone",
     },

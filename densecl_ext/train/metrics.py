@@ -1,75 +1,23 @@
-"""Means over the steps between two log rows, and the CSV file they go to."""
+"""Where the log rows go: metrics.csv, TensorBoard, and Lightning Fabric, which holds them."""
 
 from __future__ import annotations
 
 import csv
 import math
-import time
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric import Fabric
 from lightning.fabric.loggers.logger import Logger
-from torch import Tensor
 
 from densecl_ext.checkpoints.storage import atomic_file
+from densecl_ext.train.config import PretrainConfig
+from densecl_ext.train.run_folder import RunFolder
 
 FIRST_COLUMNS = ("step", "epoch", "loss", "loss_global", "loss_dense", "lr", "images_per_second")
-
-
-class Window:
-    """Sums of the metrics since the last log row.
-
-    Sums stay on the device, so that adding never waits for the GPU. They are part of a run's
-    state: a resumed run logs the same means as an uninterrupted one.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        """Starts empty; sums of a loaded state go to `device`."""
-        self._device = device
-        self._reset()
-
-    def _reset(self) -> None:
-        self.count = 0
-        self._sums: dict[str, Tensor] = {}
-        self._images = 0
-        self._started = time.perf_counter()
-
-    def add(self, values: Mapping[str, Tensor], images: int) -> None:
-        """Adds one step.
-
-        Args:
-            values: name -> 0-d tensor.
-            images: images in the step's batch.
-        """
-        for name, value in values.items():
-            value = value.detach().float()
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
-        self.count += 1
-        self._images += images
-
-    def finite(self) -> bool:
-        """Whether no loss since the last row was NaN or infinite. Waits for the device."""
-        return all(math.isfinite(v.item()) for k, v in self._sums.items() if k.startswith("loss"))
-
-    def take(self) -> dict[str, float]:
-        """Returns the means and `images_per_second`, and starts anew."""
-        means = {name: total.item() / self.count for name, total in self._sums.items()}
-        now = time.perf_counter()
-        means["images_per_second"] = self._images / max(now - self._started, 1e-9)
-        self._reset()
-        return means
-
-    def state_dict(self) -> dict[str, Any]:
-        """Sums and count; not the clock."""
-        return {"count": self.count, "sums": {k: v.cpu() for k, v in self._sums.items()}}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a saved window."""
-        self.count = state["count"]
-        self._sums = {name: value.to(self._device) for name, value in state["sums"].items()}
 
 
 class CsvLog(Logger):
@@ -146,3 +94,39 @@ def _step(row: Mapping[str, str | None]) -> float:
         return float(row.get("step") or "inf")
     except ValueError:
         return math.inf  # a line cut short by a crash
+
+
+def build_loggers(
+    config: PretrainConfig, folder: RunFolder, resume_step: int | None
+) -> list[Logger]:
+    """metrics.csv, and TensorBoard if wanted; both drop what lies after `resume_step`."""
+    loggers: list[Logger] = [CsvLog(folder.metrics, resume_step=resume_step)]
+    if config.tensorboard:
+        from lightning.fabric.loggers import TensorBoardLogger
+
+        options: dict[str, Any] = {} if resume_step is None else {"purge_step": resume_step + 1}
+        name = folder.tensorboard.name
+        loggers.append(TensorBoardLogger(folder.path, name=name, version="", **options))
+    return loggers
+
+
+def build_fabric(device: torch.device, loggers: list[Logger]) -> Fabric:
+    """Fabric on one device, for its loggers and for what it knows of launchers.
+
+    Precision, backward and optimizer are `TrainingStep`'s, which runs without Lightning too.
+
+    Raises:
+        RuntimeError: started by a launcher with several processes.
+    """
+    fabric = Fabric(
+        accelerator=device.type,
+        devices=1 if device.type == "cpu" else [device.index],
+        loggers=loggers,
+    )
+    if fabric.world_size > 1:
+        raise RuntimeError(
+            f"pretrain: started as one of {fabric.world_size} processes, but a run uses one "
+            "process and one device; "
+            "start it without a launcher"
+        )
+    return fabric
