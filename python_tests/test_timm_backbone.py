@@ -25,6 +25,7 @@ from densecl_ext.checkpoints import (
     read_backbone,
     save_checkpoint,
 )
+from densecl_ext.cli import main
 from densecl_ext.evaluate.features import extract_features, input_size
 from densecl_ext.visualize import find_matches
 
@@ -285,6 +286,20 @@ def test_pretraining_and_what_follows(tmp_path: Path) -> None:
         data, tmp_path / "again", backbone=SMALL, weights=str(tmp_path / "ours.pth"), epochs=1
     )
     assert pretrain(again).step == 3
+
+
+def test_the_command_line(
+    tmp_path: Path, small: torch.nn.Module, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, out = str(run_file(tmp_path / "run.pt", small, SMALL)), str(tmp_path / "timm.pth")
+    assert main(["export", run, "--to", "timm", "--output", out]) == 0
+    told = capsys.readouterr().out
+    assert "loaded strictly into timm's model, features equal" in told
+    assert "timm.create_model('test_vit', num_classes=0)" in told
+    assert main(["import", out, "--backbone", SMALL, "--output", str(tmp_path / "in.pth")]) == 0
+    assert "timm/test_vit, " in capsys.readouterr().out
+    assert main(["export", run, "--output", str(tmp_path / "x.pth")]) == 2
+    assert "torchvision does not have; to must be 'timm'" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the resident set from /proc")

@@ -41,8 +41,8 @@ FORMS = (
     Form("OpenSelfSup / mmselfsup / mmpretrain, saved in parallel", "module.backbone."),
     Form("OpenSelfSup encoder", "encoder_q.0."),
     # Extracted backbones, and torchvision's own files.
-    Form("plain ResNet", ""),
-    Form("plain ResNet, saved in parallel", "module."),
+    Form("plain state dict", ""),
+    Form("plain state dict, saved in parallel", "module."),
 )
 
 CONTAINERS = ("state_dict", "model")

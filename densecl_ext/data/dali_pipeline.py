@@ -190,7 +190,11 @@ def _view(
 def _decoded(device: str) -> Any:
     encoded = fn.external_source(name=ENCODED, dtype=DALIDataType.UINT8, ndim=1)
     return fn.decoders.image(
-        encoded, device="mixed" if device == "gpu" else "cpu", output_type=DALIImageType.RGB
+        encoded,
+        device="mixed" if device == "gpu" else "cpu",
+        output_type=DALIImageType.RGB,
+        # As libjpeg and so Pillow do it. Where a GPU's decoding engine cannot, others decode.
+        jpeg_fancy_upsampling=True,
     )
 
 
