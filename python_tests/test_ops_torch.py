@@ -105,6 +105,7 @@ OPCHECK: dict[str, Callable[[], tuple[Any, tuple, dict[str, Any]]]] = {
         _native_info_nce(torch.float32, match=False, wanted=(False, False), filled=9),
         {},
     ),
+    "_key_gradient": lambda: (namespace._key_gradient, (randn(2, 6, 8), _grids()[2], 5), {}),
     "_dense_match": lambda: (namespace._dense_match, (randn(2, 8, 3), randn(2, 8, 5), False), {}),
     "_dense_match-mutual": lambda: (
         namespace._dense_match,

@@ -10,6 +10,8 @@ STABLE_TORCH_LIBRARY(densecl_ext, m) {
       "_info_nce(Tensor query, Tensor positive, Tensor? match, Tensor queue, Tensor? filled, "
       "float temperature, bool normalize, bool grad_query, bool grad_positive) "
       "-> (Tensor loss, Tensor grad_query, Tensor grad_positive)");
+  // grad_rows (N, S, D) float32, match (N, S) -> (N, key_positions, D).
+  m.def("_key_gradient(Tensor grad_rows, Tensor match, int key_positions) -> Tensor");
   m.def("_dense_match(Tensor query_features, Tensor key_features, bool mutual) -> Tensor");
   m.def("_ema_update_(Tensor(a!)[] targets, Tensor[] sources, float momentum) -> ()");
   m.def(

@@ -11,6 +11,7 @@ from torch import Tensor
 from densecl_ext.ops import _checks
 
 _native_op = torch.ops.densecl_ext._info_nce
+_key_gradient = torch.ops.densecl_ext._key_gradient
 
 _COUNTS = (int, np.integer, torch.SymInt, type(None))
 
@@ -227,6 +228,11 @@ def _fake(
     return loss, gradient(grad_query), gradient(grad_positive)
 
 
+@torch.library.register_fake("densecl_ext::_key_gradient")
+def _fake_key_gradient(grad_rows: Tensor, match: Tensor, key_positions: int) -> Tensor:
+    return grad_rows.new_empty((grad_rows.shape[0], key_positions, grad_rows.shape[2]))
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     query, positive, match = inputs[:3]
     _, grad_query, grad_positive = output
@@ -255,15 +261,8 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | No
     if ctx.needs_input_grad[1]:
         rows = factor * grad_positive  # (N, S, D)
         if match is not None:
-            # Positions that share a key add up. An unmatched one's row is zero and one matched out
-            # of range (on a GPU) NaN, wherever they go.
-            index = match.clamp(0, max(ctx.key_positions - 1, 0)).unsqueeze(2).expand_as(rows)
-            shape = (rows.shape[0], ctx.key_positions, rows.shape[2])
-            rows = (
-                rows.new_zeros(shape).scatter_add(1, index, rows)  # (N, Sk, D)
-                if ctx.key_positions
-                else rows.new_zeros(shape)
-            )
+            # Positions that share a key add up, in their order.
+            rows = _key_gradient(rows, match, ctx.key_positions)  # (N, Sk, D)
         positive = rows.transpose(1, 2).to(positive_dtype)  # (N, D, Sk)
     return query, positive, None, None, None, None, None, None, None
 
