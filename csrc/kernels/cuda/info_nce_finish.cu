@@ -8,6 +8,7 @@
 //
 // Cost: one read of the partial sums (26 MB at M = 12,544, D = 128, four slices, which lie in L2 if
 // anywhere), of query and positive; about 60 FLOP an element in double precision.
+#include <ptx/dependent.cuh>
 #include <ptx/launch.cuh>
 
 #include "cuda/info_nce_rows.cuh"
@@ -85,18 +86,22 @@ __global__ void __launch_bounds__(threads) finish_kernel(const __grid_constant__
 
   const int64_t image = row / f.positions, position = row % f.positions;
   const int64_t target = f.match ? f.match[row] : position;
+
+  // The rows are older than the sweep, which may still be under way.
+  UnitRow query, positive;
+  double dot = 0.0;
+  if (target >= 0 && target < f.key_positions) {
+    query.read(f.query, image, position, sweep.features, f.normalize, sweep.dtype);
+    positive.read(f.positive, image, target, sweep.features, f.normalize, sweep.dtype);
+#pragma unroll
+    for (int k = 0; k < row_slots; ++k) {
+      dot += static_cast<double>(query.rounded[k]) * positive.rounded[k];
+    }
+    dot = warp_sum(dot);
+  }
+  wait_for_previous();
   if (target == -1) return fill(f, row, 0.0f, 0.0f);
   if (target < -1 || target >= f.key_positions) return fill(f, row, nan, nan);
-
-  UnitRow query, positive;
-  query.read(f.query, image, position, sweep.features, f.normalize, sweep.dtype);
-  positive.read(f.positive, image, target, sweep.features, f.normalize, sweep.dtype);
-  double dot = 0.0;
-#pragma unroll
-  for (int k = 0; k < row_slots; ++k) {
-    dot += static_cast<double>(query.rounded[k]) * positive.rounded[k];
-  }
-  dot = warp_sum(dot);
 
   // Slices without a row that counts have no say in the shift.
   double shift = -HUGE_VAL;
@@ -159,7 +164,7 @@ Status finish_info_nce(const InfoNceCall& call, const InfoNceSweep& sweep, Strea
                  problem.grad_positive,
                  sweep};
   const auto blocks = static_cast<unsigned>((int64_t{sweep.rows} + warps - 1) / warps);
-  return launch(finish_kernel, {blocks, threads}, stream, f);
+  return launch(finish_kernel, {blocks, threads, 0, /*overlaps_previous=*/true}, stream, f);
 }
 
 }  // namespace densecl::cuda

@@ -10,6 +10,7 @@
 // The sum of the weights as rounded to 16 bits goes through the tensor core beside the weighted sum
 // and scales it at the end, so that equal weights' equal rounding errors cancel.
 // Cost: 4 M K D FLOP (2 M K D without gradient), M K exponentials.
+#include <ptx/dependent.cuh>
 #include <ptx/launch.cuh>
 #include <ptx/ldmatrix.cuh>
 #include <ptx/mma.cuh>
@@ -234,9 +235,13 @@ __global__ void __launch_bounds__(sweep_threads)
     sweep_kernel(const __grid_constant__ InfoNceSweep sweep) {
   using S = Shape<features>;
   const int32_t first_row = static_cast<int32_t>(blockIdx.x) * S::block_rows;
+  let_next_start();
   if (first_row >= sweep.rows) return;
   const SliceRange slice(sweep);
-  if (slice.begin >= slice.end) return write_empty_slice(sweep, first_row, S::block_rows);
+  if (slice.begin >= slice.end) {
+    wait_for_previous();
+    return write_empty_slice(sweep, first_row, S::block_rows);
+  }
 
   uint16_t* query = shared_memory<uint16_t>();
   uint16_t* stages = query + S::Query::size;
@@ -248,11 +253,17 @@ __global__ void __launch_bounds__(sweep_threads)
       load_tile<typename S::Queue>(queue, slice.begin + int64_t{tile} * S::Queue::rows, slice.end,
                                    stages + tile % S::stages * S::Queue::size);
     }
-    commit_copies();
   };
+  // The queue is older than the previous kernel, the query is what that prepares.
+  fetch(0);
+  wait_for_previous();
   load_tile<typename S::Query>(query_source<uint16_t>(sweep), first_row, sweep.padded_rows, query);
+  commit_copies();
 #pragma unroll
-  for (int tile = 0; tile < S::stages - 1; ++tile) fetch(tile);
+  for (int tile = 1; tile < S::stages - 1; ++tile) {
+    fetch(tile);
+    commit_copies();
+  }
 
   const int last = static_cast<int>(slice.end - slice.begin - int64_t{tiles - 1} * S::Queue::rows);
   const int warp = static_cast<int>(threadIdx.x / 32);
@@ -264,6 +275,7 @@ __global__ void __launch_bounds__(sweep_threads)
     // All see this tile, and all are done with the one before, whose stage is free now.
     __syncthreads();
     fetch(tile + S::stages - 1);
+    commit_copies();
     work.take(stages + tile % S::stages * S::Queue::size, tile + 1 == tiles ? last : S::Queue::rows,
               sweep.scale);
   }
@@ -275,7 +287,7 @@ Status launch_sweep(const InfoNceSweep& sweep, Stream stream) {
   using S = Shape<features>;
   const dim3 blocks(static_cast<unsigned>(sweep.padded_rows / S::block_rows),
                     static_cast<unsigned>(sweep.slices));
-  const LaunchShape shape{blocks, sweep_threads, S::shared_bytes};
+  const LaunchShape shape{blocks, sweep_threads, S::shared_bytes, /*overlaps_previous=*/true};
   return sweep.weighted ? launch(sweep_kernel<Type, features, true>, shape, stream, sweep)
                         : launch(sweep_kernel<Type, features, false>, shape, stream, sweep);
 }

@@ -9,6 +9,7 @@
 // needs join, with four rows under way, since there are few such blocks. Cost: one read of the
 // queue (17 MB at K = 65,536, D = 128 in 16 bits, which then lies in L2) and of the query; the
 // memory's bandwidth is the limit.
+#include <ptx/dependent.cuh>
 #include <ptx/launch.cuh>
 
 #include "cuda/info_nce_rows.cuh"
@@ -150,6 +151,7 @@ __device__ void longest_of_part(const Prepare& p) {
 }
 
 __global__ void __launch_bounds__(threads) prepare_kernel(const __grid_constant__ Prepare p) {
+  let_next_start();
   const auto block = static_cast<int32_t>(blockIdx.x);
   if (block < p.longest_count) return longest_of_part(p);
   const int32_t row = (block - p.longest_count) * warps + static_cast<int32_t>(threadIdx.x / 32);

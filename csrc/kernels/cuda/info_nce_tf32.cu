@@ -11,6 +11,7 @@
 // and along queue rows are both read without conflicts: in the second product, step k of a fragment
 // stands for queue row 2k or 2k - 7, in the order in which a lane holds its weights already.
 // Cost: 12 M K D FLOP of tf32 (6 M K D without gradient), M K exponentials.
+#include <ptx/dependent.cuh>
 #include <ptx/launch.cuh>
 #include <ptx/mma.cuh>
 
@@ -197,9 +198,13 @@ __global__ void __launch_bounds__(sweep_threads, 2)
     sweep_kernel(const __grid_constant__ InfoNceSweep sweep) {
   using S = Shape<features>;
   const int32_t first_row = static_cast<int32_t>(blockIdx.x) * S::block_rows;
+  let_next_start();
   if (first_row >= sweep.rows) return;
   const SliceRange slice(sweep);
-  if (slice.begin >= slice.end) return write_empty_slice(sweep, first_row, S::block_rows);
+  if (slice.begin >= slice.end) {
+    wait_for_previous();
+    return write_empty_slice(sweep, first_row, S::block_rows);
+  }
 
   float* query = shared_memory<float>();
   float* stages = query + S::Query::size;
@@ -211,11 +216,17 @@ __global__ void __launch_bounds__(sweep_threads, 2)
       load_tile<typename S::Queue>(queue, slice.begin + int64_t{tile} * S::Queue::rows, slice.end,
                                    stages + tile % S::stages * S::Queue::size);
     }
-    commit_copies();
   };
+  // The queue is older than the previous kernel, the query is what that prepares.
+  fetch(0);
+  wait_for_previous();
   load_tile<typename S::Query>(query_source<float>(sweep), first_row, sweep.padded_rows, query);
+  commit_copies();
 #pragma unroll
-  for (int tile = 0; tile < S::stages - 1; ++tile) fetch(tile);
+  for (int tile = 1; tile < S::stages - 1; ++tile) {
+    fetch(tile);
+    commit_copies();
+  }
 
   const int last = static_cast<int>(slice.end - slice.begin - int64_t{tiles - 1} * S::Queue::rows);
   const int warp = static_cast<int>(threadIdx.x / 32);
@@ -227,6 +238,7 @@ __global__ void __launch_bounds__(sweep_threads, 2)
     // All see this tile, and all are done with the one before, whose stage is free now.
     __syncthreads();
     fetch(tile + S::stages - 1);
+    commit_copies();
     work.take(stages + tile % S::stages * S::Queue::size, tile + 1 == tiles ? last : S::Queue::rows,
               sweep.scale);
   }
@@ -238,7 +250,7 @@ Status launch_sweep(const InfoNceSweep& sweep, Stream stream) {
   using S = Shape<features>;
   const dim3 blocks(static_cast<unsigned>(sweep.padded_rows / S::block_rows),
                     static_cast<unsigned>(sweep.slices));
-  const LaunchShape shape{blocks, sweep_threads, S::shared_bytes};
+  const LaunchShape shape{blocks, sweep_threads, S::shared_bytes, /*overlaps_previous=*/true};
   return sweep.weighted ? launch(sweep_kernel<features, true>, shape, stream, sweep)
                         : launch(sweep_kernel<features, false>, shape, stream, sweep);
 }

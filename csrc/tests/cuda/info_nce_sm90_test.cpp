@@ -118,6 +118,7 @@ class Sweep {
     sweep.weighted = c_.gradient ? weighted_.data : nullptr;
     ASSERT_TRUE(sweep_sm90_fits(sweep));
     ASSERT_EQ(sweep_sm90(sweep, nullptr), Status::ok);
+    emulator::synchronize();
   }
 
   // Against a softmax in double precision over the rounded inputs.

@@ -450,5 +450,35 @@ TEST(CudaInfoNce, AroundTheHopperSweep) {
   emulator::schedule() = before;
 }
 
+// From compute capability 9.0 on, each launch may start before the one before it has ended.
+TEST(CudaInfoNce, LaunchesThatOverlapGiveTheSameBits) {
+  const Schedule before = emulator::schedule();
+  for (const auto& [dtype, kernel] : {std::pair{DType::bf16, InfoNceKernel::portable},
+                                      {DType::f32, InfoNceKernel::portable},
+                                      {DType::bf16, InfoNceKernel::sm90}}) {
+    const InfoNceShape shape{
+        .images = 2, .positions = 9, .features = 24, .queue_length = 200, .queue_dtype = dtype};
+    for (const int64_t filled : {0, 131}) {
+      for (const bool matched : {true, false}) {
+        std::optional<Results> want;
+        for (const Schedule& one : {Schedule{1, 8, 4, 80}, {0, 2, 4, 90}, {1, 8, 4, 90}}) {
+          InfoNceCase c(shape);
+          if (!matched) c.match.emplace(shape.rows(), -1);
+          emulator::schedule() = one;
+          if (kernel == InfoNceKernel::sm90) emulator::schedule().compute_capability = 90;
+          ASSERT_EQ(run(c.problem(), &filled, kernel), Status::ok);
+          emulator::schedule() = before;
+          if (!want) want.emplace(c);
+          EXPECT_EQ(Results(c), *want) << filled;
+          if (matched && filled > 0) {
+            c.shape.queue_length = filled;
+            check(c);
+          }
+        }
+      }
+    }
+  }
+}
+
 }  // namespace
 }  // namespace densecl::cuda

@@ -38,6 +38,8 @@ constexpr float half_room = 15.0f;
 constexpr float heavy_share = 1.0f / 16;  // of a row's sum: the weight's rounding error counts
 constexpr uint32_t golden = 40503;        // 2^16 / 1.618...
 
+constexpr int early_tiles = 2;  // of the queue, fetched while the previous kernel may still run
+
 // Barriers of bar.sync: whose turn it is to issue products and who found heavy weights (one per
 // warpgroup each), and both together.
 constexpr int turn_barrier = 1, heavy_barrier = 3, both_barrier = 5;
@@ -94,22 +96,29 @@ struct Ring {
 template <int blocks>
 __device__ void fetch(const Part<blocks>& part, const TensorMap* query, const TensorMap* queue) {
   using L = Layout<blocks>;
+  Ring<L::stages> ring;
+  int tile = 0;
+  const auto fetch_up_to = [&](int end) {
+    for (; tile < end; ++tile, ring.advance()) {
+      wait_for(part.empty(ring.stage), ring.parity ^ 1);
+      arrive_expecting(part.full(ring.stage), L::stage_bytes);
+      for (int b = 0; b < blocks; ++b) {
+        copy_box(part.stage(ring.stage) + b * L::keys * row_bytes, queue, b * box_columns,
+                 static_cast<int>(part.begin) + tile * L::keys, part.full(ring.stage),
+                 Keep::last_out, L::keys);
+      }
+    }
+  };
+  // The queue is older than the previous kernel, the query is what that prepares.
+  fetch_up_to(min(part.tiles, early_tiles));
+  wait_for_previous();
   arrive_expecting(part.query_came(), L::query_bytes);
   for (int b = 0; b < blocks; ++b) {
     copy_box(part.memory + b * tile_rows * row_bytes, query, b * box_columns,
              static_cast<int>(blockIdx.x) * tile_rows, part.query_came(), Keep::first_out,
              tile_rows);
   }
-  Ring<L::stages> ring;
-  for (int tile = 0; tile < part.tiles; ++tile, ring.advance()) {
-    wait_for(part.empty(ring.stage), ring.parity ^ 1);
-    arrive_expecting(part.full(ring.stage), L::stage_bytes);
-    for (int b = 0; b < blocks; ++b) {
-      copy_box(part.stage(ring.stage) + b * L::keys * row_bytes, queue, b * box_columns,
-               static_cast<int>(part.begin) + tile * L::keys, part.full(ring.stage), Keep::last_out,
-               L::keys);
-    }
-  }
+  fetch_up_to(part.tiles);
 }
 
 // The softmax of a thread's two rows (8 apart) of 64, with what they have come to.
@@ -387,8 +396,11 @@ __global__ void __launch_bounds__(block_threads, 1)
     sweep_kernel(const __grid_constant__ TensorMap query, const __grid_constant__ TensorMap queue,
                  const __grid_constant__ InfoNceSweep sweep) {
   using L = Layout<blocks>;
+  let_next_start();
   const Part<blocks> part(sweep, static_cast<int>(blockIdx.y));
   if (threadIdx.x == 0) {
+    prefetch_map(&query);
+    prefetch_map(&queue);
     open_barrier(part.query_came(), 1);
     for (int i = 0; i < L::stages; ++i) {
       open_barrier(part.full(i), 1);
@@ -397,7 +409,6 @@ __global__ void __launch_bounds__(block_threads, 1)
     publish_barriers();
   }
   __syncthreads();
-  wait_for_previous();
 
   // The same for a whole warp, and known to be.
   const int group = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / group_threads - 1, 0);
@@ -406,6 +417,7 @@ __global__ void __launch_bounds__(block_threads, 1)
     if (threadIdx.x == 0) fetch(part, &query, &queue);
   } else {
     take_registers<240>();
+    wait_for_previous();
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const float* lengths = sweep.query_length + blockIdx.x * tile_rows;
     const float longest = largest(sweep.queue_longest, sweep.longest_count, lane) * sweep.scale;
@@ -422,7 +434,6 @@ __global__ void __launch_bounds__(block_threads, 1)
       shift[0] = shift[1] = -INFINITY;
       multiply<type, blocks, gradient, true>(part, sweep, group, shift);
     }
-    let_next_start();
   }
 }
 
@@ -441,6 +452,7 @@ Status start(const InfoNceSweep& sweep, Stream stream) {
                       static_cast<unsigned>(sweep.slices));
   shape.threads = dim3(block_threads);
   shape.shared_bytes = L::shared_bytes;
+  shape.overlaps_previous = true;
   if (sweep.weighted) {
     return launch(sweep_kernel<type, blocks, true>, shape, stream, query, queue, sweep);
   }
