@@ -17,7 +17,7 @@
 namespace densecl::cuda {
 namespace {
 
-constexpr int threads = 256;
+constexpr int threads = 128;  // with more, the compiler keeps to 128 registers, and spills
 constexpr int warps = threads / 32;
 constexpr int loads_at_once = 4;  // slices whose weighted sums are under way together
 static_assert(32 % loads_at_once == 0);
@@ -76,10 +76,13 @@ __device__ __forceinline__ void fill(const Finish& f, int32_t row, float loss, f
   }
 }
 
-__global__ void __launch_bounds__(threads) finish_kernel(const __grid_constant__ Finish f) {
+__global__ void __launch_bounds__(threads)
+    finish_kernel(const __grid_constant__ Batch<Finish> batch) {
+  const BatchBlock block(batch);
+  const Finish& f = batch.of[block.problem];
   const InfoNceSweep& sweep = f.sweep;
   const int lane = static_cast<int>(threadIdx.x % 32);
-  const int64_t number = int64_t{blockIdx.x} * warps + threadIdx.x / 32;
+  const int64_t number = int64_t{block.number} * warps + threadIdx.x / 32;
   if (number >= sweep.rows) return;
   const auto row = static_cast<int32_t>(number);
   const float nan = __uint_as_float(0x7fffffffu);
@@ -148,23 +151,21 @@ __global__ void __launch_bounds__(threads) finish_kernel(const __grid_constant__
   }
 }
 
+Finish finish_of(const InfoNceCall& call) {
+  const InfoNceProblem& problem = call.problem;
+  return {problem.query,         problem.positive,      problem.match,     problem.positions,
+          problem.key_positions, problem.temperature,   problem.normalize, problem.loss,
+          problem.grad_query,    problem.grad_positive, sweep_of(call)};
+}
+
 }  // namespace
 
-Status finish_info_nce(const InfoNceCall& call, const InfoNceSweep& sweep, Stream stream) {
-  const InfoNceProblem& problem = call.problem;
-  const Finish f{problem.query,
-                 problem.positive,
-                 problem.match,
-                 problem.positions,
-                 problem.key_positions,
-                 problem.temperature,
-                 problem.normalize,
-                 problem.loss,
-                 problem.grad_query,
-                 problem.grad_positive,
-                 sweep};
-  const auto blocks = static_cast<unsigned>((int64_t{sweep.rows} + warps - 1) / warps);
-  return launch(finish_kernel, {blocks, threads, 0, /*overlaps_previous=*/true}, stream, f);
+Status finish_info_nce(const Batch<InfoNceCall>& calls, Stream stream) {
+  unsigned blocks;
+  const auto batch = make_batch<Finish>(
+      calls, finish_of, [](const Finish& f) { return (int64_t{f.sweep.rows} + warps - 1) / warps; },
+      &blocks);
+  return launch(finish_kernel, {blocks, threads, 0, /*overlaps_previous=*/true}, stream, batch);
 }
 
 }  // namespace densecl::cuda
