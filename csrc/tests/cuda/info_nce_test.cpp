@@ -442,6 +442,14 @@ TEST(CudaInfoNce, TheEnvironmentChoosesTheKernel) {
   const InfoNceProblem narrow = half.problem();
   EXPECT_EQ(info_nce_kernel({narrow, nullptr, cuda::plan_info_nce(narrow), nullptr, {}}),
             InfoNceKernel::sm90);
+  for (const auto& [offset, stride] : {std::pair{2, 8}, {0, 12}, {0, 9}}) {
+    InfoNceProblem odd = narrow;
+    odd.queue.data = static_cast<const unsigned char*>(odd.queue.data) + offset;
+    odd.queue.row_stride = stride;
+    EXPECT_EQ(info_nce_kernel({odd, nullptr, cuda::plan_info_nce(odd), nullptr, {}}),
+              InfoNceKernel::portable)
+        << "bytes " << offset << ", stride " << stride;
+  }
   emulator::schedule() = before;
 }
 
