@@ -165,9 +165,32 @@ class DenseCLLoss(nn.Module):
         with_global = isinstance(weight, Tensor) or weight < 1.0
         with_dense = isinstance(weight, Tensor) or weight > 0.0
 
-        loss_global = loss_dense = None
+        if with_dense and match is None:
+            match = ops.dense_match(
+                _given("query_features (or match)", query_features),
+                _given("key_features (or match)", key_features),
+                mutual=self.mutual,
+            )
+        keys, filled = _keys_and_filled(global_queue)
+        dense_keys, dense_filled = _keys_and_filled(dense_queue)
+
+        if with_global and with_dense:
+            assert match is not None
+            loss_global, loss_dense = ops.joint_info_nce(
+                _given("query_global", query_global),
+                _given("key_global", key_global),
+                keys,
+                _given("query_dense", query_dense),
+                _given("key_dense", key_dense),
+                match,
+                dense_keys,
+                temperature=self.temperature,
+                filled=filled,
+                dense_filled=dense_filled,
+            )
+            loss = (1.0 - weight) * loss_global + weight * loss_dense
+            return DenseCLTerms(loss, loss_global, loss_dense)
         if with_global:
-            keys, filled = _keys_and_filled(global_queue)
             loss_global = ops.info_nce(
                 _given("query_global", query_global),
                 _given("key_global", key_global),
@@ -175,29 +198,17 @@ class DenseCLLoss(nn.Module):
                 temperature=self.temperature,
                 filled=filled,
             )
-        if with_dense:
-            if match is None:
-                match = ops.dense_match(
-                    _given("query_features (or match)", query_features),
-                    _given("key_features (or match)", key_features),
-                    mutual=self.mutual,
-                )
-            keys, filled = _keys_and_filled(dense_queue)
-            loss_dense = ops.dense_info_nce(
-                _given("query_dense", query_dense),
-                _given("key_dense", key_dense),
-                match,
-                keys,
-                temperature=self.temperature,
-                filled=filled,
-            )
-        if loss_dense is None:
-            assert loss_global is not None
             return DenseCLTerms(loss_global, loss_global, torch.zeros_like(loss_global))
-        if loss_global is None:
-            return DenseCLTerms(loss_dense, torch.zeros_like(loss_dense), loss_dense)
-        loss = (1.0 - weight) * loss_global + weight * loss_dense
-        return DenseCLTerms(loss, loss_global, loss_dense)
+        assert match is not None
+        loss_dense = ops.dense_info_nce(
+            _given("query_dense", query_dense),
+            _given("key_dense", key_dense),
+            match,
+            dense_keys,
+            temperature=self.temperature,
+            filled=dense_filled,
+        )
+        return DenseCLTerms(loss_dense, torch.zeros_like(loss_dense), loss_dense)
 
     def extra_repr(self) -> str:
         """Settings for ``print(loss)``."""

@@ -1,4 +1,4 @@
-"""The five ops in plain PyTorch: the truth of the tests and the baseline of the benchmarks.
+"""The ops in plain PyTorch: the truth of the tests and the baseline of the benchmarks.
 
 Written the way people write them today: ``matmul``, ``cat``, ``cross_entropy``, with the whole
 (M, K + 1) matrix of logits in memory. Every function takes the arguments of its native twin in
@@ -9,6 +9,7 @@ precision. Argument checks live with the native ops; here PyTorch's own errors h
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -105,6 +106,43 @@ def dense_info_nce(
     loss = torch.where(matched, loss, torch.zeros_like(loss))
     weight = matched.to(loss.dtype) if row_weight is None else row_weight * matched
     return _reduce(loss, weight, reduction)
+
+
+def joint_info_nce(
+    query: Tensor,
+    positive: Tensor,
+    queue: Tensor,
+    query_grid: Tensor,
+    key_grid: Tensor,
+    match: Tensor,
+    dense_queue: Tensor,
+    *,
+    temperature: float = 0.2,
+    normalize: bool = True,
+    filled: int | Tensor | None = None,
+    dense_filled: int | Tensor | None = None,
+    row_weight: Tensor | None = None,
+    dense_row_weight: Tensor | None = None,
+    reduction: str = "mean",
+) -> tuple[Tensor, Tensor]:
+    """Both losses of a step; see :func:`densecl_ext.ops.joint_info_nce`."""
+    options: dict[str, Any] = {
+        "temperature": temperature,
+        "normalize": normalize,
+        "reduction": reduction,
+    }
+    return (
+        info_nce(query, positive, queue, filled=filled, row_weight=row_weight, **options),
+        dense_info_nce(
+            query_grid,
+            key_grid,
+            match,
+            dense_queue,
+            filled=dense_filled,
+            row_weight=dense_row_weight,
+            **options,
+        ),
+    )
 
 
 @torch.no_grad()

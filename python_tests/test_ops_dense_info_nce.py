@@ -289,6 +289,47 @@ def test_zero_vectors() -> None:
     assert query.grad[0, :, 2].any() and key.grad[0, :, 0].any()
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("layout", ["dense", "transposed", "sliced"])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1, 1), (3, 49, 49, 128), (2, 784, 5, 40), (2, 20, 784, 9)], ids=str
+)
+def test_key_gradient_sums_rows_in_order(
+    shape: tuple[int, int, int, int], layout: str, device: str
+) -> None:
+    """Against float64, and bit for bit against additions one after the other."""
+    n, s, keys, d = shape
+    match = _match(n, s, 2 * keys).to(device)  # every key, some of them often
+    rows = randn(n, s, d).to(device)
+    if layout == "transposed":
+        rows = rows.transpose(1, 2).contiguous().transpose(1, 2)
+    elif layout == "sliced":
+        rows = torch.cat([rows, rows], dim=2)[:, :, d:]
+        match = torch.stack([match, match], dim=2)[:, :, 1]
+    got = torch.ops.densecl_ext._key_gradient(rows, match, keys)
+    expected, exact = torch.zeros(n, keys, d), torch.zeros(n, keys, d, dtype=torch.float64)
+    for image, i in (match >= 0).nonzero().tolist():
+        expected[image, match[image, i]] += rows[image, i].cpu()
+        exact[image, match[image, i]] += rows[image, i].cpu()
+    assert torch.equal(got.cpu(), expected)
+    torch.testing.assert_close(got.cpu().double(), exact, rtol=0, atol=2e-5)
+
+
+@pytest.mark.gpu
+def test_key_gradient_repeats_its_bits_on_a_gpu() -> None:
+    """Hundreds of positions that share a key: atomics would add them in another order each time."""
+    query, key = randn(8, 64, 784).cuda(), randn(8, 64, 4, seed=1).cuda().requires_grad_()
+    match = (torch.arange(784).expand(8, -1) % 5 - 1).cuda()
+    queue = unit(randn(500, 64, seed=2)).cuda()
+
+    def once() -> Tensor:
+        loss = ops.dense_info_nce(query, key, match, queue)
+        return torch.autograd.grad(loss, key)[0]
+
+    expected = once()
+    assert all(torch.equal(once(), expected) for _ in range(20))
+
+
 @pytest.mark.gpu
 def test_a_match_out_of_range_is_nan_on_a_gpu() -> None:
     """Where looking at the values would wait for the device, the rows that hold them tell."""

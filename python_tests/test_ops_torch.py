@@ -39,6 +39,12 @@ def _native_info_nce(
     return (query, positive, _grids()[2] if match else None, queue, count, 0.2, True, *wanted)
 
 
+def _native_joint_info_nce() -> tuple:
+    rows = _native_info_nce(torch.float32, match=False, wanted=(True, False), filled=5)
+    grids = _native_info_nce(torch.float32, match=True, wanted=(True, True))
+    return (*rows[:2], *rows[3:5], *grids[:5], 0.2, True, True, False, True, True)
+
+
 OPCHECK: dict[str, Callable[[], tuple[Any, tuple, dict[str, Any]]]] = {
     "info_nce": lambda: (namespace.info_nce, tuple(_rows()), {}),
     "info_nce-options": lambda: (
@@ -64,6 +70,7 @@ OPCHECK: dict[str, Callable[[], tuple[Any, tuple, dict[str, Any]]]] = {
         tuple(_grids()),
         {"filled": torch.tensor(4), "row_weight": torch.rand(2, 6), "reduction": "none"},
     ),
+    "joint_info_nce": lambda: (namespace.joint_info_nce, (*_rows(), *_grids()), {}),
     "dense_match": lambda: (namespace.dense_match, (randn(2, 8, 3, 2), randn(2, 8, 5)), {}),
     "dense_match-mutual": lambda: (
         namespace.dense_match,
@@ -110,6 +117,8 @@ OPCHECK: dict[str, Callable[[], tuple[Any, tuple, dict[str, Any]]]] = {
         _native_info_nce(torch.float32, match=False, wanted=(False, False), filled=9),
         {},
     ),
+    "_joint_info_nce": lambda: (namespace._joint_info_nce, _native_joint_info_nce(), {}),
+    "_key_gradient": lambda: (namespace._key_gradient, (randn(2, 6, 8), _grids()[2], 5), {}),
     "_dense_match": lambda: (namespace._dense_match, (randn(2, 8, 3), randn(2, 8, 5), False), {}),
     "_dense_match-mutual": lambda: (
         namespace._dense_match,

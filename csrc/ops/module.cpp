@@ -11,6 +11,16 @@ STABLE_TORCH_LIBRARY(densecl_ext, m) {
       "_info_nce(Tensor query, Tensor positive, Tensor? match, Tensor queue, Tensor? filled, "
       "float temperature, bool normalize, bool grad_query, bool grad_positive) "
       "-> (Tensor loss, Tensor grad_query, Tensor grad_positive)");
+  // _info_nce of rows without match and _info_nce of grids, in one go.
+  m.def(
+      "_joint_info_nce(Tensor query, Tensor positive, Tensor queue, Tensor? filled, "
+      "Tensor query_grid, Tensor key_grid, Tensor match, Tensor dense_queue, Tensor? dense_filled, "
+      "float temperature, bool normalize, bool grad_query, bool grad_positive, "
+      "bool grad_query_grid, bool grad_key_grid) "
+      "-> (Tensor loss, Tensor grad_query, Tensor grad_positive, "
+      "Tensor dense_loss, Tensor grad_query_grid, Tensor grad_key_grid)");
+  // grad_rows (N, S, D) float32, match (N, S) -> (N, key_positions, D).
+  m.def("_key_gradient(Tensor grad_rows, Tensor match, int key_positions) -> Tensor");
   m.def("_dense_match(Tensor query_features, Tensor key_features, bool mutual) -> Tensor");
   m.def(
       "_ema_update_(Tensor(a!)[] targets, Tensor[] sources, float momentum, "

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-HOPPER_KERNEL = "CUtensorMap"  # a parameter that its sweep alone has
+HOPPER_KERNEL = "SweepMaps"  # a parameter that its sweep alone has
 HOPPER_INSTRUCTIONS = ("HGMMA", "UTMALDG")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from densecl_ext.ops import _checks
 
 _native_op = torch.ops.densecl_ext._info_nce
+_key_gradient = torch.ops.densecl_ext._key_gradient
 
 _COUNTS = (int, np.integer, torch.SymInt, type(None))
 
@@ -58,20 +59,10 @@ def info_nce(
         RuntimeError: tensors on different devices, or on one without kernels; more than 256
             features on a GPU; asking for a second derivative.
     """
-    op = "info_nce"
-    _checks.is_rows(op, "query", query, "(M, D)")
-    _checks.is_float(op, "positive", positive)
-    if positive.shape != query.shape:
-        raise ValueError(
-            f"{op}: positive must be {_checks.size(query)} to match query, "
-            f"got {_checks.size(positive)}"
-        )
-    _check_common(op, query, positive, queue, temperature, filled, reduction)
-    _checks.is_weight(op, row_weight, (query.shape[0],), query)
-    loss = _losses(
-        query.unsqueeze(2), positive.unsqueeze(2), None, queue, filled, temperature, normalize
-    ).squeeze(1)  # (M,)
-    return _reduce(loss, row_weight, reduction)
+    inputs = row_inputs(
+        "info_nce", query, positive, queue, temperature, filled, row_weight, reduction
+    )
+    return reduce_rows(_losses(inputs, temperature, normalize), row_weight, reduction)
 
 
 def dense_info_nce(
@@ -112,7 +103,70 @@ def dense_info_nce(
             outside [-1, prod(Sk)), on the CPU. On a GPU, where looking would wait for the device,
             such a position's loss and gradients are NaN.
     """
-    op = "dense_info_nce"
+    inputs = grid_inputs(
+        "dense_info_nce",
+        query_grid,
+        key_grid,
+        match,
+        queue,
+        temperature,
+        filled,
+        row_weight,
+        reduction,
+    )
+    return reduce_grid(_losses(inputs, temperature, normalize), match, row_weight, reduction)
+
+
+class Inputs(NamedTuple):
+    """What the native op computes from; plain rows are grids of one position."""
+
+    query: Tensor  # (N, D, S)
+    positive: Tensor  # (N, D, Sk)
+    match: Tensor | None  # (N, S)
+    queue: Tensor  # (K, D)
+    filled: Tensor | None
+
+    def wanted(self) -> tuple[bool, bool]:
+        """Whether query and positive ask for a gradient."""
+        enabled = torch.is_grad_enabled()
+        return enabled and self.query.requires_grad, enabled and self.positive.requires_grad
+
+
+def row_inputs(
+    op: str,
+    query: Tensor,
+    positive: Tensor,
+    queue: Tensor,
+    temperature: float,
+    filled: int | Tensor | None,
+    row_weight: Tensor | None,
+    reduction: str,
+) -> Inputs:
+    """Checked arguments of :func:`info_nce`."""
+    _checks.is_rows(op, "query", query, "(M, D)")
+    _checks.is_float(op, "positive", positive)
+    if positive.shape != query.shape:
+        raise ValueError(
+            f"{op}: positive must be {_checks.size(query)} to match query, "
+            f"got {_checks.size(positive)}"
+        )
+    _check_common(op, query, positive, queue, temperature, filled, reduction)
+    _checks.is_weight(op, row_weight, (query.shape[0],), query)
+    return Inputs(query.unsqueeze(2), positive.unsqueeze(2), None, *_counted(queue, filled))
+
+
+def grid_inputs(
+    op: str,
+    query_grid: Tensor,
+    key_grid: Tensor,
+    match: Tensor,
+    queue: Tensor,
+    temperature: float,
+    filled: int | Tensor | None,
+    row_weight: Tensor | None,
+    reduction: str,
+) -> Inputs:
+    """Checked arguments of :func:`dense_info_nce`."""
     _checks.is_grid(op, "query_grid", query_grid, "(N, D, *Sq)")
     _checks.is_grid(op, "key_grid", key_grid, "(N, D, *Sk)")
     if key_grid.shape[:2] != query_grid.shape[:2]:
@@ -139,9 +193,7 @@ def dense_info_nce(
             raise ValueError(
                 f"{op}: match must lie in [-1, {key.shape[2]}), got values from {low} to {high}"
             )
-    loss = _losses(query, key, match, queue, filled, temperature, normalize)  # (N, Sq)
-    matched = (match >= 0).to(loss.dtype)
-    return _reduce(loss, matched if row_weight is None else row_weight * matched, reduction)
+    return Inputs(query, key, match, *_counted(queue, filled))
 
 
 def _check_common(
@@ -166,30 +218,26 @@ def _check_common(
         raise ValueError(f"{op}: filled must lie in [0, {queue.shape[0]}], got {filled}")
 
 
-def _losses(
-    query: Tensor,  # (N, D, S)
-    positive: Tensor,  # (N, D, Sk)
-    match: Tensor | None,  # (N, S)
-    queue: Tensor,  # (K, D)
-    filled: int | Tensor | None,
-    temperature: float,
-    normalize: bool,
-) -> Tensor:  # (N, S)
+def _counted(queue: Tensor, filled: int | Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """A number of rows is a slice; a count on the device stays one."""
     if filled is not None and not isinstance(filled, Tensor):
-        queue, filled = queue[:filled], None
-    with_gradients = torch.is_grad_enabled()
-    loss, _, _ = _native_op(
-        query,
-        positive,
-        match,
-        queue,
-        filled,
-        float(temperature),
-        normalize,
-        with_gradients and query.requires_grad,
-        with_gradients and positive.requires_grad,
-    )
-    return loss
+        return queue[:filled], None
+    return queue, filled
+
+
+def _losses(inputs: Inputs, temperature: float, normalize: bool) -> Tensor:  # (N, S)
+    return _native_op(*inputs, float(temperature), normalize, *inputs.wanted())[0]
+
+
+def reduce_rows(loss: Tensor, row_weight: Tensor | None, reduction: str) -> Tensor:
+    """Losses (M, 1) as the caller wants them."""
+    return _reduce(loss.squeeze(1), row_weight, reduction)
+
+
+def reduce_grid(loss: Tensor, match: Tensor, row_weight: Tensor | None, reduction: str) -> Tensor:
+    """Losses (N, S) as the caller wants them: positions without a match carry none."""
+    matched = (match >= 0).to(loss.dtype)
+    return _reduce(loss, matched if row_weight is None else row_weight * matched, reduction)
 
 
 def _reduce(loss: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
@@ -217,6 +265,13 @@ def _fake(
     grad_query: bool,
     grad_positive: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    return fake_outputs(query, grad_query, grad_positive)
+
+
+def fake_outputs(
+    query: Tensor, grad_query: bool, grad_positive: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss and gradients of a query (N, D, S), their shapes alone."""
     images, dim, positions = query.shape
 
     def gradient(wanted: bool) -> Tensor:
@@ -225,6 +280,11 @@ def _fake(
 
     loss = query.new_empty((images, positions), dtype=torch.float32)
     return loss, gradient(grad_query), gradient(grad_positive)
+
+
+@torch.library.register_fake("densecl_ext::_key_gradient")
+def _fake_key_gradient(grad_rows: Tensor, match: Tensor, key_positions: int) -> Tensor:
+    return grad_rows.new_empty((grad_rows.shape[0], key_positions, grad_rows.shape[2]))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -238,34 +298,47 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    grad_query, grad_positive, match = ctx.saved_tensors
+    gradients = row_gradients(
+        grad_loss,
+        grad_query,
+        grad_positive,
+        match,
+        ctx.key_positions,
+        ctx.dtypes,
+        ctx.needs_input_grad[:2],
+    )
+    return (*gradients, None, None, None, None, None, None, None)
+
+
+def row_gradients(
+    grad_loss: Tensor | None,  # (N, S)
+    grad_query: Tensor,  # (N, S, D)
+    grad_positive: Tensor,  # (N, S, D)
+    match: Tensor | None,  # (N, S)
+    key_positions: int,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    wanted: tuple[bool, bool],
+) -> tuple[Tensor | None, Tensor | None]:  # (N, D, S), (N, D, Sk)
     """The gradients were computed in the forward sweep: what is left is the incoming factor."""
     if grad_loss is None:
-        return (None,) * 9
+        return None, None
     if torch.is_grad_enabled():
         raise RuntimeError(
             "info_nce: the native op has no second derivative (create_graph=True was asked for); "
             "use densecl_ext.reference for it"
         )
-    grad_query, grad_positive, match = ctx.saved_tensors  # (N, S, D), (N, S, D), (N, S)
-    query_dtype, positive_dtype = ctx.dtypes
     factor = grad_loss.unsqueeze(2)  # (N, S, 1)
     query = positive = None
-    if ctx.needs_input_grad[0]:
-        query = (factor * grad_query).transpose(1, 2).to(query_dtype)  # (N, D, S)
-    if ctx.needs_input_grad[1]:
+    if wanted[0]:
+        query = (factor * grad_query).transpose(1, 2).to(dtypes[0])  # (N, D, S)
+    if wanted[1]:
         rows = factor * grad_positive  # (N, S, D)
         if match is not None:
-            # Positions that share a key add up. An unmatched one's row is zero and one matched out
-            # of range (on a GPU) NaN, wherever they go.
-            index = match.clamp(0, max(ctx.key_positions - 1, 0)).unsqueeze(2).expand_as(rows)
-            shape = (rows.shape[0], ctx.key_positions, rows.shape[2])
-            rows = (
-                rows.new_zeros(shape).scatter_add(1, index, rows)  # (N, Sk, D)
-                if ctx.key_positions
-                else rows.new_zeros(shape)
-            )
-        positive = rows.transpose(1, 2).to(positive_dtype)  # (N, D, Sk)
-    return query, positive, None, None, None, None, None, None, None
+            # Positions that share a key add up, in their order.
+            rows = _key_gradient(rows, match, key_positions)  # (N, Sk, D)
+        positive = rows.transpose(1, 2).to(dtypes[1])  # (N, D, Sk)
+    return query, positive
 
 
 torch.library.register_autograd("densecl_ext::_info_nce", _backward, setup_context=_setup_context)

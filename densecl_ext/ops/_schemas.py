@@ -14,6 +14,7 @@ from densecl_ext.ops._dense_match import dense_match
 from densecl_ext.ops._ema_update import ema_update_
 from densecl_ext.ops._enqueue import enqueue_
 from densecl_ext.ops._info_nce import dense_info_nce, info_nce
+from densecl_ext.ops._joint_info_nce import joint_info_nce
 
 _LOSS_OPTIONS = (
     "*, float temperature=0.2, bool normalize=True, Tensor? filled=None, "
@@ -35,6 +36,14 @@ _define(
     "dense_info_nce(Tensor query_grid, Tensor key_grid, Tensor match, Tensor queue, "
     f"{_LOSS_OPTIONS}) -> Tensor",
     dense_info_nce,
+)
+_define(
+    "joint_info_nce(Tensor query, Tensor positive, Tensor queue, Tensor query_grid, "
+    "Tensor key_grid, Tensor match, Tensor dense_queue, *, float temperature=0.2, "
+    "bool normalize=True, Tensor? filled=None, Tensor? dense_filled=None, "
+    "Tensor? row_weight=None, Tensor? dense_row_weight=None, "
+    'str reduction="mean") -> (Tensor, Tensor)',
+    joint_info_nce,
 )
 _define(
     "dense_match(Tensor query_features, Tensor key_features, *, bool mutual=False) -> Tensor",

@@ -3,6 +3,7 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <utility>
 
 #include <ptx/launch.cuh>
 
@@ -15,7 +16,6 @@
 #endif
 
 namespace densecl::cuda {
-namespace {
 
 InfoNceSweep sweep_of(const InfoNceCall& call) {
   const InfoNceProblem& problem = call.problem;
@@ -43,6 +43,8 @@ InfoNceSweep sweep_of(const InfoNceCall& call) {
   return sweep;
 }
 
+namespace {
+
 bool sm90_runs(const InfoNceSweep& sweep) {
 #if DENSECL_HOPPER
   return device_limits().compute_capability / 10 == 9 && sweep_sm90_fits(sweep);
@@ -51,19 +53,39 @@ bool sm90_runs(const InfoNceSweep& sweep) {
 #endif
 }
 
-Status run_sweep(const InfoNceSweep& sweep, InfoNceKernel kernel, Stream stream) {
+Status run_sweep(const Batch<InfoNceSweep>& sweeps, InfoNceKernel kernel, Stream stream) {
 #if DENSECL_HOPPER
-  if (kernel == InfoNceKernel::sm90) return sweep_sm90(sweep, stream);
+  if (kernel == InfoNceKernel::sm90) return sweep_sm90(sweeps, stream);
 #endif
   static_cast<void>(kernel);
-  return sweep_portable(sweep, stream);
+  return sweep_portable(sweeps, stream);
+}
+
+// Whether one kernel serves both.
+bool fit_together(const InfoNceCall& a, const InfoNceCall& b) {
+  return a.kernel == b.kernel && a.problem.queue.dtype == b.problem.queue.dtype &&
+         a.plan.padded_features == b.plan.padded_features && a.plan.slices > 0 &&
+         b.plan.slices > 0 &&
+         (a.problem.grad_query == nullptr) == (b.problem.grad_query == nullptr);
+}
+
+Status run(const Batch<InfoNceCall>& calls, Stream stream) {
+  const InfoNceCall& first = calls.of[0];
+  Status status = prepare_info_nce(calls, stream);
+  if (status == Status::ok && first.plan.slices > 0) {
+    unsigned unused;
+    const auto sweeps =
+        make_batch<InfoNceSweep>(calls, sweep_of, [](const InfoNceSweep&) { return 0; }, &unused);
+    status = run_sweep(sweeps, first.kernel, stream);
+  }
+  return status == Status::ok ? finish_info_nce(calls, stream) : status;
 }
 
 }  // namespace
 
-Status sweep_portable(const InfoNceSweep& sweep, Stream stream) {
-  return sweep.dtype == DType::f32 ? sweep_portable_f32(sweep, stream)
-                                   : sweep_portable_16bit(sweep, stream);
+Status sweep_portable(const Batch<InfoNceSweep>& sweeps, Stream stream) {
+  return sweeps.of[0].dtype == DType::f32 ? sweep_portable_f32(sweeps, stream)
+                                          : sweep_portable_16bit(sweeps, stream);
 }
 
 InfoNceKernel info_nce_kernel(const InfoNceCall& call) {
@@ -75,13 +97,22 @@ InfoNceKernel info_nce_kernel(const InfoNceCall& call) {
   return any ? InfoNceKernel::portable : InfoNceKernel::unavailable;
 }
 
-Status info_nce(const InfoNceCall& call, InfoNceKernel kernel, Stream stream) {
-  const InfoNceSweep sweep = sweep_of(call);
-  if (sweep.rows == 0) return Status::ok;
-  Status status = prepare_info_nce(call, stream);
-  if (status == Status::ok && sweep.slices > 0) status = run_sweep(sweep, kernel, stream);
-  if (status == Status::ok) status = finish_info_nce(call, sweep, stream);
-  return status;
+Status info_nce(const InfoNceCall* calls, int count, Stream stream) {
+  Batch<InfoNceCall> batch{};
+  for (int i = 0; i < count; ++i) {
+    if (calls[i].problem.images * calls[i].problem.positions > 0)
+      batch.of[batch.count++] = calls[i];
+  }
+  if (batch.count == 0) return Status::ok;
+  if (batch.count == 2 && !fit_together(batch.of[0], batch.of[1])) {
+    const Status status = info_nce(&batch.of[0], 1, stream);
+    return status == Status::ok ? info_nce(&batch.of[1], 1, stream) : status;
+  }
+  // The longest blocks start first, so that short ones fill the last wave.
+  if (batch.count == 2 && batch.of[0].plan.slice_rows < batch.of[1].plan.slice_rows) {
+    std::swap(batch.of[0], batch.of[1]);
+  }
+  return run(batch, stream);
 }
 
 }  // namespace densecl::cuda

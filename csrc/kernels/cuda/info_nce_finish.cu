@@ -8,6 +8,7 @@
 //
 // Cost: one read of the partial sums (26 MB at M = 12,544, D = 128, four slices, which lie in L2 if
 // anywhere), of query and positive; about 60 FLOP an element in double precision.
+#include <ptx/dependent.cuh>
 #include <ptx/launch.cuh>
 
 #include "cuda/info_nce_rows.cuh"
@@ -16,7 +17,7 @@
 namespace densecl::cuda {
 namespace {
 
-constexpr int threads = 256;
+constexpr int threads = 128;  // with more, the compiler keeps to 128 registers, and spills
 constexpr int warps = threads / 32;
 constexpr int loads_at_once = 4;  // slices whose weighted sums are under way together
 static_assert(32 % loads_at_once == 0);
@@ -75,28 +76,35 @@ __device__ __forceinline__ void fill(const Finish& f, int32_t row, float loss, f
   }
 }
 
-__global__ void __launch_bounds__(threads) finish_kernel(const __grid_constant__ Finish f) {
+__global__ void __launch_bounds__(threads)
+    finish_kernel(const __grid_constant__ Batch<Finish> batch) {
+  const BatchBlock block(batch);
+  const Finish& f = batch.of[block.problem];
   const InfoNceSweep& sweep = f.sweep;
   const int lane = static_cast<int>(threadIdx.x % 32);
-  const int64_t number = int64_t{blockIdx.x} * warps + threadIdx.x / 32;
+  const int64_t number = int64_t{block.number} * warps + threadIdx.x / 32;
   if (number >= sweep.rows) return;
   const auto row = static_cast<int32_t>(number);
   const float nan = __uint_as_float(0x7fffffffu);
 
   const int64_t image = row / f.positions, position = row % f.positions;
   const int64_t target = f.match ? f.match[row] : position;
+
+  // The rows are older than the sweep, which may still be under way.
+  UnitRow query, positive;
+  double dot = 0.0;
+  if (target >= 0 && target < f.key_positions) {
+    query.read(f.query, image, position, sweep.features, f.normalize, sweep.dtype);
+    positive.read(f.positive, image, target, sweep.features, f.normalize, sweep.dtype);
+#pragma unroll
+    for (int k = 0; k < row_slots; ++k) {
+      dot += static_cast<double>(query.rounded[k]) * positive.rounded[k];
+    }
+    dot = warp_sum(dot);
+  }
+  wait_for_previous();
   if (target == -1) return fill(f, row, 0.0f, 0.0f);
   if (target < -1 || target >= f.key_positions) return fill(f, row, nan, nan);
-
-  UnitRow query, positive;
-  query.read(f.query, image, position, sweep.features, f.normalize, sweep.dtype);
-  positive.read(f.positive, image, target, sweep.features, f.normalize, sweep.dtype);
-  double dot = 0.0;
-#pragma unroll
-  for (int k = 0; k < row_slots; ++k) {
-    dot += static_cast<double>(query.rounded[k]) * positive.rounded[k];
-  }
-  dot = warp_sum(dot);
 
   // Slices without a row that counts have no say in the shift.
   double shift = -HUGE_VAL;
@@ -143,23 +151,21 @@ __global__ void __launch_bounds__(threads) finish_kernel(const __grid_constant__
   }
 }
 
+Finish finish_of(const InfoNceCall& call) {
+  const InfoNceProblem& problem = call.problem;
+  return {problem.query,         problem.positive,      problem.match,     problem.positions,
+          problem.key_positions, problem.temperature,   problem.normalize, problem.loss,
+          problem.grad_query,    problem.grad_positive, sweep_of(call)};
+}
+
 }  // namespace
 
-Status finish_info_nce(const InfoNceCall& call, const InfoNceSweep& sweep, Stream stream) {
-  const InfoNceProblem& problem = call.problem;
-  const Finish f{problem.query,
-                 problem.positive,
-                 problem.match,
-                 problem.positions,
-                 problem.key_positions,
-                 problem.temperature,
-                 problem.normalize,
-                 problem.loss,
-                 problem.grad_query,
-                 problem.grad_positive,
-                 sweep};
-  const auto blocks = static_cast<unsigned>((int64_t{sweep.rows} + warps - 1) / warps);
-  return launch(finish_kernel, {blocks, threads}, stream, f);
+Status finish_info_nce(const Batch<InfoNceCall>& calls, Stream stream) {
+  unsigned blocks;
+  const auto batch = make_batch<Finish>(
+      calls, finish_of, [](const Finish& f) { return (int64_t{f.sweep.rows} + warps - 1) / warps; },
+      &blocks);
+  return launch(finish_kernel, {blocks, threads, 0, /*overlaps_previous=*/true}, stream, batch);
 }
 
 }  // namespace densecl::cuda

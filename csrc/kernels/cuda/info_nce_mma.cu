@@ -10,6 +10,7 @@
 // The sum of the weights as rounded to 16 bits goes through the tensor core beside the weighted sum
 // and scales it at the end, so that equal weights' equal rounding errors cancel.
 // Cost: 4 M K D FLOP (2 M K D without gradient), M K exponentials.
+#include <ptx/dependent.cuh>
 #include <ptx/launch.cuh>
 #include <ptx/ldmatrix.cuh>
 #include <ptx/mma.cuh>
@@ -202,9 +203,10 @@ struct Warp {
   }
 
   // Writes the sums of the warp's rows, the first of which is first_row.
-  __device__ __forceinline__ void write(const InfoNceSweep& sweep, int32_t first_row) {
+  __device__ __forceinline__ void write(const InfoNceSweep& sweep, int32_t first_row,
+                                        int32_t slice) {
     const int lane = static_cast<int>(threadIdx.x % 32);
-    const int64_t slice_row = int64_t{blockIdx.y} * sweep.padded_rows + first_row;
+    const int64_t slice_row = int64_t{slice} * sweep.padded_rows + first_row;
 #pragma unroll
     for (int f = 0; f < fragments; ++f) {
 #pragma unroll
@@ -229,14 +231,21 @@ struct Warp {
   }
 };
 
+// Without gradients the compiler would keep to fewer registers than four blocks have, and spill.
 template <class Type, int features, bool gradient>
-__global__ void __launch_bounds__(sweep_threads)
-    sweep_kernel(const __grid_constant__ InfoNceSweep sweep) {
+__global__ void __launch_bounds__(sweep_threads, gradient ? 0 : 4)
+    sweep_kernel(const __grid_constant__ Batch<InfoNceSweep> sweeps) {
   using S = Shape<features>;
-  const int32_t first_row = static_cast<int32_t>(blockIdx.x) * S::block_rows;
+  let_next_start();
+  const SweepBlock block(sweeps, S::block_rows);
+  const InfoNceSweep& sweep = sweeps.of[block.problem];
+  const int32_t first_row = block.tile * S::block_rows;
   if (first_row >= sweep.rows) return;
-  const SliceRange slice(sweep);
-  if (slice.begin >= slice.end) return write_empty_slice(sweep, first_row, S::block_rows);
+  const SliceRange slice(sweep, block.slice);
+  if (slice.begin >= slice.end) {
+    wait_for_previous();
+    return write_empty_slice(sweep, first_row, block.slice, S::block_rows);
+  }
 
   uint16_t* query = shared_memory<uint16_t>();
   uint16_t* stages = query + S::Query::size;
@@ -248,11 +257,17 @@ __global__ void __launch_bounds__(sweep_threads)
       load_tile<typename S::Queue>(queue, slice.begin + int64_t{tile} * S::Queue::rows, slice.end,
                                    stages + tile % S::stages * S::Queue::size);
     }
-    commit_copies();
   };
+  // The queue is older than the previous kernel, the query is what that prepares.
+  fetch(0);
+  wait_for_previous();
   load_tile<typename S::Query>(query_source<uint16_t>(sweep), first_row, sweep.padded_rows, query);
+  commit_copies();
 #pragma unroll
-  for (int tile = 0; tile < S::stages - 1; ++tile) fetch(tile);
+  for (int tile = 1; tile < S::stages - 1; ++tile) {
+    fetch(tile);
+    commit_copies();
+  }
 
   const int last = static_cast<int>(slice.end - slice.begin - int64_t{tiles - 1} * S::Queue::rows);
   const int warp = static_cast<int>(threadIdx.x / 32);
@@ -264,41 +279,42 @@ __global__ void __launch_bounds__(sweep_threads)
     // All see this tile, and all are done with the one before, whose stage is free now.
     __syncthreads();
     fetch(tile + S::stages - 1);
+    commit_copies();
     work.take(stages + tile % S::stages * S::Queue::size, tile + 1 == tiles ? last : S::Queue::rows,
               sweep.scale);
   }
-  work.write(sweep, first_row + warp * S::warp_rows);
+  work.write(sweep, first_row + warp * S::warp_rows, block.slice);
 }
 
 template <class Type, int features>
-Status launch_sweep(const InfoNceSweep& sweep, Stream stream) {
+Status launch_sweep(const Batch<InfoNceSweep>& sweeps, Stream stream) {
   using S = Shape<features>;
-  const dim3 blocks(static_cast<unsigned>(sweep.padded_rows / S::block_rows),
-                    static_cast<unsigned>(sweep.slices));
-  const LaunchShape shape{blocks, sweep_threads, S::shared_bytes};
-  return sweep.weighted ? launch(sweep_kernel<Type, features, true>, shape, stream, sweep)
-                        : launch(sweep_kernel<Type, features, false>, shape, stream, sweep);
+  unsigned blocks;
+  const Batch<InfoNceSweep> batch = count_sweep_blocks(sweeps, S::block_rows, &blocks);
+  const LaunchShape shape{blocks, sweep_threads, S::shared_bytes, /*overlaps_previous=*/true};
+  return sweeps.of[0].weighted ? launch(sweep_kernel<Type, features, true>, shape, stream, batch)
+                               : launch(sweep_kernel<Type, features, false>, shape, stream, batch);
 }
 
 template <class Type>
-Status launch_sweep(const InfoNceSweep& sweep, Stream stream) {
-  switch (sweep.padded_features) {
+Status launch_sweep(const Batch<InfoNceSweep>& sweeps, Stream stream) {
+  switch (sweeps.of[0].padded_features) {
     case 64:
-      return launch_sweep<Type, 64>(sweep, stream);
+      return launch_sweep<Type, 64>(sweeps, stream);
     case 128:
-      return launch_sweep<Type, 128>(sweep, stream);
+      return launch_sweep<Type, 128>(sweeps, stream);
     case 192:
-      return launch_sweep<Type, 192>(sweep, stream);
+      return launch_sweep<Type, 192>(sweeps, stream);
     default:
-      return launch_sweep<Type, 256>(sweep, stream);
+      return launch_sweep<Type, 256>(sweeps, stream);
   }
 }
 
 }  // namespace
 
-Status sweep_portable_16bit(const InfoNceSweep& sweep, Stream stream) {
-  return sweep.dtype == DType::bf16 ? launch_sweep<MmaBf16>(sweep, stream)
-                                    : launch_sweep<MmaF16>(sweep, stream);
+Status sweep_portable_16bit(const Batch<InfoNceSweep>& sweeps, Stream stream) {
+  return sweeps.of[0].dtype == DType::bf16 ? launch_sweep<MmaBf16>(sweeps, stream)
+                                           : launch_sweep<MmaF16>(sweeps, stream);
 }
 
 }  // namespace densecl::cuda

@@ -9,6 +9,7 @@
 // needs join, with four rows under way, since there are few such blocks. Cost: one read of the
 // queue (17 MB at K = 65,536, D = 128 in 16 bits, which then lies in L2) and of the query; the
 // memory's bandwidth is the limit.
+#include <ptx/dependent.cuh>
 #include <ptx/launch.cuh>
 
 #include "cuda/info_nce_rows.cuh"
@@ -91,14 +92,14 @@ __device__ __forceinline__ void load_chunk(const Prepare& p, int64_t row, int fi
 
 // The longest of the block's part of the queue. Squares that leave float32 are no reason to call a
 // finite row infinite: it is at most its largest element times the root of D.
-__device__ void longest_of_part(const Prepare& p) {
+__device__ void longest_of_part(const Prepare& p, uint32_t part) {
   const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
   const float infinity = __uint_as_float(0x7f800000u);
   int width = 1;  // lanes that share a row
   while (width * chunk < p.features) width *= 2;
   const int at_once = 32 / width;  // rows of a warp
   const int64_t part_rows = (p.queue_length + p.longest_count - 1) / p.longest_count;
-  const int64_t begin = blockIdx.x * part_rows;
+  const int64_t begin = part * part_rows;
   const int64_t end = min(begin + part_rows, counted_rows(p.filled, p.queue_length));
 
   float longest = 0.0f;
@@ -145,20 +146,22 @@ __device__ void longest_of_part(const Prepare& p) {
   __syncthreads();
   if (threadIdx.x == 0) {
     for (int w = 1; w < warps; ++w) longest = larger(longest, of_warps[w]);
-    p.longest[blockIdx.x] = longest;
+    p.longest[part] = longest;
   }
 }
 
-__global__ void __launch_bounds__(threads) prepare_kernel(const __grid_constant__ Prepare p) {
-  const auto block = static_cast<int32_t>(blockIdx.x);
-  if (block < p.longest_count) return longest_of_part(p);
-  const int32_t row = (block - p.longest_count) * warps + static_cast<int32_t>(threadIdx.x / 32);
+__global__ void __launch_bounds__(threads)
+    prepare_kernel(const __grid_constant__ Batch<Prepare> batch) {
+  let_next_start();
+  const BatchBlock block(batch);
+  const Prepare& p = batch.of[block.problem];
+  const auto parts = static_cast<uint32_t>(p.longest_count);
+  if (block.number < parts) return longest_of_part(p, block.number);
+  const auto row = static_cast<int32_t>((block.number - parts) * warps + threadIdx.x / 32);
   if (row < p.padded_rows) prepare_row(p, row);
 }
 
-}  // namespace
-
-Status prepare_info_nce(const InfoNceCall& call, Stream stream) {
+Prepare prepare_of(const InfoNceCall& call) {
   const InfoNceProblem& problem = call.problem;
   const InfoNcePlan& plan = call.plan;
   Prepare p{};
@@ -180,8 +183,17 @@ Status prepare_info_nce(const InfoNceCall& call, Stream stream) {
   p.filled = call.filled;
   p.longest = workspace_part<float>(call, plan.longest_offset);
   p.longest_count = static_cast<int32_t>(plan.longest_count);
-  const auto blocks = static_cast<unsigned>(plan.longest_count + plan.padded_rows / warps);
-  return launch(prepare_kernel, {blocks, threads, warps * sizeof(float)}, stream, p);
+  return p;
+}
+
+}  // namespace
+
+Status prepare_info_nce(const Batch<InfoNceCall>& calls, Stream stream) {
+  unsigned blocks;
+  const auto batch = make_batch<Prepare>(
+      calls, prepare_of, [](const Prepare& p) { return p.longest_count + p.padded_rows / warps; },
+      &blocks);
+  return launch(prepare_kernel, {blocks, threads, warps * sizeof(float)}, stream, batch);
 }
 
 }  // namespace densecl::cuda

@@ -95,9 +95,11 @@ struct UnitRow {
   }
 };
 
+InfoNceSweep sweep_of(const InfoNceCall& call);
+
 // What comes before and after the sweep (info_nce_prepare.cu, info_nce_finish.cu).
-Status prepare_info_nce(const InfoNceCall& call, Stream stream);
-Status finish_info_nce(const InfoNceCall& call, const InfoNceSweep& sweep, Stream stream);
+Status prepare_info_nce(const Batch<InfoNceCall>& calls, Stream stream);
+Status finish_info_nce(const Batch<InfoNceCall>& calls, Stream stream);
 
 template <class T>
 T* workspace_part(const InfoNceCall& call, int64_t offset) {

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "cuda/info_nce_batch.cuh"
 #include "densecl/cuda/launch.h"
 #include "densecl/types.h"
 
@@ -30,11 +31,34 @@ struct InfoNceSweep {
   float* weighted;     // (slices, padded_rows, padded_features) out, or null: no gradient wanted
 };
 
-Status sweep_portable(const InfoNceSweep& sweep, Stream stream);  // one of these two
-Status sweep_portable_16bit(const InfoNceSweep& sweep, Stream stream);
-Status sweep_portable_f32(const InfoNceSweep& sweep, Stream stream);
+// Where a block works: row tiles come first, so that blocks at work together share a slice.
+struct SweepBlock {
+  int problem;
+  int32_t tile, slice;
+  __device__ __forceinline__ SweepBlock(const Batch<InfoNceSweep>& sweeps, int block_rows) {
+    const BatchBlock block(sweeps);
+    const auto tiles = static_cast<uint32_t>(sweeps.of[block.problem].padded_rows / block_rows);
+    problem = block.problem;
+    tile = static_cast<int32_t>(block.number % tiles);
+    slice = static_cast<int32_t>(block.number / tiles);
+  }
+};
+
+// The sweeps with their blocks' numbers filled in.
+inline Batch<InfoNceSweep> count_sweep_blocks(const Batch<InfoNceSweep>& sweeps, int block_rows,
+                                              unsigned* blocks) {
+  return make_batch<InfoNceSweep>(
+      sweeps, [](const InfoNceSweep& sweep) { return sweep; },
+      [=](const InfoNceSweep& sweep) { return sweep.padded_rows / block_rows * sweep.slices; },
+      blocks);
+}
+
+// All of a batch have the dtype, the padded features and the wish for gradients in common.
+Status sweep_portable(const Batch<InfoNceSweep>& sweeps, Stream stream);  // one of these two
+Status sweep_portable_16bit(const Batch<InfoNceSweep>& sweeps, Stream stream);
+Status sweep_portable_f32(const Batch<InfoNceSweep>& sweeps, Stream stream);
 
 bool sweep_sm90_fits(const InfoNceSweep& sweep);  // 16-bit types, alignment, D
-Status sweep_sm90(const InfoNceSweep& sweep, Stream stream);
+Status sweep_sm90(const Batch<InfoNceSweep>& sweeps, Stream stream);
 
 }  // namespace densecl::cuda

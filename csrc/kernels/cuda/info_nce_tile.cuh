@@ -185,18 +185,18 @@ __device__ __forceinline__ bool weigh(RowSums& rows, float (&scores)[count][4], 
   return raised;
 }
 
-// Queue rows [begin, end) of this block's slice.
+// Queue rows [begin, end) of a slice.
 struct SliceRange {
   int64_t begin, end;
-  __device__ __forceinline__ explicit SliceRange(const InfoNceSweep& sweep)
-      : begin(blockIdx.y * sweep.slice_rows),
+  __device__ __forceinline__ SliceRange(const InfoNceSweep& sweep, int32_t slice)
+      : begin(slice * sweep.slice_rows),
         end(min(begin + sweep.slice_rows, counted_rows(sweep.filled, sweep.queue_length))) {}
 };
 
 // What a slice of which no row counts leaves behind.
 __device__ __forceinline__ void write_empty_slice(const InfoNceSweep& sweep, int32_t first_row,
-                                                  int block_rows) {
-  const int64_t slice_row = int64_t{blockIdx.y} * sweep.padded_rows + first_row;
+                                                  int32_t slice, int block_rows) {
+  const int64_t slice_row = int64_t{slice} * sweep.padded_rows + first_row;
   const int thread = static_cast<int>(threadIdx.x);
   for (int i = thread; i < block_rows; i += sweep_threads) {
     sweep.shift[slice_row + i] = sweep.sum[slice_row + i] = 0.0f;

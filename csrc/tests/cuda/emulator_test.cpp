@@ -8,6 +8,7 @@
 
 #include <ptx/barrier.cuh>
 #include <ptx/cp_async.cuh>
+#include <ptx/dependent.cuh>
 #include <ptx/ldmatrix.cuh>
 #include <ptx/launch.cuh>
 #include <ptx/math.cuh>
@@ -152,6 +153,64 @@ __global__ void exchange(int* out, bool synchronise) {
 TEST(DISABLED_Race, AWarpInstructionIsNoBarrier) {
   std::vector<int> out(32);
   launch(exchange, {1, 32, 128}, nullptr, out.data(), false);
+}
+
+// ---- launches that overlap
+
+// Each adds 1 to what the one before wrote, after all have let the next one start.
+__global__ void add_one(const int* from, int* to, bool waits_first) {
+  let_next_start();
+  const int early = waits_first ? 0 : from[blockIdx.x];
+  wait_for_previous();
+  to[blockIdx.x] = 1 + (waits_first ? from[blockIdx.x] : early);
+}
+
+// The sum over the blocks' counts of launches: three each, if none reads too early.
+int count_three_launches(bool waits_first, unsigned blocks) {
+  std::vector<int> a(blocks), b(blocks), c(blocks), d(blocks);
+  LaunchShape shape{blocks, 1};
+  launch(add_one, shape, nullptr, a.data(), b.data(), waits_first);
+  shape.overlaps_previous = true;
+  launch(add_one, shape, nullptr, b.data(), c.data(), waits_first);
+  launch(add_one, shape, nullptr, c.data(), d.data(), waits_first);
+  emulator::synchronize();
+  return std::accumulate(d.begin(), d.end(), 0);
+}
+
+__global__ void never_waits(int* to) { *to = 1; }
+
+class EmulatorOverlap : public testing::Test {
+ protected:
+  void SetUp() override { emulator::schedule().compute_capability = 90; }
+  void TearDown() override { emulator::schedule() = before_; }
+  const Schedule before_ = emulator::schedule();
+};
+
+TEST_F(EmulatorOverlap, AKernelThatWaitsSeesWhatThePreviousWrote) {
+  for_each_schedule([](const Schedule& told) {
+    emulator::schedule().compute_capability = 90;
+    EXPECT_EQ(count_three_launches(true, 1), 3);
+    EXPECT_EQ(count_three_launches(true, 20), 60) << told.blocks_at_once;
+  });
+}
+
+TEST_F(EmulatorOverlap, AKernelThatReadsBeforeItWaitsDoesNot) {
+  if (under_thread_sanitizer) GTEST_SKIP() << "a race, as it should be";
+  EXPECT_EQ(count_three_launches(false, 1), 1);
+  EXPECT_LT(count_three_launches(false, 5), 15);
+  emulator::schedule().compute_capability = 80;
+  EXPECT_EQ(count_three_launches(false, 20), 60) << "no overlap before Hopper";
+}
+
+TEST_F(EmulatorOverlap, SomeThreadMustWait) {
+  int value = 0;
+  launch(never_waits, {1, 1}, nullptr, &value);
+  EXPECT_KERNEL_ERROR(launch(never_waits, {1, 1, 0, true}, nullptr, &value), "no thread waited");
+}
+
+TEST(DISABLED_Race, ReadBeforeWaitingForThePrevious) {
+  emulator::schedule().compute_capability = 90;
+  count_three_launches(false, 1);
 }
 
 TEST(Emulator, SynchronisedAccessIsNoRace) {

@@ -64,5 +64,33 @@ TEST(CudaInfoNcePlan, EverythingHasItsPlace) {
   }
 }
 
+// The largest problems that are asked for: offsets beyond 2^31 bytes, few blocks, int32 where
+// kernels count in int32.
+TEST(CudaInfoNcePlan, LargeProblems) {
+  constexpr int64_t int_limit = int64_t{1} << 31;
+  const int64_t million = int64_t{1} << 20;
+  for (const auto& [rows, length] : {std::pair<int64_t, int64_t>{50176, million},
+                                     {1, million},
+                                     {49 * 256 - 1, 65536},
+                                     {49 * 256 + 1, 65535},
+                                     {info_nce_rows, 65536},
+                                     {info_nce_rows, int_limit},
+                                     {1, int_limit}}) {
+    for (const int64_t features : {1, 128, 256}) {
+      const InfoNcePlan plan = plan_info_nce(rows, features, length, DType::bf16, true);
+      EXPECT_GE(plan.slices * plan.slice_rows, length);
+      EXPECT_LT((plan.slices - 1) * plan.slice_rows, length);
+      EXPECT_GE(plan.padded_rows, rows);
+      EXPECT_LT(plan.padded_rows, int_limit);
+      // Blocks of 64 rows, two problems in one grid.
+      EXPECT_LT(2 * (plan.padded_rows / 64 * plan.slices), int_limit);
+      EXPECT_EQ(plan.workspace_bytes,
+                plan.weighted_offset + plan.slices * plan.padded_rows * plan.padded_features * 4);
+    }
+  }
+  EXPECT_EQ(plan_info_nce(50176, 128, million, DType::bf16, true).slices, 1);
+  EXPECT_GT(plan_info_nce(1, 128, million, DType::bf16, true).slices, 100) << "fills the chip";
+}
+
 }  // namespace
 }  // namespace densecl::cuda

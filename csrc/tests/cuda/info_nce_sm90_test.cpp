@@ -117,7 +117,8 @@ class Sweep {
     sweep.sum = sum_.data;
     sweep.weighted = c_.gradient ? weighted_.data : nullptr;
     ASSERT_TRUE(sweep_sm90_fits(sweep));
-    ASSERT_EQ(sweep_sm90(sweep, nullptr), Status::ok);
+    ASSERT_EQ(sweep_sm90({{sweep}, 1, 0}, nullptr), Status::ok);
+    emulator::synchronize();
   }
 
   // Against a softmax in double precision over the rounded inputs.

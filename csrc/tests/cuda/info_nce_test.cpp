@@ -27,8 +27,8 @@ Status run(const InfoNceProblem& problem, const int64_t* filled = nullptr,
   test::Guarded<unsigned char> workspace(plan.workspace_bytes + 256, 0xff);  // floats are NaN
   const auto address = reinterpret_cast<uintptr_t>(workspace.data());
   const InfoNceCall call{problem, filled, plan,
-                         reinterpret_cast<void*>((address + 255) / 256 * 256)};
-  return info_nce(call, kernel, nullptr);
+                         reinterpret_cast<void*>((address + 255) / 256 * 256), kernel};
+  return info_nce(&call, 1, nullptr);
 }
 
 // A float32 queue is promised float32 accuracy. With 16 bits the loss is as good, and the weights
@@ -54,6 +54,20 @@ void expect_right_everywhere(InfoNceShape shape, const std::vector<float>& q,
     ASSERT_EQ(run(c.problem()), Status::ok);
     check(c);
   }
+}
+
+// The same for two calls at once.
+Status run_both(const InfoNceProblem& a, const InfoNceProblem& b, const int64_t* filled,
+                InfoNceKernel kernel) {
+  const InfoNcePlan plans[] = {cuda::plan_info_nce(a), cuda::plan_info_nce(b)};
+  test::Guarded<unsigned char> first(plans[0].workspace_bytes + 256, 0xff);
+  test::Guarded<unsigned char> second(plans[1].workspace_bytes + 256, 0xff);
+  const auto aligned = [](unsigned char* p) {
+    return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(p) + 255) / 256 * 256);
+  };
+  const InfoNceCall calls[] = {{a, filled, plans[0], aligned(first.data()), kernel},
+                               {b, nullptr, plans[1], aligned(second.data()), kernel}};
+  return info_nce(calls, 2, nullptr);
 }
 
 struct Results {
@@ -411,7 +425,7 @@ TEST(CudaInfoNce, TheSameBitsInEveryOrder) {
 TEST(CudaInfoNce, TheEnvironmentChoosesTheKernel) {
   InfoNceCase c({.images = 3});
   const InfoNceProblem problem = c.problem();
-  const InfoNceCall call{problem, nullptr, cuda::plan_info_nce(problem), nullptr};
+  const InfoNceCall call{problem, nullptr, cuda::plan_info_nce(problem), nullptr, {}};
   setenv("DENSECL_CUDA_KERNEL", "portable", 1);
   EXPECT_EQ(info_nce_kernel(call), InfoNceKernel::portable);
   setenv("DENSECL_CUDA_KERNEL", "sm90", 1);
@@ -426,8 +440,16 @@ TEST(CudaInfoNce, TheEnvironmentChoosesTheKernel) {
   EXPECT_EQ(info_nce_kernel(call), InfoNceKernel::portable) << "a float32 queue";
   InfoNceCase half({.images = 3, .features = 8, .queue_dtype = DType::bf16});
   const InfoNceProblem narrow = half.problem();
-  EXPECT_EQ(info_nce_kernel({narrow, nullptr, cuda::plan_info_nce(narrow), nullptr}),
+  EXPECT_EQ(info_nce_kernel({narrow, nullptr, cuda::plan_info_nce(narrow), nullptr, {}}),
             InfoNceKernel::sm90);
+  for (const auto& [offset, stride] : {std::pair{2, 8}, {0, 12}, {0, 9}}) {
+    InfoNceProblem odd = narrow;
+    odd.queue.data = static_cast<const unsigned char*>(odd.queue.data) + offset;
+    odd.queue.row_stride = stride;
+    EXPECT_EQ(info_nce_kernel({odd, nullptr, cuda::plan_info_nce(odd), nullptr, {}}),
+              InfoNceKernel::portable)
+        << "bytes " << offset << ", stride " << stride;
+  }
   emulator::schedule() = before;
 }
 
@@ -448,6 +470,86 @@ TEST(CudaInfoNce, AroundTheHopperSweep) {
     check(part);
   }
   emulator::schedule() = before;
+}
+
+// A step's two losses: a row tile on three slices beside two row tiles on two.
+TEST(CudaInfoNce, TwoCallsAtOnceAreThreeLaunchesAndTheSameBits) {
+  const Schedule before = emulator::schedule();
+  for (const auto& [dtype, kernel] : {std::pair{DType::bf16, InfoNceKernel::portable},
+                                      {DType::f32, InfoNceKernel::portable},
+                                      {DType::bf16, InfoNceKernel::sm90}}) {
+    const InfoNceShape few{.images = 5, .features = 40, .queue_length = 300, .queue_dtype = dtype};
+    const InfoNceShape many{.images = 3,
+                            .positions = 45,
+                            .features = 48,
+                            .queue_length = 150,
+                            .key_positions = 7,
+                            .queue_dtype = dtype};
+    const int64_t filled = 200;
+    for (const bool gradients : {true, false}) {
+      InfoNceCase a(few), b(many), a_alone(few), b_alone(many);
+      b.match.emplace(many.rows());
+      for (int64_t row = 0; row < many.rows(); ++row) (*b.match)[row] = row % 8 - 1;
+      b_alone.match = b.match;
+      emulator::schedule() = Schedule{1, 8, 4, 90};
+      const int launches = emulator::launches();
+      const InfoNceProblem rows = a.problem(gradients), grids = b.problem(gradients);
+      ASSERT_EQ(run_both(rows, grids, &filled, kernel), Status::ok);
+      EXPECT_EQ(emulator::launches(), launches + 3);
+      ASSERT_EQ(run(a_alone.problem(gradients), &filled, kernel), Status::ok);
+      ASSERT_EQ(run(b_alone.problem(gradients), nullptr, kernel), Status::ok);
+      emulator::schedule() = before;
+      EXPECT_EQ(Results(a), Results(a_alone));
+      EXPECT_EQ(Results(b), Results(b_alone));
+      if (gradients) check(b);
+    }
+  }
+}
+
+TEST(CudaInfoNce, TwoCallsThatNoKernelServesTogether) {
+  const InfoNceShape wide{.images = 4, .features = 70, .queue_length = 30};
+  for (const InfoNceShape& other :
+       {InfoNceShape{.images = 3, .features = 8, .queue_length = 30},
+        {.images = 3, .features = 70, .queue_length = 30, .queue_dtype = DType::bf16},
+        {.images = 3, .features = 70, .queue_length = 0},
+        {.images = 0, .features = 70, .queue_length = 30}}) {
+    SCOPED_TRACE(other.describe());
+    InfoNceCase a(wide), b(other), alone(other);
+    ASSERT_EQ(run_both(a.problem(), b.problem(), nullptr, InfoNceKernel::portable), Status::ok);
+    check(a);
+    ASSERT_EQ(run(alone.problem()), Status::ok);
+    EXPECT_EQ(Results(b), Results(alone));
+  }
+}
+
+// From compute capability 9.0 on, each launch may start before the one before it has ended.
+TEST(CudaInfoNce, LaunchesThatOverlapGiveTheSameBits) {
+  const Schedule before = emulator::schedule();
+  for (const auto& [dtype, kernel] : {std::pair{DType::bf16, InfoNceKernel::portable},
+                                      {DType::f32, InfoNceKernel::portable},
+                                      {DType::bf16, InfoNceKernel::sm90}}) {
+    const InfoNceShape shape{
+        .images = 2, .positions = 9, .features = 24, .queue_length = 200, .queue_dtype = dtype};
+    for (const int64_t filled : {0, 131}) {
+      for (const bool matched : {true, false}) {
+        std::optional<Results> want;
+        for (const Schedule& one : {Schedule{1, 8, 4, 80}, {0, 2, 4, 90}, {1, 8, 4, 90}}) {
+          InfoNceCase c(shape);
+          if (!matched) c.match.emplace(shape.rows(), -1);
+          emulator::schedule() = one;
+          if (kernel == InfoNceKernel::sm90) emulator::schedule().compute_capability = 90;
+          ASSERT_EQ(run(c.problem(), &filled, kernel), Status::ok);
+          emulator::schedule() = before;
+          if (!want) want.emplace(c);
+          EXPECT_EQ(Results(c), *want) << filled;
+          if (matched && filled > 0) {
+            c.shape.queue_length = filled;
+            check(c);
+          }
+        }
+      }
+    }
+  }
 }
 
 }  // namespace

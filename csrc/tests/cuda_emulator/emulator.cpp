@@ -68,6 +68,7 @@ struct Block {
   std::vector<std::unique_ptr<Thread>> threads;
   std::vector<Thread*> order;
   int ended = 0;
+  bool lets_next_start = false;
   std::vector<std::unique_ptr<Meeting>> meetings;
   std::map<int, Barrier> barriers;
 };
@@ -79,7 +80,12 @@ struct Action {
 
 struct Launch {
   Grid grid;
-  const std::function<void()>* kernel;
+  std::function<void()> kernel;
+  Launch* previous = nullptr;            // until it has ended
+  const void* ended_previous = nullptr;  // its key
+  bool waited = false;                   // one of its threads, for the previous launch
+  std::vector<unsigned> numbers;         // of blocks, in the order in which they start
+  std::size_t started = 0;
   std::mt19937 random;
   bool shuffled;
   Context host;
@@ -96,7 +102,8 @@ struct Launch {
 
 struct Abandoned {};
 
-Launch* current = nullptr;
+std::vector<std::unique_ptr<Launch>> in_flight;  // oldest first
+Launch* current = nullptr;                       // whose thread runs
 int launch_count = 0;
 Schedule chosen;
 
@@ -119,7 +126,7 @@ void switch_to_host() {
 
 void run_kernel(Thread& thread) {
   observe(current->begun);
-  const std::function<void()>& kernel = *current->kernel;
+  const std::function<void()>& kernel = current->kernel;
   {
     const Watched watched;
     kernel();
@@ -226,14 +233,16 @@ void close_block(Block& block) {
 std::string deadlock() {
   std::map<std::string, std::pair<int, const Thread*>> groups;
   int ended = 0;
-  for (const auto& block : current->blocks) {
-    for (const auto& thread : block->threads) {
-      if (thread->state == Thread::ended) {
-        ++ended;
-        continue;
+  for (const auto& launch : in_flight) {
+    for (const auto& block : launch->blocks) {
+      for (const auto& thread : block->threads) {
+        if (thread->state == Thread::ended) {
+          ++ended;
+          continue;
+        }
+        auto& [count, first] = groups[std::string(thread->what) + " at " + place(thread->where)];
+        if (count++ == 0) first = thread.get();
       }
-      auto& [count, first] = groups[std::string(thread->what) + " at " + place(thread->where)];
-      if (count++ == 0) first = thread.get();
     }
   }
   std::ostringstream out;
@@ -299,39 +308,130 @@ bool act(bool force) {
   return false;
 }
 
-void run_blocks() {
-  const Grid& grid = current->grid;
-  std::vector<unsigned> numbers(std::size_t{grid.blocks[0]} * grid.blocks[1] * grid.blocks[2]);
-  std::iota(numbers.begin(), numbers.end(), 0u);
-  if (current->shuffled) std::shuffle(numbers.begin(), numbers.end(), current->random);
-  std::size_t next = 0;
-  while (current->error.empty()) {
-    const std::size_t at_once =
-        grid.cooperative ? numbers.size() : static_cast<std::size_t>(chosen.blocks_at_once);
-    while (next < numbers.size() && current->blocks.size() < at_once) {
-      current->blocks.push_back(open_block(numbers[next++]));
-    }
-    if (current->blocks.empty()) break;
-    const bool any = round();
-    act(false);
-    if (!current->error.empty()) break;
-    if (!any && !act(true)) current->error = deadlock();
-    std::erase_if(current->blocks, [](const std::unique_ptr<Block>& block) {
-      if (block->ended != static_cast<int>(block->threads.size())) return false;
-      close_block(*block);
-      return true;
-    });
+// Makes a launch the one whose threads run.
+void enter(Launch& launch) {
+  const Grid& grid = launch.grid;
+  blockDim = dim3(grid.threads[0], grid.threads[1], grid.threads[2]);
+  gridDim = dim3(grid.blocks[0], grid.blocks[1], grid.blocks[2]);
+  current = &launch;
+}
+
+// Starts the blocks that fit, gives threads a turn and closes blocks that ended. Returns whether
+// any thread could run.
+bool step(Launch& launch) {
+  enter(launch);
+  const std::size_t at_once = launch.grid.cooperative
+                                  ? launch.numbers.size()
+                                  : static_cast<std::size_t>(chosen.blocks_at_once);
+  while (launch.started < launch.numbers.size() && launch.blocks.size() < at_once) {
+    launch.blocks.push_back(open_block(launch.numbers[launch.started++]));
   }
-  while (current->error.empty() && act(true)) {
-  }
-  current->abandoned = true;
-  for (auto& block : current->blocks) {
-    for (auto& thread : block->threads) {
-      if (thread->state != Thread::ended) resume(*thread);
-    }
+  const bool any = round();
+  if (launch.error.empty()) act(false);
+  if (!launch.error.empty()) return true;
+  std::erase_if(launch.blocks, [](const std::unique_ptr<Block>& block) {
+    if (block->ended != static_cast<int>(block->threads.size())) return false;
     close_block(*block);
+    return true;
+  });
+  return any;
+}
+
+bool all_started(const Launch& launch) { return launch.started == launch.numbers.size(); }
+bool has_ended(const Launch& launch) { return all_started(launch) && launch.blocks.empty(); }
+bool lets_next_start(const Launch& launch) {
+  return all_started(launch) &&
+         std::all_of(launch.blocks.begin(), launch.blocks.end(),
+                     [](const std::unique_ptr<Block>& block) { return block->lets_next_start; });
+}
+
+// After the last block: what was still under way, and what the next launch waits for.
+void close(Launch& launch) {
+  enter(launch);
+  while (launch.error.empty() && act(true)) {
+  }
+  if (launch.error.empty() && launch.grid.overlaps_previous && !launch.waited) {
+    launch.error = "started beside the previous kernel, and no thread waited for that";
+  }
+  observe(launch.ended);
+  for (const auto& other : in_flight) {
+    if (other->previous == &launch) other->previous = nullptr;
   }
 }
+
+void free_shared(Launch& launch) {
+  for (unsigned char* shared : launch.used_shared) {
+    ::operator delete[](shared, std::align_val_t{1024});
+  }
+  launch.used_shared.clear();
+}
+
+// Unwinds all threads in flight.
+void abandon() {
+  for (const auto& launch : in_flight) {
+    enter(*launch);
+    launch->abandoned = true;
+    for (auto& block : launch->blocks) {
+      for (auto& thread : block->threads) {
+        if (thread->state != Thread::ended) resume(*thread);
+      }
+      close_block(*block);
+    }
+    observe(launch->ended);
+    free_shared(*launch);
+  }
+  current = nullptr;
+  in_flight.clear();
+}
+
+// Runs launches from number `first` on until done() or, with more before it, until they are stuck.
+void drive(std::size_t first, const std::function<bool()>& done) {
+  std::string error;
+  while (error.empty() && !done()) {
+    bool any = false;
+    for (std::size_t i = first; i < in_flight.size() && error.empty(); ++i) {
+      any = step(*in_flight[i]) || any;
+      error = in_flight[i]->error;
+    }
+    for (std::size_t i = first; i < in_flight.size() && error.empty() && !any; ++i) {
+      enter(*in_flight[i]);
+      any = act(true);
+      error = current->error;
+    }
+    for (std::size_t i = first; i < in_flight.size() && error.empty();) {
+      if (!has_ended(*in_flight[i])) {
+        ++i;
+        continue;
+      }
+      any = true;
+      close(*in_flight[i]);
+      error = current->error;
+      free_shared(*in_flight[i]);
+      in_flight.erase(in_flight.begin() + static_cast<std::ptrdiff_t>(i));
+    }
+    if (error.empty() && !any) {
+      if (first > 0) break;
+      error = deadlock();
+    }
+  }
+  current = nullptr;
+  if (error.empty()) return;
+  abandon();
+  throw std::runtime_error("kernel: " + error);
+}
+
+// A test must not leave launches to the next one, whose memory is another.
+class NothingInFlight : public testing::EmptyTestEventListener {
+  void OnTestEnd(const testing::TestInfo&) override {
+    if (in_flight.empty()) return;
+    abandon();
+    ADD_FAILURE() << "a kernel is still in flight: emulator::synchronize() lets it end";
+  }
+};
+[[maybe_unused]] const bool listens = [] {
+  testing::UnitTest::GetInstance()->listeners().Append(new NothingInFlight);
+  return true;
+}();
 
 }  // namespace
 
@@ -347,6 +447,7 @@ void for_each_schedule(const std::function<void(const Schedule&)>& body) {
                                    std::to_string(one.multiprocessors));
     chosen = one;
     body(one);
+    synchronize();
     if (testing::Test::HasFatalFailure()) break;
   }
   chosen = before;
@@ -354,25 +455,39 @@ void for_each_schedule(const std::function<void(const Schedule&)>& body) {
 
 int launches() { return launch_count; }
 
-void run(const Grid& grid, const std::function<void()>& kernel) {
+void synchronize() {
+  const Unwatched unwatched;
+  drive(0, [] { return in_flight.empty(); });
+}
+
+void run(const Grid& grid, std::function<void()> kernel) {
   const Unwatched unwatched;
   ++launch_count;
-  Launch launch;
-  launch.grid = grid;
-  launch.kernel = &kernel;
-  launch.random.seed(chosen.seed);
-  launch.shuffled = chosen.seed != 0;
-  blockDim = dim3(grid.threads[0], grid.threads[1], grid.threads[2]);
-  gridDim = dim3(grid.blocks[0], grid.blocks[1], grid.blocks[2]);
-  current = &launch;
-  publish(launch.begun);
-  run_blocks();
-  observe(launch.ended);
-  for (unsigned char* shared : launch.used_shared) {
-    ::operator delete[](shared, std::align_val_t{1024});
+  if (!grid.overlaps_previous) synchronize();
+  auto launch = std::make_unique<Launch>();
+  launch->grid = grid;
+  launch->kernel = std::move(kernel);
+  if (!in_flight.empty()) {
+    launch->previous = in_flight.back().get();
+    launch->ended_previous = launch->previous->ended;
   }
-  current = nullptr;
-  if (!launch.error.empty()) throw std::runtime_error("kernel: " + launch.error);
+  launch->numbers.resize(std::size_t{grid.blocks[0]} * grid.blocks[1] * grid.blocks[2]);
+  std::iota(launch->numbers.begin(), launch->numbers.end(), 0u);
+  // Launches that overlap take their blocks in different orders.
+  launch->random.seed(chosen.seed + static_cast<unsigned>(in_flight.size()));
+  launch->shuffled = chosen.seed != 0;
+  if (launch->shuffled) {
+    std::shuffle(launch->numbers.begin(), launch->numbers.end(), launch->random);
+  }
+  publish(launch->begun);
+  in_flight.push_back(std::move(launch));
+  // Alone until it waits for what came before, then with that; held where the next may start.
+  const Launch* const mine = in_flight.back().get();
+  const auto done = [&] {
+    return in_flight.empty() || in_flight.back().get() != mine || lets_next_start(*mine);
+  };
+  drive(in_flight.size() - 1, done);
+  drive(0, done);
 }
 
 void fail(const std::string& what, Where where) {
@@ -578,6 +693,20 @@ void grid_wait(Where where) {
   wait_until([=] { return current->blocks_arrived >= blocks; }, "grid_wait", where);
   observe(current->grid_key);
   block_barrier(0, threads_in_block(), true, "grid_wait", where);
+}
+
+void wait_for_previous(Where where) {
+  const Unwatched unwatched;
+  Launch* const launch = current;
+  launch->waited = true;
+  wait_until([launch] { return launch->previous == nullptr; }, "griddepcontrol.wait", where);
+  if (launch->ended_previous != nullptr) observe(launch->ended_previous);
+}
+
+void let_next_start() {
+  const Unwatched unwatched;
+  current->running->block->lets_next_start = true;
+  yield();  // where it is the last block, the next launch starts now
 }
 
 void copy_async(void* shared, const void* global, int bytes, int bytes_read, Where where) {

@@ -32,6 +32,11 @@ void for_each_schedule(const std::function<void(const Schedule&)>& body);
 
 int launches();  // so far, so that a test can count them
 
+// Lets launches end that still wait for a next one to start beside them: a kernel that calls
+// let_next_start() is held there, unfinished, until the next launch or this. A test that reads
+// results behind such a kernel calls it first; one that ends without has failed.
+void synchronize();
+
 // ---- for launch()
 // ---------------------------------------------------------------------------------
 
@@ -39,11 +44,13 @@ struct Grid {
   unsigned blocks[3];
   unsigned threads[3];
   std::size_t shared_bytes;
-  bool cooperative = false;  // all blocks in flight at once
+  bool cooperative = false;        // all blocks in flight at once
+  bool overlaps_previous = false;  // may start as soon as the previous launch's blocks let it
 };
 
 // Runs the kernel for every thread. Throws std::runtime_error with what the kernel did wrong.
-void run(const Grid& grid, const std::function<void()>& kernel);
+// Where it may overlap the previous one, its blocks go as far as they can before that goes on.
+void run(const Grid& grid, std::function<void()> kernel);
 
 // ---- for the twins, inside a kernel
 // ---------------------------------------------------------------
@@ -109,6 +116,10 @@ void block_barrier(int id, int threads, bool wait, const char* what, Where where
 // The barrier of a cooperative launch. Each block arrives once; whoever wants to waits.
 void grid_arrive(Where where);
 void grid_wait(Where where);
+
+// griddepcontrol: waits for the previous launch's end and sees what it wrote; lets the next start.
+void wait_for_previous(Where where);
+void let_next_start();
 
 // Asynchronous copies of this thread (cp.async): taken at issue, written by the wait.
 void copy_async(void* shared, const void* global, int bytes, int bytes_read, Where where);

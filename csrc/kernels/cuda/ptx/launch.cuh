@@ -12,8 +12,10 @@ struct LaunchShape {
   dim3 blocks;
   dim3 threads;
   int64_t shared_bytes = 0;
-  // Programmatic dependent launch: blocks may start before the previous kernel of the stream has
-  // ended, and call wait_for_previous() before they touch its results. From compute capability 9.0.
+  // Programmatic dependent launch: blocks may start when those of the previous kernel have called
+  // let_next_start() or ended, and call wait_for_previous() before they touch its results. At least
+  // one thread of the grid must, so that this kernel's end is the end of those before it as well.
+  // Without effect where the code that runs was compiled for less than 9.0.
   bool overlaps_previous = false;
   // All blocks run at once and may meet (ptx/grid.cuh); refused where they do not fit.
   bool cooperative = false;
@@ -37,6 +39,14 @@ inline DeviceLimits device_limits() {
   return limits;
 }
 
+// Whether the code that this device runs for a kernel holds griddepcontrol. The device's compute
+// capability does not tell: newer ones may run what the driver translated from PTX of 8.0.
+template <class Kernel>
+bool can_wait_for_previous(Kernel* kernel) {
+  cudaFuncAttributes attributes{};
+  return cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.ptxVersion >= 90;
+}
+
 // The default limit; more must be asked for, once per kernel and device.
 constexpr int64_t plain_shared_bytes = 48 * 1024;
 
@@ -50,7 +60,7 @@ Status launch(void (*kernel)(Parameters...), const LaunchShape& shape, Stream st
   }
   cudaLaunchAttribute attributes[2]{};
   unsigned count = 0;
-  if (shape.overlaps_previous) {
+  if (shape.overlaps_previous && can_wait_for_previous(kernel)) {
     attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[count++].val.programmaticStreamSerializationAllowed = 1;
   }

@@ -38,6 +38,8 @@ constexpr float half_room = 15.0f;
 constexpr float heavy_share = 1.0f / 16;  // of a row's sum: the weight's rounding error counts
 constexpr uint32_t golden = 40503;        // 2^16 / 1.618...
 
+constexpr int early_tiles = 2;  // of the queue, fetched while the previous kernel may still run
+
 // Barriers of bar.sync: whose turn it is to issue products and who found heavy weights (one per
 // warpgroup each), and both together.
 constexpr int turn_barrier = 1, heavy_barrier = 3, both_barrier = 5;
@@ -57,16 +59,19 @@ struct Layout {
 template <int blocks>
 struct Part {
   using L = Layout<blocks>;
-  int64_t begin, end;  // queue rows
+  int row_tile, slice;
+  int begin, rows;  // of the queue, which sweep_sm90_fits() keeps below 2^31 rows
   int tiles;
   unsigned char* memory;
 
-  __device__ Part(const InfoNceSweep& sweep, int slice) : memory(shared_memory()) {
+  __device__ Part(const InfoNceSweep& sweep, const SweepBlock& block)
+      : row_tile(block.tile), slice(block.slice), memory(shared_memory()) {
     int64_t counted = sweep.queue_length;
     if (sweep.filled) counted = min(max(*sweep.filled, int64_t{0}), counted);
-    begin = slice * sweep.slice_rows;
-    end = min(begin + sweep.slice_rows, counted);
-    tiles = end > begin ? static_cast<int>((end - begin + L::keys - 1) / L::keys) : 0;
+    const int64_t first = slice * sweep.slice_rows;
+    begin = static_cast<int>(first);
+    rows = static_cast<int>(max(min(sweep.slice_rows, counted - first), int64_t{0}));
+    tiles = static_cast<int>((int64_t{rows} + L::keys - 1) / L::keys);
   }
   __device__ unsigned char* stage(int i) const {
     return memory + L::query_bytes + i * L::stage_bytes;
@@ -94,22 +99,27 @@ struct Ring {
 template <int blocks>
 __device__ void fetch(const Part<blocks>& part, const TensorMap* query, const TensorMap* queue) {
   using L = Layout<blocks>;
+  Ring<L::stages> ring;
+  int tile = 0;
+  const auto fetch_up_to = [&](int end) {
+    for (; tile < end; ++tile, ring.advance()) {
+      wait_for(part.empty(ring.stage), ring.parity ^ 1);
+      arrive_expecting(part.full(ring.stage), L::stage_bytes);
+      for (int b = 0; b < blocks; ++b) {
+        copy_box(part.stage(ring.stage) + b * L::keys * row_bytes, queue, b * box_columns,
+                 part.begin + tile * L::keys, part.full(ring.stage), Keep::last_out, L::keys);
+      }
+    }
+  };
+  // The queue is older than the previous kernel, the query is what that prepares.
+  fetch_up_to(min(part.tiles, early_tiles));
+  wait_for_previous();
   arrive_expecting(part.query_came(), L::query_bytes);
   for (int b = 0; b < blocks; ++b) {
     copy_box(part.memory + b * tile_rows * row_bytes, query, b * box_columns,
-             static_cast<int>(blockIdx.x) * tile_rows, part.query_came(), Keep::first_out,
-             tile_rows);
+             part.row_tile * tile_rows, part.query_came(), Keep::first_out, tile_rows);
   }
-  Ring<L::stages> ring;
-  for (int tile = 0; tile < part.tiles; ++tile, ring.advance()) {
-    wait_for(part.empty(ring.stage), ring.parity ^ 1);
-    arrive_expecting(part.full(ring.stage), L::stage_bytes);
-    for (int b = 0; b < blocks; ++b) {
-      copy_box(part.stage(ring.stage) + b * L::keys * row_bytes, queue, b * box_columns,
-               static_cast<int>(part.begin) + tile * L::keys, part.full(ring.stage), Keep::last_out,
-               L::keys);
-    }
-  }
+  fetch_up_to(part.tiles);
 }
 
 // The softmax of a thread's two rows (8 apart) of 64, with what they have come to.
@@ -264,9 +274,8 @@ __device__ void multiply(const Part<blocks>& part, const InfoNceSweep& sweep, in
   // Waits for the ring's tile; returns how many of its rows count.
   const auto open_tile = [&](int tile) {
     wait_for(part.full(ring.stage), ring.parity);
-    const int64_t left = part.end - part.begin - int64_t{tile} * keys;
-    if (left >= keys) return keys;
-    const int valid = static_cast<int>(left);
+    const int valid = part.rows - tile * keys;
+    if (valid >= keys) return keys;
     clear_rows<blocks>(part.stage(ring.stage), valid, group * group_threads + thread);
     return valid;
   };
@@ -348,7 +357,7 @@ __device__ void multiply(const Part<blocks>& part, const InfoNceSweep& sweep, in
     hold_all();
   }
 
-  const int64_t first = int64_t{blockIdx.y} * sweep.padded_rows + blockIdx.x * tile_rows +
+  const int64_t first = int64_t{part.slice} * sweep.padded_rows + part.row_tile * tile_rows +
                         group * 64 + thread / 32 * 16 + lane / 4;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
@@ -382,13 +391,25 @@ __device__ float largest(const float* values, int count, int lane) {
   return peak;
 }
 
+// Of the problems of a launch.
+struct SweepMaps {
+  TensorMap query[2], queue[2];
+};
+
 template <DType type, int blocks, bool gradient>
 __global__ void __launch_bounds__(block_threads, 1)
-    sweep_kernel(const __grid_constant__ TensorMap query, const __grid_constant__ TensorMap queue,
-                 const __grid_constant__ InfoNceSweep sweep) {
+    sweep_kernel(const __grid_constant__ SweepMaps maps,
+                 const __grid_constant__ Batch<InfoNceSweep> sweeps) {
   using L = Layout<blocks>;
-  const Part<blocks> part(sweep, static_cast<int>(blockIdx.y));
+  let_next_start();
+  const SweepBlock block(sweeps, tile_rows);
+  const InfoNceSweep& sweep = sweeps.of[block.problem];
+  const TensorMap* query = maps.query + block.problem;
+  const TensorMap* queue = maps.queue + block.problem;
+  const Part<blocks> part(sweep, block);
   if (threadIdx.x == 0) {
+    prefetch_map(query);
+    prefetch_map(queue);
     open_barrier(part.query_came(), 1);
     for (int i = 0; i < L::stages; ++i) {
       open_barrier(part.full(i), 1);
@@ -397,17 +418,17 @@ __global__ void __launch_bounds__(block_threads, 1)
     publish_barriers();
   }
   __syncthreads();
-  wait_for_previous();
 
   // The same for a whole warp, and known to be.
   const int group = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / group_threads - 1, 0);
   if (group < 0) {
     give_registers<24>();
-    if (threadIdx.x == 0) fetch(part, &query, &queue);
+    if (threadIdx.x == 0) fetch(part, query, queue);
   } else {
     take_registers<240>();
+    wait_for_previous();
     const int lane = static_cast<int>(threadIdx.x) % 32;
-    const float* lengths = sweep.query_length + blockIdx.x * tile_rows;
+    const float* lengths = sweep.query_length + block.tile * tile_rows;
     const float longest = largest(sweep.queue_longest, sweep.longest_count, lane) * sweep.scale;
     const float bound = largest(lengths, tile_rows, lane) * longest;
     const int row = group * 64 + static_cast<int>(threadIdx.x) % group_threads / 32 * 16 + lane / 4;
@@ -422,42 +443,41 @@ __global__ void __launch_bounds__(block_threads, 1)
       shift[0] = shift[1] = -INFINITY;
       multiply<type, blocks, gradient, true>(part, sweep, group, shift);
     }
-    let_next_start();
   }
 }
 
 template <DType type, int blocks>
-Status start(const InfoNceSweep& sweep, Stream stream) {
+Status start(const Batch<InfoNceSweep>& sweeps, Stream stream) {
   using L = Layout<blocks>;
-  TensorMap query, queue;
-  Status status = describe_matrix(&query, sweep.query, sweep.padded_rows, sweep.padded_features,
-                                  sweep.padded_features, tile_rows);
-  if (status != Status::ok) return status;
-  status = describe_matrix(&queue, sweep.queue, sweep.queue_length, sweep.features,
-                           sweep.queue_row_stride, L::keys);
-  if (status != Status::ok) return status;
-  LaunchShape shape{};
-  shape.blocks = dim3(static_cast<unsigned>(sweep.padded_rows / tile_rows),
-                      static_cast<unsigned>(sweep.slices));
-  shape.threads = dim3(block_threads);
-  shape.shared_bytes = L::shared_bytes;
-  if (sweep.weighted) {
-    return launch(sweep_kernel<type, blocks, true>, shape, stream, query, queue, sweep);
+  SweepMaps maps{};
+  for (int i = 0; i < sweeps.count; ++i) {
+    const InfoNceSweep& sweep = sweeps.of[i];
+    Status status = describe_matrix(&maps.query[i], sweep.query, sweep.padded_rows,
+                                    sweep.padded_features, sweep.padded_features, tile_rows);
+    if (status != Status::ok) return status;
+    status = describe_matrix(&maps.queue[i], sweep.queue, sweep.queue_length, sweep.features,
+                             sweep.queue_row_stride, L::keys);
+    if (status != Status::ok) return status;
   }
-  return launch(sweep_kernel<type, blocks, false>, shape, stream, query, queue, sweep);
+  unsigned count;
+  const Batch<InfoNceSweep> batch = count_sweep_blocks(sweeps, tile_rows, &count);
+  const LaunchShape shape{count, block_threads, L::shared_bytes, /*overlaps_previous=*/true};
+  return sweeps.of[0].weighted
+             ? launch(sweep_kernel<type, blocks, true>, shape, stream, maps, batch)
+             : launch(sweep_kernel<type, blocks, false>, shape, stream, maps, batch);
 }
 
 template <DType type>
-Status start(const InfoNceSweep& sweep, Stream stream) {
-  switch (sweep.padded_features / box_columns) {
+Status start(const Batch<InfoNceSweep>& sweeps, Stream stream) {
+  switch (sweeps.of[0].padded_features / box_columns) {
     case 1:
-      return start<type, 1>(sweep, stream);
+      return start<type, 1>(sweeps, stream);
     case 2:
-      return start<type, 2>(sweep, stream);
+      return start<type, 2>(sweeps, stream);
     case 3:
-      return start<type, 3>(sweep, stream);
+      return start<type, 3>(sweeps, stream);
     default:
-      return start<type, 4>(sweep, stream);
+      return start<type, 4>(sweeps, stream);
   }
 }
 
@@ -466,13 +486,12 @@ Status start(const InfoNceSweep& sweep, Stream stream) {
 bool sweep_sm90_fits(const InfoNceSweep& sweep) {
   return sweep.dtype != DType::f32 && sweep.padded_features <= 4 * box_columns &&
          reinterpret_cast<uintptr_t>(sweep.queue) % 16 == 0 && sweep.queue_row_stride % 8 == 0 &&
-         sweep.queue_length > 0 && sweep.queue_length < (int64_t{1} << 31) &&
-         sweep.slices < (1 << 16);
+         sweep.queue_length > 0 && sweep.queue_length < (int64_t{1} << 31);
 }
 
-Status sweep_sm90(const InfoNceSweep& sweep, Stream stream) {
-  return sweep.dtype == DType::bf16 ? start<DType::bf16>(sweep, stream)
-                                    : start<DType::f16>(sweep, stream);
+Status sweep_sm90(const Batch<InfoNceSweep>& sweeps, Stream stream) {
+  return sweeps.of[0].dtype == DType::bf16 ? start<DType::bf16>(sweeps, stream)
+                                           : start<DType::f16>(sweeps, stream);
 }
 
 }  // namespace densecl::cuda

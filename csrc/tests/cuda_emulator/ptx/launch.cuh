@@ -16,7 +16,7 @@ struct LaunchShape {
   dim3 blocks;
   dim3 threads;
   int64_t shared_bytes = 0;
-  bool overlaps_previous = false;  // here blocks of two launches never overlap
+  bool overlaps_previous = false;  // from compute capability 9.0
   bool cooperative = false;
 };
 
@@ -48,8 +48,9 @@ Status launch(void (*kernel)(Parameters...), const LaunchShape& shape, void*,
   emulator::run({{b.x, b.y, b.z},
                  {t.x, t.y, t.z},
                  static_cast<std::size_t>(shape.shared_bytes),
-                 shape.cooperative},
-                [&] { std::apply(kernel, values); });
+                 shape.cooperative,
+                 shape.overlaps_previous && device_limits().compute_capability >= 90},
+                [kernel, values] { std::apply(kernel, values); });
   return Status::ok;
 }
 

@@ -25,6 +25,8 @@ inline Status describe_matrix(TensorMap* map, const void* data, int64_t rows, in
   return Status::ok;
 }
 
+inline void prefetch_map(const TensorMap*) {}
+
 enum class Keep : uint64_t { first_out, last_out };
 
 inline void copy_box(void* to, const TensorMap* map, int column, int row, Barrier* barrier, Keep,

@@ -51,11 +51,14 @@ struct InfoNceCall {
   const int64_t* filled;
   InfoNcePlan plan;
   void* workspace;
+  InfoNceKernel kernel;  // portable or sm90
 };
 
-InfoNceKernel info_nce_kernel(const InfoNceCall& call);
+InfoNceKernel info_nce_kernel(const InfoNceCall& call);  // reads all but call.kernel
 
-// Three launches on the stream; nothing waits for the device. kernel is portable or sm90.
-Status info_nce(const InfoNceCall& call, InfoNceKernel kernel, Stream stream);
+// One call or two, of a step's two losses. Three launches on the stream for both where one kernel
+// serves them (the same queue type, features padded alike, gradients of both or neither), three for
+// each otherwise; results are the same bits either way. Nothing waits for the device.
+Status info_nce(const InfoNceCall* calls, int count, Stream stream);
 
 }  // namespace densecl::cuda
