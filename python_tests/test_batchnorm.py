@@ -187,3 +187,17 @@ def test_shuffled_forward_restores_the_order_of_every_output() -> None:
     assert torch.equal(seen[0], seen[2])
     pair = shuffled_forward(lambda x: (x, x + 1), images)
     assert torch.equal(pair[1], images + 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_results_in_place_equal_those_with_gradient_on_a_gpu(
+    layout: torch.memory_format, dtype: torch.dtype
+) -> None:
+    x = torch.randn(10, 6, 5, 4, device="cuda").to(dtype).contiguous(memory_format=layout)
+    one, other = (SplitBatchNorm(6, groups=4).cuda() for _ in range(2))
+    expected = one(x)
+    with torch.no_grad():
+        torch.testing.assert_close(other(x), expected.detach())
+    torch.testing.assert_close(other.running_var, one.running_var)
