@@ -1,4 +1,7 @@
-"""`python -m benchmarks --out DIR`: measure, then write results.json, table.md and the charts."""
+"""`python -m benchmarks --out DIR`: measure, then write results.json, table.md and the charts.
+
+Of a folder that gpu_rows.py wrote, --report-only rewrites those.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks import report
+from benchmarks import gpu_report, report
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -45,13 +48,18 @@ def measure(out: Path, quick: bool, words: str | None) -> int:
 def write_report(out: Path) -> None:
     """table.md and the charts beside results.json, and the demands on the terminal."""
     results = report.load(out / "results.json")
-    (out / "table.md").write_text(report.markdown(results), encoding="utf-8")
+    if results.get("suite") == "gpu":
+        text, asked = gpu_report.markdown(results), gpu_report.asked_table(results)
+    else:
+        text = report.markdown(results)
+        found = report.verdicts(report.entries(results), results["skipped"])
+        ran = [verdict for verdict in found if verdict.ratio != report.NOT_RUN]
+        asked = report.table(report.HEADER, report.verdict_lines(ran))
+    (out / "table.md").write_text(text, encoding="utf-8")
     from benchmarks import charts
 
     written = charts.draw(report.entries(results), results, out)
-    found = report.verdicts(report.entries(results), results["skipped"])
-    ran = [verdict for verdict in found if verdict.ratio != report.NOT_RUN]
-    print(report.table(report.HEADER, report.verdict_lines(ran)))
+    print(asked)
     print(f"wrote {', '.join(['results.json', 'table.md', *written])} in {out}")
 
 

@@ -1,6 +1,6 @@
 """`make gpu`: everything that needs a GPU, on a machine that has one and reaches no package index.
 
-    python -m benchmarks.gpu [--part all|build|test|sanitize|bench] [--out DIR]
+    python -m benchmarks.gpu [--part all|build|test|sanitize|bench|step] [--out DIR]
 
 It uses the Python it runs under, and that Python's torch. What is missing there (pytest,
 compute-sanitizer, ...) is named and its part left out; a part that fails does not stop the others.
@@ -86,9 +86,9 @@ def sanitize(out: Path) -> int:
 
 
 def bench(out: Path) -> int:
-    """The benchmark's GPU rows."""
-    need("pytest", "pytest_benchmark", "matplotlib", "numpy")
-    return call([sys.executable, "-m", "benchmarks", "--out", str(out), "-k", "cuda"])
+    """The ops' rows: results.json, table.md, charts where matplotlib is there."""
+    need("numpy")
+    return call([sys.executable, "-m", "benchmarks.gpu_rows", "--out", str(out)])
 
 
 PARTS: dict[str, Callable[[Path], int]] = {

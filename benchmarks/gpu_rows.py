@@ -1,0 +1,144 @@
+"""`python -m benchmarks.gpu_rows --out DIR`: measure the GPU's rows, and write what is known so far.
+
+Rows run in a process of their own, one after the other. A row that fails, hangs or takes the process
+along leaves its reason in results.json; the next one gets a new process. results.json and table.md
+are rewritten after every row, so that a run may end at any time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import gpu_report, gpu_suites, report
+from benchmarks.child import Child, Lost
+from benchmarks.memory import MemoryProcess
+from benchmarks.suites import Row, from_message
+
+ROW_LIMIT, MEMORY_LIMIT = 90.0, 40.0  # seconds without an answer: something hangs
+
+
+def measure(
+    out: Path, device: str, *, quick: bool, words: str = "", seconds: float = 170.0
+) -> dict[str, Any]:
+    """Measure all rows whose id has `words`, in so many seconds; returns what results.json holds."""
+    started = time.monotonic()
+    results: dict[str, Any] = {
+        "suite": "gpu",
+        "machine_info": None,
+        "datetime": datetime.datetime.now(datetime.timezone.utc).isoformat(),
+        "quick": quick,
+        "benchmarks": [],
+        "skipped": {},
+    }
+    worker = Child("benchmarks.gpu_worker", device, *(["--quick"] if quick else []))
+    memories = MemoryProcess(torch.get_num_threads())
+    try:
+        found = ask(worker, "machine")
+        results["machine_info"] = found.get("info")
+        if "error" in found:
+            results["skipped"]["machine"] = found["error"]
+        for row in gpu_suites.rows():
+            if words not in row.id:
+                continue
+            if time.monotonic() - started > seconds:
+                results["skipped"][row.id] = f"not run: the {seconds:.0f} s were over"
+                continue
+            found = ask(worker, row.id)
+            if "error" in found:
+                results["skipped"][row.id] = found["error"]
+            else:
+                info = found["info"]
+                add_memory(row, info, device, memories)
+                results["benchmarks"].append({"extra_info": info})
+            write(out, results)
+            print(f"{row.id}: {gpu_report.line(results, row.id)}", flush=True)
+    finally:
+        worker.kill()
+        memories.close()
+        results["seconds"] = round(time.monotonic() - started, 1)
+        write(out, results)
+    return results
+
+
+def ask(worker: Child, row: str) -> dict[str, Any]:
+    """The worker's answer, or {"error": why there is none}; a broken worker is ended."""
+    try:
+        found = worker.ask({"row": row}, ROW_LIMIT)
+    except Lost as error:
+        return {"error": f"failed: {error}"}
+    if not found.pop("works"):
+        worker.kill()
+    if "error" in found:
+        found["error"] = f"failed: {found['error']}"
+    return found
+
+
+def add_memory(row: Row, info: dict[str, Any], device: str, memories: MemoryProcess) -> None:
+    """Peak extra bytes of the candidates that ran and are asked for."""
+    case = from_message(info["case"])
+    for name in row.memory:
+        if name in info["candidates"]:
+            peak = memories.peak(case.message(), name, device, MEMORY_LIMIT)
+            info["candidates"][name]["peak_bytes"] = peak
+
+
+def write(out: Path, results: dict[str, Any]) -> None:
+    """results.json and table.md, each whole at any time."""
+    for name, text in (
+        ("results.json", json.dumps(results, indent=1) + "\n"),
+        ("table.md", gpu_report.markdown(results)),
+    ):
+        partial = out / f".{name}"
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(out / name)
+
+
+def failures(results: dict[str, Any]) -> list[str]:
+    """Rows that failed, and candidates that computed something else or failed where ours did."""
+    found = [f"{name}: {why}" for name, why in results["skipped"].items() if "failed" in why]
+    for benchmark in results["benchmarks"]:
+        info = benchmark["extra_info"]
+        for name, why in info["absent"].items():
+            if why.startswith("wrong") or (name == "ours" and why.startswith("failed")):
+                found.append(f"{info['row']}: {name}: {why}")
+    return found
+
+
+def main() -> int:
+    """Exit status: 0 where no row failed and no result was wrong."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_rows", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("build/gpu"), help="folder to write")
+    parser.add_argument("--device", default="cuda", help="cpu only with --quick")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: does everything run?")
+    parser.add_argument("-k", default="", metavar="WORD", help="only rows whose id has it")
+    parser.add_argument("--seconds", type=float, default=170.0, help="no row starts after these")
+    options = parser.parse_args()
+    if options.device == "cpu" and not options.quick:
+        parser.error("--device cpu measures nothing: only with --quick")
+    out = options.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    results = measure(
+        out, options.device, quick=options.quick, words=options.k, seconds=options.seconds
+    )
+    print(gpu_report.asked_table(results))
+    try:
+        from benchmarks import charts
+
+        charts.draw(report.entries(results), results, out)
+    except ImportError as error:
+        print(f"no charts: {error}")
+    failed = failures(results)
+    print("\n".join(failed) or f"wrote results.json and table.md in {out}")
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
