@@ -167,8 +167,9 @@ def shuffled_forward(module: Callable[..., tuple], images: Tensor, **kwargs: Any
     """Run ``module`` on the images in random order and give its outputs in the original order.
 
     With it the groups of :class:`SplitBatchNorm` hold other images at every step. The permutation
-    comes from torch's global CPU generator: ``torch.manual_seed`` repeats it, and saving
-    ``torch.get_rng_state()`` resumes it.
+    is drawn on the images' device by its global generator, so that nothing waits and a captured
+    CUDA graph draws a new one at every replay: ``torch.manual_seed`` repeats it, and saving
+    ``torch.get_rng_state()`` or ``torch.cuda.get_rng_state()`` resumes it.
 
     Args:
         module: called as ``module(images, **kwargs)``; returns a (named) tuple of tensors whose
@@ -179,9 +180,9 @@ def shuffled_forward(module: Callable[..., tuple], images: Tensor, **kwargs: Any
     Returns:
         The tuple, every tensor of it un-permuted: row i belongs to ``images[i]``.
     """
-    order = torch.randperm(images.shape[0])
-    back = torch.argsort(order).to(images.device, non_blocking=True)
-    outputs = module(images[order.to(images.device, non_blocking=True)], **kwargs)
+    order = torch.randperm(images.shape[0], device=images.device)
+    back = torch.argsort(order)
+    outputs = module(images[order], **kwargs)
     ordered = [None if output is None else output[back] for output in outputs]
     make = getattr(type(outputs), "_make", tuple)  # a named tuple stays one
     return make(ordered)

@@ -100,9 +100,12 @@ def random_match(
         images: N.
         query_grid: sizes of the query grid.
         key_grid: sizes of the key grid; the query's where None.
-        device: where the result is wanted.
-        generator: a CPU generator; torch's global one where None.
+        device: where the result is wanted, and drawn.
+        generator: of that device or of the CPU; the device's global one where None.
     """
     key_positions = math.prod(query_grid if key_grid is None else key_grid)
-    match = torch.randint(key_positions, (images, math.prod(query_grid)), generator=generator)
-    return match.to(device, non_blocking=True)
+    shape = images, math.prod(query_grid)
+    if generator is None:
+        return torch.randint(key_positions, shape, device=device)
+    match = torch.randint(key_positions, shape, generator=generator, device=generator.device)
+    return match.to(device)

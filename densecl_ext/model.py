@@ -15,6 +15,7 @@ from densecl_ext.losses import DenseCLLoss
 from densecl_ext.matching import MATCHINGS, feature_match, geometric_match, random_match
 from densecl_ext.momentum import MomentumEncoder
 from densecl_ext.necks import DenseCLNeck, NeckOutput
+from densecl_ext.phases import phase
 from densecl_ext.queue import KeyQueue
 
 
@@ -206,29 +207,35 @@ class DenseCL(nn.Module):
         self._check(view_q, view_k, crop_q, crop_k)
         loss_lambda = self._current_lambda()
         if self.training:
-            self.momentum_encoder.update_(Encoder(self.backbone, self.neck))
-        query = self._query(view_q)
-        key = self._key(view_k)
+            with phase("momentum"):
+                self.momentum_encoder.update_(Encoder(self.backbone, self.neck))
+        with phase("query_forward"):
+            query = self._query(view_q)
+        with phase("key_forward"):
+            key = self._key(view_k)
         metrics = self._queue_metrics(loss_lambda, view_q.device)
         match = None
         if self.with_dense:
-            match = self._match(query, key, crop_q, crop_k)
-            metrics |= _match_metrics(match, self._truth(query, key, crop_q, crop_k))
-        if self.with_global:
-            metrics |= _vector_metrics(query.vector, key.vector)
-        loss, loss_global, loss_dense = self.criterion(
-            query.vector,
-            key.vector,
-            query.grid,
-            key.grid,
-            self.global_queue,
-            self.dense_queue,
-            match=match,
-            loss_lambda=loss_lambda,
-        )
+            with phase("matching"):
+                match = self._match(query, key, crop_q, crop_k)
+                metrics |= _match_metrics(match, self._truth(query, key, crop_q, crop_k))
+        with phase("losses"):
+            if self.with_global:
+                metrics |= _vector_metrics(query.vector, key.vector)
+            loss, loss_global, loss_dense = self.criterion(
+                query.vector,
+                key.vector,
+                query.grid,
+                key.grid,
+                self.global_queue,
+                self.dense_queue,
+                match=match,
+                loss_lambda=loss_lambda,
+            )
         if self.training:
-            self._enqueue_(key)
-            self.step.add_(1)
+            with phase("enqueue"):
+                self._enqueue_(key)
+                self.step.add_(1)
         return DenseCLOutput(loss, loss_global, loss_dense, metrics)
 
     @torch.no_grad()

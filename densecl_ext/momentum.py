@@ -21,7 +21,8 @@ class MomentumEncoder(nn.Module):
 
     Args:
         module: the query encoder. What it holds now, pre-trained or not, is where the copy starts.
-        momentum: m in [0, 1]; may be reassigned between updates (a schedule).
+        momentum: m in [0, 1]. The attribute may be reassigned between updates (a schedule), also by
+            a 0-d tensor on the parameters' device, which a captured CUDA graph then follows.
         bn_groups: with more than 1, the copy's batch norms normalise so many groups of the batch
             apart (:class:`densecl_ext.batchnorm.SplitBatchNorm`).
 
@@ -42,7 +43,7 @@ class MomentumEncoder(nn.Module):
         super().__init__()
         if not 0.0 <= momentum <= 1.0:
             raise ValueError(f"MomentumEncoder: momentum must lie in [0, 1], got {momentum}")
-        self.momentum = float(momentum)
+        self.momentum: float | Tensor = float(momentum)
         self.module = copy.deepcopy(module)
         if bn_groups != 1:
             self.module = split_batch_norms(self.module, bn_groups)
@@ -77,7 +78,7 @@ class MomentumEncoder(nn.Module):
 
     def extra_repr(self) -> str:
         """Settings for ``print(encoder)``."""
-        return f"momentum={self.momentum}"
+        return f"momentum={float(self.momentum):g}"
 
     def _pairs(self, module: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
         """Parameters of the copy and of ``module``, paired by name, tied ones once."""

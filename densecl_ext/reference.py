@@ -108,7 +108,9 @@ def dense_info_nce(
 
 
 @torch.no_grad()
-def ema_update_(targets: Sequence[Tensor], sources: Sequence[Tensor], momentum: float) -> None:
+def ema_update_(
+    targets: Sequence[Tensor], sources: Sequence[Tensor], momentum: float | Tensor
+) -> None:
     """Momentum update, one parameter at a time (MoCo, eq. 2); see ``densecl_ext.ops``."""
     for target, source in zip(targets, sources, strict=True):
         dtype = torch.promote_types(target.dtype, torch.float32)

@@ -29,6 +29,7 @@ LEVELS = [
         "matching",
         "momentum",
         "necks",
+        "phases",
         "queue",
     },
     {"model", "data"},

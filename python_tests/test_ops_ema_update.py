@@ -51,6 +51,35 @@ def test_against_float64(
         assert all(torch.equal(t, c) for t, c in zip(targets, copies, strict=True))
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.9, 0.999, 1.0])
+def test_a_momentum_in_a_tensor_gives_the_bits_of_the_number(momentum: float) -> None:
+    expected, target, other = randn(1003), randn(1003), randn(1003, seed=1)
+    ops.ema_update_([expected], [other], momentum)
+    scheduled = torch.tensor(momentum, dtype=torch.float64)
+    ops.ema_update_([target], [other], scheduled)
+    assert torch.equal(target, expected)
+    target = randn(1003)
+    ops.ema_update_([target], [other], scheduled.float().reshape(1))
+    assert torch.allclose(target, expected, rtol=0.0, atol=1e-6)
+    target = randn(1003)
+    torch.ops.densecl_ext.ema_update_(target_list := [target], [other], scheduled)
+    assert torch.equal(target_list[0], expected)
+
+
+def test_a_momentum_in_a_tensor_is_checked() -> None:
+    target, other = torch.ones(3), torch.zeros(3)
+    for momentum, error, words in [
+        (torch.tensor(1.5), ValueError, r"momentum must lie in \[0, 1\], got 1\.5"),
+        (torch.ones(2), ValueError, r"momentum must have one element, got \(2,\)"),
+        (torch.tensor(1), TypeError, "momentum must be floating point, got int64"),
+        (torch.ones((), device="meta"), RuntimeError, "momentum must be on targets"),
+        ("0.9", TypeError, "momentum must be a number, got str"),
+    ]:
+        with pytest.raises(error, match=words):
+            ops.ema_update_([target], [other], momentum)  # type: ignore[arg-type]
+        assert (target == 1.0).all() and target._version == 0
+
+
 def test_hundreds_of_tensors() -> None:
     """Spans of a task cross the borders between tensors; empty ones lie in between."""
     sizes = [(i * 37) % 500 for i in range(600)] + [70_000, 0, 1]

@@ -75,6 +75,11 @@ OPCHECK: dict[str, Callable[[], tuple[Any, tuple, dict[str, Any]]]] = {
         ([randn(3), randn(2, 2).bfloat16()], [randn(3, seed=1), randn(2, 2, seed=1)], 0.9),
         {},
     ),
+    "ema_update_.tensor_momentum": lambda: (
+        namespace.ema_update_.tensor_momentum,
+        ([randn(3), randn(2, 2)], [randn(3, seed=1), randn(2, 2, seed=1)], torch.tensor(0.9)),
+        {},
+    ),
     "enqueue_": lambda: (
         namespace.enqueue_,
         (randn(5, 8), torch.tensor([4]), randn(3, 8)),
@@ -116,6 +121,11 @@ OPCHECK: dict[str, Callable[[], tuple[Any, tuple, dict[str, Any]]]] = {
         ([randn(3), randn(2, 2).T], [randn(3, seed=1).half(), randn(2, 2, seed=1)], 0.5),
         {},
     ),
+    "_ema_update_-tensor": lambda: (
+        namespace._ema_update_,
+        ([randn(3)], [randn(3, seed=1)], 0.0, torch.tensor(0.9, dtype=torch.float64)),
+        {},
+    ),
     "_enqueue_": lambda: (
         namespace._enqueue_,
         (randn(5, 8), torch.tensor([4]), randn(3, 8), torch.tensor(2), True),
@@ -128,7 +138,8 @@ OPCHECK: dict[str, Callable[[], tuple[Any, tuple, dict[str, Any]]]] = {
 def test_opcheck(case: str) -> None:
     """Schema (what is mutated, what aliases), autograd's registration, fake kernel, AOT tracing."""
     op, arguments, options = OPCHECK[case]()
-    torch.library.opcheck(op.default, arguments, options)
+    overload = op if isinstance(op, torch._ops.OpOverload) else op.default
+    torch.library.opcheck(overload, arguments, options)
 
 
 def test_every_op_is_checked() -> None:

@@ -32,6 +32,13 @@ inline bool same_layout(const Tensor& a, const Tensor& b) {
   return true;
 }
 
+// A momentum that lies on the device, to be read there.
+inline const double* scheduled_momentum(const Tensor& momentum, const char* op) {
+  STD_TORCH_CHECK(momentum.scalar_type() == ScalarType::Double && momentum.numel() == 1, op,
+                  ": momentum must be one float64 element");
+  return static_cast<const double*>(momentum.const_data_ptr());
+}
+
 // Targets and sources as stretches of memory in the same order. Tensors that are none get
 // contiguous stand-ins, which copy_back() writes to the targets after the update.
 class EmaPairs {

@@ -1,3 +1,5 @@
+#include <optional>
+
 #include "ops/ema_pairs.h"
 
 namespace densecl::binding {
@@ -5,7 +7,9 @@ namespace {
 
 constexpr char op[] = "ema_update_";
 
-void ema_update_cpu(std::vector<Tensor> targets, std::vector<Tensor> sources, double momentum) {
+void ema_update_cpu(std::vector<Tensor> targets, std::vector<Tensor> sources, double momentum,
+                    std::optional<Tensor> scheduled) {
+  if (scheduled.has_value()) momentum = *scheduled_momentum(*scheduled, op);
   EmaPairs pairs(targets, sources, op);
   TorchExecutor executor;
   check(ema_update(pairs.data(), pairs.size(), momentum, executor), op);

@@ -8,6 +8,7 @@ GPU that would wait for the device), and not while torch.compile traces.
 from __future__ import annotations
 
 import math
+import numbers
 
 import torch
 from torch import Tensor
@@ -89,6 +90,22 @@ def is_queue(op: str, queue: Tensor, dim: int, other: str) -> None:
             f"{op}: queue must not require grad, its rows are constants of the loss; "
             "pass queue.detach()"
         )
+
+
+def is_momentum(op: str, momentum: float | Tensor) -> None:
+    """A number in [0, 1], or a floating-point tensor that holds one."""
+    if isinstance(momentum, Tensor):
+        if not momentum.dtype.is_floating_point:
+            raise TypeError(f"{op}: momentum must be floating point, got {short(momentum.dtype)}")
+        if momentum.numel() != 1:
+            raise ValueError(f"{op}: momentum must have one element, got {size(momentum)}")
+        if not values_are_readable(momentum):
+            return
+    elif not isinstance(momentum, (numbers.Real, torch.SymFloat)):
+        raise TypeError(f"{op}: momentum must be a number, got {type(momentum).__name__}")
+    value = float(momentum)
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"{op}: momentum must lie in [0, 1], got {value}")
 
 
 def is_temperature(op: str, temperature: float) -> None:

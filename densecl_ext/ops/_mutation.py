@@ -13,5 +13,4 @@ def record(*tensors: Tensor) -> None:
     While torch.compile traces, functionalization keeps the books.
     """
     if not torch.compiler.is_compiling():
-        for tensor in tensors:
-            torch.autograd.graph.increment_version(tensor)
+        torch.autograd.graph.increment_version(tensors)

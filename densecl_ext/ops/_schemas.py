@@ -24,8 +24,8 @@ _library = torch.library.Library("densecl_ext", "FRAGMENT")
 
 
 def _define(schema: str, function: Any) -> None:
-    name = _library.define(schema)
-    _library.impl(name.split("::")[-1], function, "CompositeImplicitAutograd")
+    _library.define(schema)
+    _library.impl(schema.split("(")[0], function, "CompositeImplicitAutograd")
 
 
 _define(
@@ -41,6 +41,10 @@ _define(
     dense_match,
 )
 _define("ema_update_(Tensor(a!)[] targets, Tensor[] sources, float momentum) -> ()", ema_update_)
+_define(
+    "ema_update_.tensor_momentum(Tensor(a!)[] targets, Tensor[] sources, Tensor momentum) -> ()",
+    ema_update_,
+)
 _define(
     "enqueue_(Tensor(a!) queue, Tensor(b!) pointer, Tensor keys, *, Tensor(c!)? filled=None, "
     "bool normalize=True) -> ()",

@@ -29,9 +29,9 @@ from densecl_ext.train.run_folder import RunFolder
 from densecl_ext.train.schedule import cosine_lr
 from densecl_ext.train.signals import StopRequest
 from densecl_ext.train.state import initial_state, restore, seed_everything, snapshot
+from densecl_ext.train.step import TrainingStep
 
 OWN_BACKBONE = "custom"
-LOSSES = ("loss", "loss_global", "loss_dense")
 
 
 class TrainingDiverged(RuntimeError):
@@ -129,13 +129,13 @@ def pretrain(
         seed_everything(config.seed)
         if backbone is None:
             backbone = starting_backbone(config)
-        model = build_model(config, backbone, steps_per_epoch)
+        model = build_model(config, backbone, steps_per_epoch).to(device).train()
         optimizer = build_optimizer(config, model)
         if checkpoint is None:
             folder.clear()  # not earlier: an error above would have cost the run that is replaced
         loggers = build_loggers(config, folder, checkpoint["step"] if checkpoint else None)
-        fabric = build_fabric(config, device, loggers)
-        train_step, fabric_optimizer = fabric.setup(model, optimizer)
+        fabric = build_fabric(device, loggers)
+        train_step = TrainingStep(model, optimizer, precision=config.precision)
         window = Window(device)
         state = initial_state(
             config, loader.files, model=model, optimizer=optimizer, loader=loader, window=window
@@ -155,7 +155,6 @@ def pretrain(
         memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         progress.message(describe(state, total))
         progress.start(step=state["step"], total=last, batch_size=config.batch_size)
-        train_step.train()
         for views in batches(state, config.epochs, last, stop):
             lr = cosine_lr(float(config.lr), state["step"], total, every=lr_every)
             for group in optimizer.param_groups:
@@ -163,17 +162,13 @@ def pretrain(
             output = train_step(
                 views.view_q.contiguous(memory_format=memory_format),
                 views.view_k.contiguous(memory_format=memory_format),
-                crop_q=views.crop_q,
-                crop_k=views.crop_k,
+                views.crop_q,
+                views.crop_k,
             )
-            fabric.backward(output.loss)
-            fabric_optimizer.step()
-            fabric_optimizer.zero_grad(set_to_none=True)
 
             state["step"] += 1
             step = state["step"]
-            losses = {name: getattr(output, name) for name in LOSSES}
-            window.add(losses | output.metrics, config.batch_size)
+            window.add(output.scalars(), config.batch_size)
             keep = step % keep_every == 0
             if step % config.log_every == 0 or step == last:
                 require_finite(state, folder)

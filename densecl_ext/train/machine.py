@@ -1,4 +1,4 @@
-"""What the run computes on: device and precision."""
+"""What the run computes on."""
 
 from __future__ import annotations
 
@@ -7,21 +7,6 @@ from typing import Any
 import torch
 from lightning.fabric import Fabric
 from lightning.fabric.loggers.logger import Logger
-from lightning.fabric.plugins import MixedPrecision, Precision
-
-from densecl_ext.train.config import PretrainConfig
-
-
-class KeepInputs(MixedPrecision):
-    """Autocast to bfloat16 that leaves the inputs alone.
-
-    Fabric's own plugin rounds every floating input, which would move the crop boxes by whole
-    pixels.
-    """
-
-    def convert_input(self, data: Any) -> Any:
-        """Returns the inputs as they are; autocast converts where an operator wants it."""
-        return data
 
 
 def pick_device(name: str) -> torch.device:
@@ -63,18 +48,17 @@ def has_native_bf16(device: torch.device) -> bool:
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
-def build_fabric(config: PretrainConfig, device: torch.device, loggers: list[Logger]) -> Fabric:
-    """Fabric on one device, in the precision of the (resolved) configuration.
+def build_fabric(device: torch.device, loggers: list[Logger]) -> Fabric:
+    """Fabric on one device, for its loggers and for what it knows of launchers.
+
+    Precision, backward and optimizer are `TrainingStep`'s, which runs without Lightning too.
 
     Raises:
         RuntimeError: started by a launcher with several processes.
     """
-    bf16 = config.precision == "bf16"
-    precision: Precision = KeepInputs("bf16-mixed", device.type) if bf16 else Precision()
     fabric = Fabric(
         accelerator=device.type,
         devices=1 if device.type == "cpu" else [device.index],
-        plugins=[precision],
         loggers=loggers,
     )
     if fabric.world_size > 1:

@@ -14,8 +14,7 @@ constexpr int64_t task_elements = 32768;
 
 EmaFunction mix_of(Isa isa) {
 #if defined(__x86_64__)
-  if (isa >= Isa::avx512) return ema_avx512;
-  if (isa == Isa::avx2) return ema_avx2;
+  if (isa >= Isa::avx2) return ema_avx2;  // memory is the limit: wider vectors gain nothing
 #endif
 #if defined(__aarch64__)
   if (isa == Isa::neon) return ema_neon;

@@ -17,7 +17,6 @@ using EmaFunction = void (*)(const EmaSpan&);
 void ema_serial(const EmaSpan&);
 void ema_neon(const EmaSpan&);
 void ema_avx2(const EmaSpan&);
-void ema_avx512(const EmaSpan&);
 
 template <class V>
 void mix_strip(float* target, const float* source, int64_t count, float keep, float take) {
@@ -25,13 +24,20 @@ void mix_strip(float* target, const float* source, int64_t count, float keep, fl
   const auto mix = [&](const float* t, const float* s) {
     return V::fma(kept, V::load(t), V::mul(taken, V::load(s)));
   };
-  constexpr int64_t ahead = 512;  // hardware prefetching stops at each 4 KiB page
+  // Hardware prefetching stops at each 4 KiB page. Into the second-level cache: the first has too
+  // few lines under way to also hold what comes later.
+  constexpr int64_t ahead = 512;
+  constexpr int locality = 2;
+  constexpr int64_t line = 16;  // elements of a cache line
+  static_assert(line % V::width == 0);
   int64_t i = 0;
-  for (; i + V::width <= count; i += V::width) {
-    __builtin_prefetch(target + i + ahead);
-    __builtin_prefetch(source + i + ahead);
-    V::store(target + i, mix(target + i, source + i));
+  for (; i + line <= count; i += line) {
+    __builtin_prefetch(target + i + ahead, 0, locality);
+    __builtin_prefetch(source + i + ahead, 0, locality);
+    for (int64_t k = i; k < i + line; k += V::width)
+      V::store(target + k, mix(target + k, source + k));
   }
+  for (; i + V::width <= count; i += V::width) V::store(target + i, mix(target + i, source + i));
   if (i == count) return;
   // The tail goes through the same vector arithmetic, so an element's bits never depend on where
   // it stands.

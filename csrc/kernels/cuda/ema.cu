@@ -23,7 +23,8 @@ static_assert(ema_chunk % (threads * group) == 0);
 
 template <int capacity>
 struct Table {
-  float keep, take;  // momentum and 1 - momentum
+  const double* scheduled;  // or null
+  double momentum;
   int pairs;
   EmaEntry entries[capacity];
 };
@@ -121,22 +122,24 @@ __global__ void __launch_bounds__(threads)
   }
   const EmaEntry& entry = table.entries[low];
   const int64_t begin = static_cast<int64_t>(blockIdx.x - entry.first_chunk) * ema_chunk;
+  const double momentum = table.scheduled ? *table.scheduled : table.momentum;
+  const float keep = static_cast<float>(momentum), take = static_cast<float>(1.0 - momentum);
   switch (static_cast<DType>(entry.target_dtype)) {
     case DType::f32:
-      return mix_chunk_into<F32>(entry, begin, table.keep, table.take);
+      return mix_chunk_into<F32>(entry, begin, keep, take);
     case DType::bf16:
-      return mix_chunk_into<Bf16>(entry, begin, table.keep, table.take);
+      return mix_chunk_into<Bf16>(entry, begin, keep, take);
     case DType::f16:
-      return mix_chunk_into<F16>(entry, begin, table.keep, table.take);
+      return mix_chunk_into<F16>(entry, begin, keep, take);
   }
 }
 
 template <int capacity>
 Status launch_table(const EmaEntry* entries, const EmaLaunch& plan, double momentum,
-                    Stream stream) {
+                    const double* scheduled, Stream stream) {
   Table<capacity> table;
-  table.keep = static_cast<float>(momentum);
-  table.take = static_cast<float>(1.0 - momentum);
+  table.scheduled = scheduled;
+  table.momentum = momentum;
   table.pairs = static_cast<int>(plan.count);
   for (int64_t i = 0; i < plan.count; ++i) table.entries[i] = entries[plan.first + i];
   return launch(ema_kernel<capacity>, {static_cast<unsigned>(plan.chunks), threads}, stream, table);
@@ -144,13 +147,14 @@ Status launch_table(const EmaEntry* entries, const EmaLaunch& plan, double momen
 
 }  // namespace
 
-Status ema_update(const EmaPair* pairs, int64_t pair_count, double momentum, Stream stream) {
+Status ema_update(const EmaPair* pairs, int64_t pair_count, double momentum, Stream stream,
+                  const double* scheduled) {
   const EmaPlan plan = plan_ema(pairs, pair_count);
   for (const EmaLaunch& one : plan.launches) {
     const Status status =
         one.count <= ema_small_table
-            ? launch_table<ema_small_table>(plan.entries.data(), one, momentum, stream)
-            : launch_table<ema_large_table>(plan.entries.data(), one, momentum, stream);
+            ? launch_table<ema_small_table>(plan.entries.data(), one, momentum, scheduled, stream)
+            : launch_table<ema_large_table>(plan.entries.data(), one, momentum, scheduled, stream);
     if (status != Status::ok) return status;
   }
   return Status::ok;

@@ -1,5 +1,7 @@
 #include "densecl/cuda/ema.h"
 
+#include <optional>
+
 #include "ops/cuda/common.h"
 #include "ops/ema_pairs.h"
 
@@ -9,13 +11,20 @@ namespace {
 constexpr char op[] = "ema_update_";
 
 // All tensors on one device: the Python function groups them.
-void ema_update_cuda(std::vector<Tensor> targets, std::vector<Tensor> sources, double momentum) {
+void ema_update_cuda(std::vector<Tensor> targets, std::vector<Tensor> sources, double momentum,
+                     std::optional<Tensor> scheduled) {
   if (targets.empty()) return;
   const OnDeviceOf device(targets[0], op, "targets[0]");
   for (const Tensor& target : targets) device.require(target, op, "every target");
   for (const Tensor& source : sources) device.require(source, op, "every source");
+  const double* on_device = nullptr;
+  if (scheduled.has_value()) {
+    device.require(*scheduled, op, "momentum");
+    on_device = scheduled_momentum(*scheduled, op);
+  }
   EmaPairs pairs(targets, sources, op);
-  check_launch(cuda::ema_update(pairs.data(), pairs.size(), momentum, device.stream()), op);
+  check_launch(cuda::ema_update(pairs.data(), pairs.size(), momentum, device.stream(), on_device),
+               op);
   pairs.copy_back();
 }
 

@@ -130,6 +130,18 @@ TEST(CudaEma, TheSameBitsAsTheCpu) {
   }
 }
 
+TEST(CudaEma, AMomentumOnTheDeviceGivesTheBitsOfTheNumber) {
+  Typed mine(normal(5000, 1), DType::f32), theirs(normal(5000, 1), DType::f32);
+  Typed source(normal(5000, 2), DType::f32);
+  for (const double momentum : {0.0, 0.3, 0.999, 1.0}) {
+    const EmaPair pair{mine.data(), source.data(), DType::f32, DType::f32, 5000};
+    const EmaPair other{theirs.data(), source.data(), DType::f32, DType::f32, 5000};
+    ASSERT_EQ(ema_update(&pair, 1, -1.0, nullptr, &momentum), Status::ok);
+    ASSERT_EQ(ema_update(&other, 1, momentum, nullptr), Status::ok);
+    EXPECT_EQ(mine.bytes(), theirs.bytes()) << momentum;
+  }
+}
+
 TEST(CudaEma, TargetAndSourceMayBeOne) {
   Typed both(normal(777, 1), DType::f32);
   const std::vector<unsigned char> before = both.bytes();

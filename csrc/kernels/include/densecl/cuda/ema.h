@@ -39,7 +39,9 @@ struct EmaPlan {
 
 EmaPlan plan_ema(const EmaPair* pairs, int64_t pair_count);
 
-// Float32 results are the bits of the CPU kernels with fused multiply-add.
-Status ema_update(const EmaPair* pairs, int64_t pair_count, double momentum, Stream stream);
+// Float32 results are the bits of the CPU kernels with fused multiply-add. scheduled, where given,
+// is on the device and stands for momentum: a captured graph then follows a schedule.
+Status ema_update(const EmaPair* pairs, int64_t pair_count, double momentum, Stream stream,
+                  const double* scheduled = nullptr);
 
 }  // namespace densecl::cuda
