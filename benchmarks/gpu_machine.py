@@ -74,8 +74,9 @@ def ceilings(device: torch.device, clock: Clock, *, quick: bool) -> dict[str, fl
         "copy": lambda: copy(megabytes, device, clock, tries),
         "launch": lambda: launch(one, 50, clock),
         "launch_alone": lambda: launch(one, 1, clock),
-        "launch_from_python": lambda: spread(clock.seconds(one.zero_, 200) for _ in range(9))[0]
-        / 200,
+        "launch_from_python": lambda: (
+            spread(clock.seconds(one.zero_, 200) for _ in range(9))[0] / 200
+        ),
     }
     found: dict[str, float | str] = {}
     for name, probe in probes.items():

@@ -74,9 +74,7 @@ def judge(
         return judge_alone(asked, row, limit, copy)
     others = [name for name in asked.against.split(" | ") if name in row.seconds]
     if not others:
-        reasons = [
-            row.absent[name] for name in asked.against.split(" | ") if name in row.absent
-        ]
+        reasons = [row.absent[name] for name in asked.against.split(" | ") if name in row.absent]
         return Verdict(row.title, "", asked.against, "; ".join(reasons) or NOT_RUN, limit, None)
     other = min(others, key=lambda name: pair(row, name)[1])
     ours, theirs, how = pair(row, other)

@@ -1,8 +1,8 @@
-"""`python -m benchmarks.gpu_rows --out DIR`: measure the GPU's rows, and write what is known so far.
+"""`python -m benchmarks.gpu_rows --out DIR`: measure the GPU's rows, and write what is known.
 
-Rows run in a process of their own, one after the other. A row that fails, hangs or takes the process
-along leaves its reason in results.json; the next one gets a new process. results.json and table.md
-are rewritten after every row, so that a run may end at any time.
+Rows run in a process of their own, one after the other. A row that fails, hangs or takes the
+process along leaves its reason in results.json; the next one gets a new process. results.json and
+table.md are rewritten after every row, so that a run may end at any time.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ROW_LIMIT, MEMORY_LIMIT = 90.0, 40.0  # seconds without an answer: something han
 def measure(
     out: Path, device: str, *, quick: bool, words: str = "", seconds: float = 170.0
 ) -> dict[str, Any]:
-    """Measure all rows whose id has `words`, in so many seconds; returns what results.json holds."""
+    """Measure the rows whose id has `words`, in so many seconds; returns results.json."""
     started = time.monotonic()
     results: dict[str, Any] = {
         "suite": "gpu",

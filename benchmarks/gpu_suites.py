@@ -81,9 +81,7 @@ def more_loss_rows() -> list[Row]:
     for features in (64, 96, 192, 256):
         case = InfoNceCase(M, K, features, "bfloat16")
         beside: dict[str, Case] = {"D=128": FIRST}
-        found.append(
-            Row(f"nce-d{features}", title(case), case, (), beside, seconds=1.0, memory=())
-        )
+        found.append(Row(f"nce-d{features}", title(case), case, (), beside, seconds=1.0, memory=()))
     return found
 
 

@@ -1,11 +1,11 @@
 """Timing on a GPU: by its own clock, in three ways.
 
-graph   several calls captured in one CUDA graph and replayed: the kernels, and no launch from Python
+graph   several calls captured in one CUDA graph and replayed: kernels, and no launch from Python
 cold    one call in a graph, after a buffer larger than the L2 was written: nothing is cached
 calls   plain calls from Python: what a training loop without graphs pays
 
-Every candidate takes its turn in every round. The clock is a parameter: :class:`HostClock` times the
-same way on a CPU, where the "graph" is a loop, so that all of this runs without a GPU.
+Every candidate takes its turn in every round. The clock is a parameter: :class:`HostClock` times
+the same way on a CPU, where the "graph" is a loop, so that all of this runs without a GPU.
 """
 
 from __future__ import annotations

@@ -67,9 +67,7 @@ class InfoNceCase(Case):
         generator = generator_on(device)
 
         def draw(count: int) -> Tensor:
-            return torch.randn(
-                count, self.features, generator=generator, device=generator.device
-            )
+            return torch.randn(count, self.features, generator=generator, device=generator.device)
 
         query = draw(self.rows)
         positive = query + draw(self.rows)
