@@ -79,7 +79,7 @@ class Stopwatch:
             sums[name] = sums.get(name, 0.0) + span
         return sums
 
-    def _now(self) -> float | torch.cuda.Event:
+    def _now(self) -> Any:
         if self._device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)

@@ -10,7 +10,7 @@ import pytest
 from densecl_ext.train import PretrainConfig, load_recipe, recipe_names
 from densecl_ext.train.config import auto_queue_length, merge_resumed
 from densecl_ext.train.options import duration_in_steps
-from densecl_ext.train.schedule import cosine_lr
+from densecl_ext.train.schedule import cosine_lr, cosine_momentum
 
 
 def test_strings_become_values() -> None:
@@ -141,3 +141,10 @@ def test_cosine_schedule() -> None:
     assert all(a > b for a, b in zip(rates, rates[1:], strict=False))
     by_epoch = [cosine_lr(2.0, step, 10, every=5) for step in range(10)]
     assert by_epoch == [2.0] * 5 + [pytest.approx(1.0)] * 5
+
+
+def test_key_momentum_schedule() -> None:
+    momenta = [cosine_momentum(0.99, step, 10) for step in range(10)]
+    assert momenta[0] == pytest.approx(0.99) and momenta[5] == pytest.approx(0.995)
+    assert all(a < b < 1 for a, b in zip(momenta, momenta[1:], strict=False))
+    assert cosine_momentum(0.99, 10, 10) == 1.0

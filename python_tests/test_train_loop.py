@@ -306,6 +306,48 @@ def test_bar_in_a_terminal(data: Path, tmp_path: Path) -> None:
     assert "4/4" in out.getvalue() and "images/s" in out.getvalue()
 
 
+def test_key_momentum_follows_its_schedule(data: Path, tmp_path: Path) -> None:
+    from densecl_ext.momentum import MomentumEncoder
+
+    used: list[float] = []
+
+    class Look(Progress):
+        def start(self, **_: object) -> None:
+            original = MomentumEncoder.update_
+
+            def spy(self: MomentumEncoder, module: torch.nn.Module) -> None:
+                used.append(float(self.momentum))
+                original(self, module)
+
+            patch.setattr(MomentumEncoder, "update_", spy)
+
+    options = {"key_momentum": 0.9, "key_momentum_schedule": "cosine", "max_steps": 4}
+    with pytest.MonkeyPatch.context() as patch:
+        runs.tiny_run(runs.tiny_config(data, tmp_path, **options), progress=Look())
+    cosine = [(1 + math.cos(math.pi * step / 9)) / 2 for step in range(4)]
+    assert used == pytest.approx([1 - 0.1 * c for c in cosine])
+
+
+def test_cuda_graph_needs_a_gpu(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="cuda_graph needs a GPU, the run's device is cpu"):
+        pretrain(runs.tiny_config(data, tmp_path, cuda_graph=True))
+
+
+@pytest.mark.gpu
+def test_graph_and_late_rows_write_the_rows_of_an_eager_run(data: Path, tmp_path: Path) -> None:
+    columns = ("step", "loss", "loss_dense", "lr", "positive_similarity")
+    logged = []
+    for cuda_graph in (False, True):
+        config = runs.tiny_config(
+            data, tmp_path / str(cuda_graph), device="cuda", cuda_graph=cuda_graph
+        )
+        rows = runs.rows(runs.tiny_run(config))
+        logged.append([[float(row[name]) for name in columns] for row in rows])
+    assert [row[0] for row in logged[0]] == [2, 4, 6, 8, 9]
+    for eager, graphed in zip(*logged, strict=True):
+        assert graphed == pytest.approx(eager, rel=1e-3)
+
+
 def test_wrong_device_and_missing_data(data: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="device must be auto, cpu, cuda"):
         pretrain(runs.tiny_config(data, tmp_path, device="tpu"))

@@ -79,12 +79,17 @@ def build_model(config: PretrainConfig, backbone: nn.Module, steps_per_epoch: in
 
 
 def build_optimizer(config: PretrainConfig, model: nn.Module) -> torch.optim.SGD:
-    """SGD over all trainable parameters, weight decay on every one, as in the paper."""
+    """SGD over all trainable parameters, weight decay on every one, as in the paper.
+
+    On a GPU in one launch (fused); on the CPU torch's loop is as fast.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return torch.optim.SGD(
-        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        parameters,
         lr=float(config.lr),
         momentum=config.sgd_momentum,
         weight_decay=config.weight_decay,
+        fused=True if parameters[0].is_cuda else None,
     )
 
 

@@ -99,6 +99,12 @@ class PretrainConfig:
         "momentum of the key encoder; auto: 0.99 up to 1,000 steps, 0.999 from 10,000 on",
         group="model",
     )
+    key_momentum_schedule: str = option(
+        "constant",
+        choice("constant", "cosine"),
+        "constant, as in the paper, or along a cosine up to 1 at the end of the run",
+        group="model",
+    )
     key_bn_groups: int = option(
         8,
         integer(1),
@@ -157,7 +163,22 @@ class PretrainConfig:
     precision: str = option(
         "auto",
         choice("auto", "fp32", "bf16"),
-        "arithmetic of the network; auto: bf16 where the hardware multiplies it natively",
+        "arithmetic of the network, over float32 weights; auto: bf16 where the hardware multiplies "
+        "it natively",
+        group="machine",
+        may_change=True,
+    )
+    cuda_graph: bool = option(
+        False,
+        boolean(),
+        "replay the whole training step as one CUDA graph, with the same bits; needs a GPU",
+        group="machine",
+        may_change=True,
+    )
+    compile: bool = option(
+        False,
+        boolean(),
+        "compile both encoders with torch.compile; changes the last bits",
         group="machine",
         may_change=True,
     )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric import Fabric
 from torch import nn
 
 from densecl_ext.data import TwoViews
@@ -22,14 +24,14 @@ from densecl_ext.train.build import (
 )
 from densecl_ext.train.config import PretrainConfig, merge_resumed
 from densecl_ext.train.machine import build_fabric, has_native_bf16, pick_device
-from densecl_ext.train.metrics import Window
 from densecl_ext.train.options import duration_in_steps
 from densecl_ext.train.progress import Progress
 from densecl_ext.train.run_folder import RunFolder
-from densecl_ext.train.schedule import cosine_lr
+from densecl_ext.train.schedule import cosine_lr, cosine_momentum
 from densecl_ext.train.signals import StopRequest
 from densecl_ext.train.state import initial_state, restore, seed_everything, snapshot
 from densecl_ext.train.step import TrainingStep
+from densecl_ext.train.window import Row, Window, weights_finite
 
 OWN_BACKBONE = "custom"
 
@@ -76,7 +78,8 @@ def pretrain(
     that was never interrupted.
 
     Ctrl-C and SIGTERM end the run after the current step with a checkpoint (in the main thread).
-    Sets torch's thread count if `config.threads` is a number, and seeds the global generators.
+    Sets torch's thread count if `config.threads` is a number, lets cuDNN measure which of its
+    kernels are fastest, and seeds the global generators.
 
     Args:
         config: what to do.
@@ -105,6 +108,7 @@ def pretrain(
     device = pick_device(config.device)
     if isinstance(config.threads, int):
         torch.set_num_threads(config.threads)
+    torch.backends.cudnn.benchmark = True  # every step has the same shapes
     folder = RunFolder(config.output)
     with contextlib.ExitStack() as cleanup:
         cleanup.callback(folder.release)
@@ -113,6 +117,8 @@ def pretrain(
             config, changed = merge_resumed(config, PretrainConfig(**checkpoint["config"]))
             if changed:
                 progress.message(f"resuming with another {', '.join(changed)}")
+        if config.cuda_graph and device.type != "cuda":
+            raise ValueError(f"pretrain: cuda_graph needs a GPU, the run's device is {device}")
         stop = cleanup.enter_context(StopRequest(lambda: progress.message(STOPPING)))
         cleanup.callback(progress.close)
 
@@ -135,7 +141,13 @@ def pretrain(
             folder.clear()  # not earlier: an error above would have cost the run that is replaced
         loggers = build_loggers(config, folder, checkpoint["step"] if checkpoint else None)
         fabric = build_fabric(device, loggers)
-        train_step = TrainingStep(model, optimizer, precision=config.precision)
+        train_step = TrainingStep(
+            model,
+            optimizer,
+            precision=config.precision,
+            cuda_graph=config.cuda_graph,
+            compile=config.compile,
+        )
         window = Window(device)
         state = initial_state(
             config, loader.files, model=model, optimizer=optimizer, loader=loader, window=window
@@ -151,37 +163,39 @@ def pretrain(
         last = total if config.max_steps == "none" else min(total, int(config.max_steps))
         save_every = duration_in_steps(config.checkpoint_every, steps_per_epoch) or total
         keep_every = config.keep_every * steps_per_epoch or total + 1
-        lr_every = steps_per_epoch if config.schedule == "epoch" else 1
         memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         progress.message(describe(state, total))
         progress.start(step=state["step"], total=last, batch_size=config.batch_size)
+        rows: deque[Row] = deque()
+        in_flight = 1 if device.type == "cuda" else 0  # rows are read one log step later
         for views in batches(state, config.epochs, last, stop):
-            lr = cosine_lr(float(config.lr), state["step"], total, every=lr_every)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            train_step.schedule(
+                lr=learning_rate(config, state["step"], steps_per_epoch),
+                key_momentum=key_momentum(config, state["step"], steps_per_epoch),
+            )
             output = train_step(
                 views.view_q.contiguous(memory_format=memory_format),
                 views.view_k.contiguous(memory_format=memory_format),
                 views.crop_q,
                 views.crop_k,
             )
-
             state["step"] += 1
             step = state["step"]
             window.add(output.scalars(), config.batch_size)
             keep = step % keep_every == 0
+            save = keep or step % save_every == 0
             if step % config.log_every == 0 or step == last:
-                require_finite(state, folder)
-                row = {"epoch": step / steps_per_epoch, **window.take(), "lr": lr}
-                state["metrics"] = row
-                fabric.log_dict(row, step)
-                progress.log(row)
-            if step % save_every == 0 or keep:
+                rows.append(window.send(step, weights_finite(model)))
+            while len(rows) > (0 if save else in_flight):
+                log(rows.popleft(), state, folder, fabric, progress)
+            if save:
                 require_finite(state, folder)
                 folder.save(snapshot(state))
             if keep:
                 folder.keep(f"epoch_{step // steps_per_epoch:04d}.pt")
             progress.update(step)
+        while rows:
+            log(rows.popleft(), state, folder, fabric, progress)
         require_finite(state, folder)
         folder.save(snapshot(state))
         for logger in loggers:
@@ -227,15 +241,47 @@ def batches(state: dict[str, Any], epochs: int, last: int, stop: StopRequest) ->
         state["epoch"] += 1
 
 
+def learning_rate(config: PretrainConfig, step: int, steps_per_epoch: int) -> float:
+    """Learning rate of the step with this 0-based index."""
+    every = steps_per_epoch if config.schedule == "epoch" else 1
+    return cosine_lr(float(config.lr), step, config.epochs * steps_per_epoch, every=every)
+
+
+def key_momentum(config: PretrainConfig, step: int, steps_per_epoch: int) -> float:
+    """Momentum of the key encoder in the step with this 0-based index."""
+    base = float(config.key_momentum)
+    if config.key_momentum_schedule == "constant":
+        return base
+    return cosine_momentum(base, step, config.epochs * steps_per_epoch)
+
+
+def log(
+    row: Row, state: dict[str, Any], folder: RunFolder, fabric: Fabric, progress: Progress
+) -> None:
+    """Writes a row that has arrived; raises as `require_finite`."""
+    if not row.finite():
+        raise diverged(row.step, state, folder)
+    config, steps_per_epoch = PretrainConfig(**state["config"]), len(state["loader"])
+    state["metrics"] = {
+        "epoch": row.step / steps_per_epoch,
+        **row.means(),
+        "lr": learning_rate(config, row.step - 1, steps_per_epoch),
+    }
+    fabric.log_dict(state["metrics"], row.step)
+    progress.log(state["metrics"])
+
+
 def require_finite(state: dict[str, Any], folder: RunFolder) -> None:
     """Raises TrainingDiverged if a loss since the last log row, or a weight, is not finite."""
-    weights = [p.detach() for p in state["model"].parameters() if p.requires_grad]
-    norms = torch.stack(torch._foreach_norm(weights))
-    if state["window"].finite() and bool(torch.isfinite(norms).all()):
-        return
-    raise TrainingDiverged(
+    if not (state["window"].finite() and bool(weights_finite(state["model"]))):
+        raise diverged(state["step"], state, folder)
+
+
+def diverged(step: int, state: dict[str, Any], folder: RunFolder) -> TrainingDiverged:
+    """The error, with what to do about it."""
+    return TrainingDiverged(
         "pretrain: the loss or a weight became NaN or infinite at or before step "
-        f"{state['step']}; {folder.last} is from before that. Go on from it with a lower rate "
+        f"{step}; {folder.last} is from before that. Go on from it with a lower rate "
         f"(--resume --lr X, it was {state['config']['lr']:g}) or with --precision fp32"
     )
 

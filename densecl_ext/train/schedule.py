@@ -1,4 +1,4 @@
-"""The learning rate over a run."""
+"""Learning rate and key momentum over a run."""
 
 from __future__ import annotations
 
@@ -22,3 +22,20 @@ def cosine_lr(base: float, step: int, total: int, *, every: int = 1) -> float:
     """
     start = min(step, total) // every * every
     return base * 0.5 * (1.0 + math.cos(math.pi * start / total))
+
+
+def cosine_momentum(base: float, step: int, total: int) -> float:
+    """Half a cosine from `base` up to 1.
+
+    1 - (1 - base) * (1 + cos(pi * t)) / 2 with t = step / total: the key encoder comes to rest as
+    the query encoder does (BYOL, Grill et al., NeurIPS 2020, section 3.2; also PixPro's).
+
+    Args:
+        base: the momentum of step 0, in [0, 1].
+        step: 0-based index of the step about to be taken.
+        total: steps in the whole run.
+
+    Returns:
+        The momentum of this step.
+    """
+    return 1.0 - (1.0 - base) * 0.5 * (1.0 + math.cos(math.pi * min(step, total) / total))

@@ -16,6 +16,8 @@ from densecl_ext.train.config import PretrainConfig
 
 PARTS = ("model", "optimizer", "loader", "window")
 VALUES = ("epoch", "step", "metrics")
+# What of an optimizer's groups belongs to the machine and to the schedule, not to the checkpoint.
+OWN = ("lr", "foreach", "fused", "capturable")
 
 
 def initial_state(config: PretrainConfig, files: Iterable[Path], **parts: Any) -> dict[str, Any]:
@@ -43,6 +45,8 @@ def initial_state(config: PretrainConfig, files: Iterable[Path], **parts: Any) -
 def snapshot(state: Mapping[str, Any]) -> dict[str, Any]:
     """Turns a state into what a checkpoint holds: tensors and plain containers."""
     plain = {name: v.state_dict() if name in PARTS else v for name, v in state.items()}
+    for group in plain["optimizer"]["param_groups"]:
+        group["lr"] = float(group["lr"])  # on a GPU a tensor there
     return {**plain, "rng": rng_state()}
 
 
@@ -64,8 +68,12 @@ def restore(state: dict[str, Any], checkpoint: Mapping[str, Any]) -> None:
         )
     for name in VALUES:
         state[name] = checkpoint[name]
+    groups = state["optimizer"].param_groups
+    own = [{key: group[key] for key in OWN if key in group} for group in groups]
     for name in PARTS:
         state[name].load_state_dict(checkpoint[name])
+    for group, values in zip(state["optimizer"].param_groups, own, strict=True):
+        group.update(values)
     set_rng_state(checkpoint["rng"])
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -11,6 +13,7 @@ from densecl_ext.model import DenseCL
 from densecl_ext.phases import phase
 
 PRECISIONS = ("fp32", "bf16")
+WARMUP_STEPS = 3
 
 
 class StepOutput(NamedTuple):
@@ -44,9 +47,17 @@ class TrainingStep:
         model: in training mode, on its device, in its memory format; parameters in float32.
         optimizer: over the model's trainable parameters.
         precision: ``"fp32"``, or ``"bf16"`` for autocast to bfloat16 with float32 weights.
+        cuda_graph: capture the whole step in a CUDA graph and replay it. The first three calls run
+            as they would without (they are steps like any other, and make the state that the graph
+            then works on), the fourth captures. Load checkpoints before the first call; views and
+            crops must keep their shapes, and :meth:`schedule` is the way to change a rate. The
+            optimizer must read its learning rate on the device: ``torch.optim.SGD(...,
+            fused=True)``, or another one with ``capturable=True``.
+        compile: compile both encoders with torch.compile, in place; takes a while at first.
 
     Raises:
-        ValueError: an unknown precision.
+        ValueError: an unknown precision, or an optimizer that a graph cannot hold.
+        RuntimeError: ``cuda_graph`` with a model that is not on a GPU.
 
     Example:
         >>> import torch
@@ -66,6 +77,8 @@ class TrainingStep:
         optimizer: torch.optim.Optimizer,
         *,
         precision: str = "fp32",
+        cuda_graph: bool = False,
+        compile: bool = False,
     ) -> None:
         if precision not in PRECISIONS:
             raise ValueError(
@@ -75,6 +88,45 @@ class TrainingStep:
         self.optimizer = optimizer
         self.precision = precision
         self.device = next(model.parameters()).device
+        self._graph = CapturedStep(self._run, self.device) if cuda_graph else None
+        if self.device.type == "cuda":
+            _rates_on_device(optimizer, self.device)
+        if cuda_graph:
+            _check_capturable(optimizer)
+            momentum = float(model.momentum_encoder.momentum)
+            model.momentum_encoder.momentum = torch.tensor(
+                momentum, dtype=torch.float64, device=self.device
+            )
+        if compile:
+            for module in (model.backbone, model.neck, model.momentum_encoder.module):
+                module.compile()
+
+    def schedule(self, *, lr: float | None = None, key_momentum: float | None = None) -> None:
+        """Set the rates of the steps to come; nothing waits, and a captured graph follows.
+
+        Args:
+            lr: learning rate of all parameter groups; None leaves it.
+            key_momentum: momentum of the key encoder, in [0, 1]; None leaves it.
+
+        Raises:
+            ValueError: ``key_momentum`` outside [0, 1].
+        """
+        if lr is not None:
+            for group in self.optimizer.param_groups:
+                if isinstance(group["lr"], Tensor):
+                    group["lr"].fill_(lr)
+                else:
+                    group["lr"] = lr
+        if key_momentum is not None:
+            if not 0.0 <= key_momentum <= 1.0:
+                raise ValueError(
+                    f"TrainingStep.schedule: key_momentum must lie in [0, 1], got {key_momentum}"
+                )
+            encoder = self.model.momentum_encoder
+            if isinstance(encoder.momentum, Tensor):
+                encoder.momentum.fill_(key_momentum)
+            else:
+                encoder.momentum = float(key_momentum)
 
     def __call__(
         self,
@@ -92,15 +144,17 @@ class TrainingStep:
             crop_k: (N, 5) of each key view.
 
         Raises:
-            ValueError: as :class:`densecl_ext.DenseCL` does.
+            ValueError: as :class:`densecl_ext.DenseCL` does; with a CUDA graph also for inputs of
+                another shape, dtype or presence than the first call's.
         """
-        return self._run(view_q, view_k, crop_q, crop_k)
+        run = self._run if self._graph is None else self._graph
+        return run(view_q, view_k, crop_q, crop_k)
 
     def _run(
         self, view_q: Tensor, view_k: Tensor, crop_q: Tensor | None, crop_k: Tensor | None
     ) -> StepOutput:
         bf16 = self.precision == "bf16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+        with torch.autocast(self.device.type, torch.bfloat16) if bf16 else nullcontext():
             output = self.model(view_q, view_k, crop_q=crop_q, crop_k=crop_k)
         with phase("backward"):
             output.loss.backward()
@@ -109,3 +163,104 @@ class TrainingStep:
             self.optimizer.zero_grad(set_to_none=True)
         loss, loss_global, loss_dense = (term.detach() for term in output[:3])
         return StepOutput(loss, loss_global, loss_dense, output.metrics)
+
+
+class CapturedStep:
+    """A step as a CUDA graph: real steps first, then one capture, then replays.
+
+    All calls work on the same input buffers, into which the inputs are copied (and brought into the
+    first call's memory format on the way). The graph draws from the default CUDA generator, whose
+    state torch moves on at every replay as the eager step would.
+
+    Args:
+        run: the step; reads and writes tensors that stay in place, apart from its inputs.
+        device: where it runs.
+
+    Raises:
+        RuntimeError: not a GPU.
+    """
+
+    def __init__(self, run: Callable[..., StepOutput], device: torch.device) -> None:
+        if device.type != "cuda":
+            raise RuntimeError(
+                f"TrainingStep: cuda_graph needs the model on a GPU, got one on {device}"
+            )
+        self._run = run
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        self._inputs: list[Tensor | None] | None = None
+        self._steps = 0
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._names: list[str] = []
+        self._outputs: Tensor | None = None  # (losses and metrics,), overwritten by every replay
+
+    def __call__(self, *inputs: Tensor | None) -> StepOutput:
+        """Run the step on these inputs."""
+        buffers = self._load(inputs)
+        if self._steps < WARMUP_STEPS:
+            self._steps += 1
+            current = torch.cuda.current_stream(self._device)
+            self._stream.wait_stream(current)
+            with torch.cuda.stream(self._stream):
+                output = self._run(*buffers)
+            current.wait_stream(self._stream)
+            return output
+        if self._graph is None:
+            self._capture(buffers)
+        assert self._graph is not None and self._outputs is not None
+        self._graph.replay()
+        values = dict(zip(self._names, self._outputs.clone().unbind(), strict=True))
+        losses = values.pop("loss"), values.pop("loss_global"), values.pop("loss_dense")
+        return StepOutput(*losses, values)
+
+    def _capture(self, buffers: list[Tensor | None]) -> None:
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: the loader's threads may pin memory meanwhile.
+        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+            scalars = self._run(*buffers).scalars()
+            self._outputs = torch.stack([value.float() for value in scalars.values()])
+        self._names = list(scalars)
+        self._graph = graph
+
+    def _load(self, inputs: tuple[Tensor | None, ...]) -> list[Tensor | None]:
+        """Copy the inputs into the buffers."""
+        if self._inputs is None:
+            self._inputs = [None if x is None else torch.empty_like(x) for x in inputs]
+        names = ("view_q", "view_k", "crop_q", "crop_k")
+        for name, buffer, given in zip(names, self._inputs, inputs, strict=True):
+            if _form(buffer) != _form(given):
+                raise ValueError(
+                    f"TrainingStep: with cuda_graph {name} must stay {_form(buffer)}, as in the "
+                    f"first call, got {_form(given)}"
+                )
+        for buffer, given in zip(self._inputs, inputs, strict=True):
+            if buffer is not None and given is not None:
+                buffer.copy_(given, non_blocking=True)
+        return self._inputs
+
+
+def _form(tensor: Tensor | None) -> str:
+    """Shape and dtype, or None."""
+    if tensor is None:
+        return "None"
+    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+
+
+def _rates_on_device(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    """Learning rates as float32 tensors where the optimizer's kernels read them there.
+
+    For eager steps too: a rate given as a number is not rounded to float32, and a captured step
+    would differ from an eager one in the last bits.
+    """
+    for group in optimizer.param_groups:
+        if (group.get("fused") or group.get("capturable")) and not isinstance(group["lr"], Tensor):
+            group["lr"] = torch.tensor(group["lr"], dtype=torch.float32, device=device)
+
+
+def _check_capturable(optimizer: torch.optim.Optimizer) -> None:
+    for group in optimizer.param_groups:
+        if not (group.get("fused") or group.get("capturable")):
+            raise ValueError(
+                "TrainingStep: cuda_graph needs an optimizer that reads its learning rate on the "
+                f"device, got {type(optimizer).__name__} without fused=True or capturable=True"
+            )
