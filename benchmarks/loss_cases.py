@@ -148,10 +148,10 @@ class InfoNceCase(Case):
         return 4.2 * 4.0 * self.rows * (self.queue_length + 1)
 
 
-def in_chunks(inputs: Rows) -> Results:
+def in_chunks(inputs: Rows, logits: int = 2**28) -> Results:
     """The published formula in float32, so many rows at a time that the logits fit."""
     queue, count = inputs.queue.float(), len(inputs.query)
-    chunk = max(1, 2**28 // len(queue))
+    chunk = max(1, logits // len(queue))
     loss, gradients = 0.0, []
     for query, positive in zip(
         inputs.query.detach().split(chunk), inputs.positive.split(chunk), strict=True

@@ -21,7 +21,7 @@ from typing import Any
 from benchmarks import step_report
 from benchmarks.child import Child, Lost
 
-GROUP_LIMIT, TRY_LIMIT = 110.0, 45.0  # seconds without an answer
+GROUP_LIMIT, COMPILE_LIMIT, TRY_LIMIT = 110.0, 240.0, 45.0  # seconds without an answer
 LARGEST = 4096
 OUT_OF_MEMORY = "out of memory"  # the worker's word for it
 
@@ -141,11 +141,12 @@ class Run:
 
     def group(self, configs: list[Config]) -> None:
         """Measure together; where that loses the process, each by itself."""
-        answer = self._ask({"measure": [asdict(c) for c in configs]}, GROUP_LIMIT)
+        limit = COMPILE_LIMIT if any(c.compile for c in configs) else GROUP_LIMIT
+        answer = self._ask({"measure": [asdict(c) for c in configs]}, limit)
         found: dict[str, Any] = answer.get("found", {})
         if not found and len(configs) > 1:
             for config in configs:
-                answer = self._ask({"measure": [asdict(config)]}, GROUP_LIMIT)
+                answer = self._ask({"measure": [asdict(config)]}, limit)
                 found |= answer.get("found", {config.id: {"reason": answer.get("error")}})
         for config in configs:
             result = found.get(config.id, {"reason": answer.get("error")})
@@ -173,7 +174,7 @@ class Run:
         except RuntimeError as error:
             result["reason"] = str(error)
         if self._quick:
-            result["reason"] = "a quick run tries one batch"
+            result.setdefault("reason", "a quick run tries one batch")
         self.results["largest"][model] = result
         self._tell(f"largest batch, {model}: {result}")
 

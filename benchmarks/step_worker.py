@@ -106,6 +106,8 @@ def main() -> None:
 
     device = torch.device(sys.argv[1])
     torch.backends.cudnn.benchmark = True  # as the trainer has it
+    if device.type == "cpu":
+        torch.set_num_threads(1)  # a tiny network on a machine that does other things
     for request, answer in requests():
         try:
             if "machine" in request:
