@@ -235,6 +235,9 @@ def notes(row: Entry) -> list[str]:
     found = []
     if row.host_waits:
         found.append(f"**Ours makes the host wait**: {row.host_waits}.")
+    missing = [f"{name}: {why}" for name, why in row.missing.items() if why]
+    if missing:
+        found.append("Not in a graph: " + "; ".join(missing) + ".")
     return found
 
 

@@ -19,6 +19,7 @@ import torch
 
 from benchmarks import gpu_report, gpu_suites, report
 from benchmarks.child import Child, Lost
+from benchmarks.gpu_timing import CAPTURE_FAILED
 from benchmarks.memory import MemoryProcess
 from benchmarks.suites import Row, from_message
 
@@ -51,7 +52,7 @@ def measure(
             if time.monotonic() - started > seconds:
                 results["skipped"][row.id] = f"not run: the {seconds:.0f} s were over"
                 continue
-            found = ask(worker, row.id)
+            found = ask_row(worker, row.id)
             if "error" in found:
                 results["skipped"][row.id] = found["error"]
             else:
@@ -68,10 +69,34 @@ def measure(
     return results
 
 
-def ask(worker: Child, row: str) -> dict[str, Any]:
+def ask_row(worker: Child, row: str) -> dict[str, Any]:
+    """The worker's answer about a row.
+
+    A capture that fails keeps the candidates behind it from theirs: the row is then measured once
+    more by a new process that does not try it.
+    """
+    waits: dict[str, str] = {}
+    while True:
+        found = ask(worker, row, waits)
+        candidates = found.get("info", {}).get("candidates", {})
+        failed = {
+            name: candidate["missing"]["graph"]
+            for name, candidate in candidates.items()
+            if candidate["missing"].get("graph", "").startswith(CAPTURE_FAILED)
+        }
+        if not failed:
+            return found
+        worker.kill()
+        last = list(candidates)[-1] in failed
+        waits |= {name: why.removeprefix(CAPTURE_FAILED) for name, why in failed.items()}
+        if last:  # nobody stands behind it
+            return found
+
+
+def ask(worker: Child, row: str, waits: dict[str, str] | None = None) -> dict[str, Any]:
     """The worker's answer, or {"error": why there is none}; a broken worker is ended."""
     try:
-        found = worker.ask({"row": row}, ROW_LIMIT)
+        found = worker.ask({"row": row, "waits": waits or {}}, ROW_LIMIT)
     except Lost as error:
         return {"error": f"failed: {error}"}
     if not found.pop("works"):

@@ -24,6 +24,7 @@ Run = Callable[[], Any]
 MODES = ("graph", "cold", "calls")
 SAMPLE = 0.002  # seconds that a sample of repeated calls fills
 MOST_CALLS = 50  # in one sample
+CAPTURE_FAILED = "capture failed: "
 
 
 class Clock(Protocol):
@@ -55,6 +56,7 @@ class CudaClock:
         self._stream = torch.cuda.Stream(device)
         level2 = torch.cuda.get_device_properties(device).L2_cache_size
         self._buffer = torch.empty(4 * level2, dtype=torch.int8, device=device)
+        self._anchor = self.capture(self._buffer[:1].zero_, 1)  # the pool lives with its graphs
 
     def seconds(self, run: Run, calls: int) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -133,8 +135,8 @@ class Prepared:
     round_seconds: float
 
 
-def prepare(candidate: Candidate, clock: Clock) -> Prepared:
-    """Warm up, find out how many calls fill a sample, capture.
+def prepare(candidate: Candidate, clock: Clock, waits: str = "") -> Prepared:
+    """Warm up, find out how many calls fill a sample, capture unless something `waits`.
 
     Raises whatever the candidate raises.
     """
@@ -146,13 +148,14 @@ def prepare(candidate: Candidate, clock: Clock) -> Prepared:
     calls = max(1, min(MOST_CALLS, math.ceil(SAMPLE / max(single, 1e-7))))
     timings, replay, replay_one = Timings(), None, None
     try:
-        if candidate.waits:
-            raise RuntimeError(candidate.waits)
-        replay = clock.capture(run, calls)
-        replay_one = replay if calls == 1 else clock.capture(run, 1)
+        if not waits:
+            replay = clock.capture(run, calls)
+            replay_one = replay if calls == 1 else clock.capture(run, 1)
     except Exception as error:
         replay = replay_one = None
-        timings.missing["graph"] = timings.missing["cold"] = first_line(error)
+        waits = f"{CAPTURE_FAILED}{first_line(error)}"
+    if waits:
+        timings.missing["graph"] = timings.missing["cold"] = waits
     round_seconds = single * (3 * calls + 2)
     return Prepared(run, calls, replay, replay_one, timings, round_seconds)
 
@@ -178,16 +181,23 @@ def measure(
 ) -> tuple[dict[str, Timings], dict[str, str]]:
     """Interleaved rounds of all candidates within so many seconds.
 
+    After a capture that failed torch's allocator thinks that it still goes on, and no other one
+    succeeds in this process: the remaining candidates are then called only, and say so.
+
     Returns:
         The timings by candidate, and why a candidate has none.
     """
     ready: dict[str, Prepared] = {}
     failed: dict[str, str] = {}
+    broken = ""
     for name, candidate in candidates.items():
         try:
-            ready[name] = prepare(candidate, clock)
+            ready[name] = prepare(candidate, clock, candidate.waits or broken)
         except Exception as error:
             failed[name] = first_line(error)
+            continue
+        if ready[name].timings.missing.get("graph", "").startswith(CAPTURE_FAILED):
+            broken = f"not captured, since that of {name} had failed"
     cost = sum(prepared.round_seconds for prepared in ready.values())
     rounds = max(least, min(most, int(seconds / max(cost, 1e-9)))) | 1  # odd, for the median
     for _ in range(rounds):

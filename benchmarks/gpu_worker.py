@@ -19,13 +19,21 @@ from benchmarks.gpu_timing import MODES, Clock, clock_for, first_line, measure
 from benchmarks.suites import Row
 
 
-def run_row(row: Row, device: torch.device, clock: Clock, *, quick: bool) -> dict[str, Any]:
-    """Agreement first, then interleaved rounds; the row of results.json without its memory."""
+def run_row(
+    row: Row, device: torch.device, clock: Clock, waits: dict[str, str], *, quick: bool
+) -> dict[str, Any]:
+    """Agreement first, then interleaved rounds; the row of results.json without its memory.
+
+    `waits`: why a candidate must not be captured, where that is known from before.
+    """
     cases = {"ours": row.case, **row.beside}
     if quick:
         cases = {name: case.shrunk() for name, case in cases.items()}
     candidates, absent, errors = prepare(row, cases, device)
-    waits = host_waits(candidates["ours"], device) if "ours" in candidates else None
+    for name, reason in waits.items():
+        if name in candidates:
+            candidates[name].waits = reason
+    host = host_waits(candidates["ours"], device) if "ours" in candidates else None
     least, most = (2, 3) if quick else (5, 51)
     timed, failed = measure(candidates, clock, seconds=row.seconds, least=least, most=most)
     absent |= failed
@@ -38,7 +46,7 @@ def run_row(row: Row, device: torch.device, clock: Clock, *, quick: bool) -> dic
         "absent": absent,
         "errors": errors,
         "beside": list(row.beside),
-        "host_waits": waits,
+        "host_waits": host,
         "candidates": {
             name: {
                 "seconds": timings.samples.get("graph") or timings.samples["calls"],
@@ -122,8 +130,9 @@ def main() -> None:
     if device.type == "cpu":
         torch.set_num_threads(1)  # tiny sizes on a machine that does other things
     for request, answer in requests():
-        clock = clock_for(device)
+        clock: Clock | None = None
         try:
+            clock = clock_for(device)
             if request["row"] == "machine":
                 info = machine.describe() | {"device": gpu_machine.describe(device)}
                 info["state_before"] = gpu_machine.state()
@@ -131,10 +140,11 @@ def main() -> None:
                 info["state_after"] = gpu_machine.state()
                 found = {"info": info}
             else:
-                found = {"info": run_row(rows[request["row"]], device, clock, quick=quick)}
+                row, waits = rows[request["row"]], request.get("waits", {})
+                found = {"info": run_row(row, device, clock, waits, quick=quick)}
         except Exception as error:
             found = {"error": f"{type(error).__name__}: {first_line(error)}"}
-        del clock
+        clock = None  # and with it the graphs' memory
         found["works"] = still_works(device)
         answer(found)
 

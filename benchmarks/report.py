@@ -43,6 +43,7 @@ class Entry:
     # Of a GPU's row alone, see gpu_timing.py:
     modes: dict[str, dict[str, list[float]]] = field(default_factory=dict)  # samples
     traffic: dict[str, float] = field(default_factory=dict)  # bytes of one call
+    missing: dict[str, str] = field(default_factory=dict)  # why a candidate is not in a graph
     host_waits: str | None = None  # what makes the host wait in ours; "" for nothing
 
 
@@ -73,6 +74,7 @@ def entries(results: dict[str, Any]) -> list[Entry]:
                 beside=tuple(info["beside"]),
                 modes={n: c.get("modes", {}) for n, c in candidates.items()},
                 traffic={n: c.get("traffic", 0.0) for n, c in candidates.items()},
+                missing={n: c.get("missing", {}).get("graph", "") for n, c in candidates.items()},
                 host_waits=info.get("host_waits"),
             )
         )

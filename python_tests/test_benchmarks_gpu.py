@@ -7,10 +7,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks import gpu, gpu_machine, gpu_report, gpu_rows, gpu_suites, report, suites
 from benchmarks.cases import Candidate, Case, NotAvailable
@@ -21,6 +23,7 @@ from benchmarks.loss_cases import (
     AttentionLoss,
     InfoNceCase,
     attention_formulation,
+    cudnn_attention,
     flash_attention,
     in_chunks,
 )
@@ -73,7 +76,18 @@ def test_attention_takes_the_log_sum_exp_as_either_kernel_gives_it() -> None:
         (gradient,) = torch.autograd.grad(loss, inputs.query)
         losses.append((loss.detach(), gradient))
     torch.testing.assert_close(losses[0], losses[1], rtol=0.0, atol=0.0)
-    assert issubclass(AttentionLoss, torch.autograd.Function)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_attention_on_a_gpu_by_shape(dtype: torch.dtype) -> None:
+    """On tensors without numbers: what torch's GPU kernels return fits what is made of it."""
+    with FakeTensorMode(), torch.no_grad():
+        query, positive = (torch.empty(100, 64, device="cuda") for _ in range(2))
+        queue = torch.empty(256, 64, device="cuda", dtype=dtype)
+        for kernel in (flash_attention, cudnn_attention)[: 2 if dtype == torch.bfloat16 else 1]:
+            context = SimpleNamespace()
+            loss = AttentionLoss.forward(context, query, positive, queue, kernel)
+            assert loss.shape == () and context.gradient.shape == query.shape
 
 
 class TestClock:
@@ -154,11 +168,37 @@ def test_what_cannot_be_captured_is_still_called_and_what_fails_harms_nobody() -
     assert timed["waits"].missing == {"graph": "reads the pointer", "cold": "reads the pointer"}
     assert list(timed["waits"].samples) == ["calls"]
     clock.capture = refuses  # type: ignore[method-assign]
-    timed, _ = measure(
-        {"a": candidate(clock.kernel("a", 1e-4))}, clock, seconds=1.0, least=1, most=1
+    run = candidate(clock.kernel("a", 1e-4))
+    timed, _ = measure({"a": run, "b": run}, clock, seconds=1.0, least=1, most=1)
+    assert timed["a"].missing["graph"] == (
+        "capture failed: operation not permitted when stream is capturing"
     )
-    assert timed["a"].missing["graph"] == "operation not permitted when stream is capturing"
-    assert len(timed["a"].samples["calls"]) == 1
+    assert timed["b"].missing["graph"] == "not captured, since that of a had failed"
+    assert len(timed["a"].samples["calls"]) == len(timed["b"].samples["calls"]) == 1
+
+
+def test_a_failed_capture_costs_the_others_theirs_only_once() -> None:
+    """Of three candidates the second cannot be captured, which breaks the process."""
+
+    class Worker:
+        killed = 0
+
+        def ask(self, request: dict[str, Any], timeout: float) -> dict[str, Any]:
+            waits = request["waits"]
+            behind = {"graph": "not captured"} if "b" not in waits else {}
+            missing = {"graph": waits.get("b", "capture failed: syncs")}
+            candidates = {"a": {}, "b": missing, "c": behind}
+            rows = {name: {"missing": why} for name, why in candidates.items()}
+            return {"info": {"candidates": rows}, "works": True}
+
+        def kill(self) -> None:
+            self.killed += 1
+
+    worker = Worker()
+    found = gpu_rows.ask_row(worker, "row")["info"]["candidates"]  # type: ignore[arg-type]
+    assert found["b"]["missing"]["graph"] == "syncs"
+    assert found["c"]["missing"] == {}
+    assert worker.killed == 1
 
 
 def test_spread() -> None:
