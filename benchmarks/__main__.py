@@ -1,6 +1,7 @@
 """`python -m benchmarks --out DIR`: measure, then write results.json, table.md and the charts.
 
-Of a folder that gpu_rows.py wrote, --report-only rewrites those.
+Where there is a GPU, its rows go to DIR/gpu. Of a folder that gpu_rows.py wrote, --report-only
+rewrites table and charts.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+
+import torch
 
 from benchmarks import gpu_report, report
 
@@ -31,6 +34,10 @@ def main() -> int:
         print(f"no results in {out}", file=sys.stderr)
         return status or 1
     write_report(out)
+    if not options.report_only and not options.k and torch.cuda.is_available():
+        command = [sys.executable, "-m", "benchmarks.gpu_rows", "--out", str(out / "gpu")]
+        command += ["--quick"] if options.quick else []
+        status = status or subprocess.run(command, cwd=ROOT).returncode
     return status
 
 
