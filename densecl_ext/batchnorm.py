@@ -22,10 +22,11 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 class SplitBatchNorm(_NormBase):
     """Batch norm over groups of the batch; parameters and buffers named as in ``nn.BatchNorm2d``.
 
-    In training, sample n belongs to group ``n % G`` and is normalised with its group's mean and
-    variance. G is ``groups``, or N // 2 where that is less, so that no group is a single sample
-    (batches of 2 and 3 form one group and are not split). Running statistics move towards the mean
-    of the groups' statistics. In evaluation it is plain batch norm.
+    In training, the batch is cut into G blocks of consecutive samples, equal up to one sample, and
+    each is normalised with its own mean and variance. G is ``groups``, or N // 2 where that is
+    less, so that no group is a single sample (batches of 2 and 3 form one group, unsplit). Running
+    statistics move towards the mean of the groups' statistics. In evaluation it is plain batch
+    norm.
 
     It does not derive from ``nn.BatchNorm2d``, so ``convert_sync_batchnorm`` leaves it alone.
 
@@ -73,43 +74,41 @@ class SplitBatchNorm(_NormBase):
             var = self.running_var if self.training else None
             return F.batch_norm(x, mean, var, self.weight, self.bias, True, factor, self.eps)
 
-        repeated_mean = self._repeated(self.running_mean, groups)  # (G * C,)
-        repeated_var = self._repeated(self.running_var, groups)
-        if samples % groups == 0 and x.is_contiguous():
-            # Sample n = a * G + g is row a of group g: in memory (N, C, ...) already is
-            # (N / G, G * C, ...), so one call over G * C channels does all groups, without a copy.
-            stacked = x.view(samples // groups, groups * self.num_features, *x.shape[2:])
-            y = F.batch_norm(
-                stacked,
-                repeated_mean,
-                repeated_var,
-                self._repeated(self.weight, groups),
-                self._repeated(self.bias, groups),
-                True,
-                factor,
-                self.eps,
-            ).view_as(x)
+        # Groups are blocks, so a group is a dense part of x in every memory format: nothing is
+        # gathered first. Nor are results copied together, where they can be written in place;
+        # torch does that rightly in its own two memory formats alone.
+        bounds = [group * samples // groups for group in range(groups + 1)]
+        parts = [x[first:last] for first, last in zip(bounds, bounds[1:], strict=False)]
+        means = _repeated(self.running_mean if self.training else None, groups)  # G x (C,)
+        variances = _repeated(self.running_var if self.training else None, groups)
+        in_place = x.is_contiguous() or x.is_contiguous(memory_format=_channels_last(x))
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not in_place:
+            y = torch.cat(
+                [
+                    F.batch_norm(part, mean, var, self.weight, self.bias, True, factor, self.eps)
+                    for part, mean, var in zip(parts, means, variances, strict=True)
+                ]
+            )
         else:
-            # Compact copies: strided slices take a path of batch norm that is three times slower.
-            layout = _memory_format(x)
             y = torch.empty_like(x)
-            channels = self.num_features
-            for group in range(groups):
-                own = slice(group * channels, (group + 1) * channels)
-                y[group::groups] = F.batch_norm(
-                    x[group::groups].contiguous(memory_format=layout),
-                    None if repeated_mean is None else repeated_mean[own],
-                    None if repeated_var is None else repeated_var[own],
+            unused = x.new_empty(2, self.num_features, dtype=torch.float32)
+            for group, part in enumerate(parts):
+                out = y[bounds[group] : bounds[group + 1]]
+                torch.native_batch_norm(
+                    part,
                     self.weight,
                     self.bias,
+                    means[group],
+                    variances[group],
                     True,
                     factor,
                     self.eps,
+                    out=(out, unused[0], unused[1]),
                 )
-        if self.training and repeated_mean is not None and repeated_var is not None:
+        if self.training and self.running_mean is not None:
             with torch.no_grad():
-                self.running_mean.copy_(repeated_mean.view(groups, -1).mean(dim=0))  # type: ignore
-                self.running_var.copy_(repeated_var.view(groups, -1).mean(dim=0))  # type: ignore
+                self.running_mean.copy_(torch.stack(means).mean(dim=0))  # type: ignore
+                self.running_var.copy_(torch.stack(variances).mean(dim=0))  # type: ignore
         return y
 
     def extra_repr(self) -> str:
@@ -123,10 +122,6 @@ class SplitBatchNorm(_NormBase):
         if self.momentum is None:
             return 1.0 / float(self.num_batches_tracked)
         return self.momentum
-
-    @staticmethod
-    def _repeated(values: Tensor | None, groups: int) -> Tensor | None:
-        return None if values is None else values.repeat(groups)
 
 
 def split_batch_norms(module: ModuleT, groups: int) -> ModuleT:
@@ -188,13 +183,13 @@ def shuffled_forward(module: Callable[..., tuple], images: Tensor, **kwargs: Any
     return make(ordered)
 
 
-def _memory_format(x: Tensor) -> torch.memory_format:
-    """channels_last where x is laid out so."""
-    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
-        return torch.channels_last
-    if x.dim() == 5 and x.is_contiguous(memory_format=torch.channels_last_3d):
-        return torch.channels_last_3d
-    return torch.contiguous_format
+def _channels_last(x: Tensor) -> torch.memory_format:
+    return {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim(), torch.contiguous_format)
+
+
+def _repeated(values: Tensor | None, groups: int) -> list[Tensor | None]:
+    """A copy of (C,) for every group, or None for every one; one launch."""
+    return [None] * groups if values is None else list(values.repeat(groups, 1).unbind())
 
 
 def _split_twin(layer: _BatchNorm, groups: int, name: str) -> SplitBatchNorm:

@@ -82,7 +82,8 @@ class Paper:
         order = torch.randperm(len(images))
         results: list[tuple[Tensor, ...] | None] = [None] * len(images)
         for group in range(self.groups):
-            members = order[group :: self.groups]
+            first, last = (g * len(images) // self.groups for g in (group, group + 1))
+            members = order[first:last]
             outputs = self.encoder_k(images[members])
             for position, image in enumerate(members.tolist()):
                 results[image] = tuple(output[position] for output in outputs)
@@ -164,7 +165,7 @@ def assert_queues_equal(model: DenseCL, paper: Paper, which: tuple[str, ...]) ->
     [
         (None, 8, 1, 100, "random", 0),
         (None, 8, 4, 20, "empty", 0),  # the third batch wraps round: 24 keys, 20 rows
-        (3, 10, 4, 17, "random", 0),  # groups of 3, 3, 2 and 2
+        (3, 10, 4, 17, "random", 0),  # groups of 2, 3, 2 and 3
         (3, 8, 2, 20, "empty", 2),
         (7, 9, 1, 5, "random", 1),  # more positions than the features have, batch above the queue
     ],

@@ -31,6 +31,14 @@ def add_pretrain(commands: Any) -> argparse.ArgumentParser:
         "--resume", action="store_true", help="go on with the run in --output, exactly"
     )
     command.add_argument("--overwrite", action="store_true", help="replace the run in --output")
+    command.add_argument(
+        "--profile",
+        nargs="?",
+        const=20,
+        metavar="STEPS",
+        help="measure STEPS steps (20) instead of training: a table of where the time goes, and a "
+        "trace, in the folder profile inside --output; a run that is there stays as it is",
+    )
     groups: dict[str, Any] = {}
     for field in dataclasses.fields(PretrainConfig):
         title = field.metadata["group"]
@@ -78,7 +86,28 @@ def pretrain_config(options: argparse.Namespace) -> PretrainConfig:
     return PretrainConfig(**check_names(values, source="densecl pretrain"))
 
 
+def _profile(options: argparse.Namespace) -> int:
+    if options.resume or options.overwrite:
+        raise ValueError("densecl pretrain: --profile neither resumes nor replaces a run")
+    try:
+        steps = int(options.profile)
+    except ValueError:
+        raise ValueError(
+            f"densecl pretrain: --profile: expected a number of steps, got {options.profile!r}"
+        ) from None
+    config = pretrain_config(options)
+    from densecl_ext.train.profile import profile
+
+    result = profile(
+        config, steps=steps, message=lambda text: print(text, file=sys.stderr, flush=True)
+    )
+    print(f"{result.table()}\n\ntrace for https://ui.perfetto.dev: {result.folder}/trace.json.gz")
+    return 0
+
+
 def _pretrain(options: argparse.Namespace) -> int:
+    if options.profile is not None:
+        return _profile(options)
     config = pretrain_config(options)
     from densecl_ext.train import pretrain
     from densecl_ext.train.progress import ConsoleProgress

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
-from lightning.fabric.loggers.logger import Logger
 from torch import nn
 
 from densecl_ext.backbones import build_backbone
@@ -14,9 +12,7 @@ from densecl_ext.checkpoints import read_backbone
 from densecl_ext.data import ViewLoader, build_loader
 from densecl_ext.model import DenseCL
 from densecl_ext.train.config import PretrainConfig
-from densecl_ext.train.metrics import CsvLog
 from densecl_ext.train.options import duration_in_steps
-from densecl_ext.train.run_folder import RunFolder
 
 
 def open_loader(config: PretrainConfig, device: torch.device) -> ViewLoader:
@@ -91,17 +87,3 @@ def build_optimizer(config: PretrainConfig, model: nn.Module) -> torch.optim.SGD
         weight_decay=config.weight_decay,
         fused=True if parameters[0].is_cuda else None,
     )
-
-
-def build_loggers(
-    config: PretrainConfig, folder: RunFolder, resume_step: int | None
-) -> list[Logger]:
-    """metrics.csv, and TensorBoard if wanted; both drop what lies after `resume_step`."""
-    loggers: list[Logger] = [CsvLog(folder.metrics, resume_step=resume_step)]
-    if config.tensorboard:
-        from lightning.fabric.loggers import TensorBoardLogger
-
-        options: dict[str, Any] = {} if resume_step is None else {"purge_step": resume_step + 1}
-        name = folder.tensorboard.name
-        loggers.append(TensorBoardLogger(folder.path, name=name, version="", **options))
-    return loggers

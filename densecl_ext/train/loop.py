@@ -16,14 +16,14 @@ from torch import nn
 from densecl_ext.data import TwoViews
 from densecl_ext.model import DenseCL
 from densecl_ext.train.build import (
-    build_loggers,
     build_model,
     build_optimizer,
     open_loader,
     starting_backbone,
 )
 from densecl_ext.train.config import PretrainConfig, merge_resumed
-from densecl_ext.train.machine import build_fabric, has_native_bf16, pick_device
+from densecl_ext.train.machine import has_native_bf16, pick_device
+from densecl_ext.train.metrics import build_fabric, build_loggers
 from densecl_ext.train.options import duration_in_steps
 from densecl_ext.train.progress import Progress
 from densecl_ext.train.run_folder import RunFolder

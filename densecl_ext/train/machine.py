@@ -5,8 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from lightning.fabric import Fabric
-from lightning.fabric.loggers.logger import Logger
 
 
 def pick_device(name: str) -> torch.device:
@@ -46,25 +44,3 @@ def has_native_bf16(device: torch.device) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-
-
-def build_fabric(device: torch.device, loggers: list[Logger]) -> Fabric:
-    """Fabric on one device, for its loggers and for what it knows of launchers.
-
-    Precision, backward and optimizer are `TrainingStep`'s, which runs without Lightning too.
-
-    Raises:
-        RuntimeError: started by a launcher with several processes.
-    """
-    fabric = Fabric(
-        accelerator=device.type,
-        devices=1 if device.type == "cpu" else [device.index],
-        loggers=loggers,
-    )
-    if fabric.world_size > 1:
-        raise RuntimeError(
-            f"pretrain: started as one of {fabric.world_size} processes, but a run uses one "
-            "process and one device; "
-            "start it without a launcher"
-        )
-    return fabric

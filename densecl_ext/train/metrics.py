@@ -1,4 +1,4 @@
-"""The CSV file that the log rows go to."""
+"""Where the log rows go: metrics.csv, TensorBoard, and Lightning Fabric, which holds them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from lightning.fabric import Fabric
 from lightning.fabric.loggers.logger import Logger
 
 from densecl_ext.checkpoints.storage import atomic_file
+from densecl_ext.train.config import PretrainConfig
+from densecl_ext.train.run_folder import RunFolder
 
 FIRST_COLUMNS = ("step", "epoch", "loss", "loss_global", "loss_dense", "lr", "images_per_second")
 
@@ -90,3 +94,39 @@ def _step(row: Mapping[str, str | None]) -> float:
         return float(row.get("step") or "inf")
     except ValueError:
         return math.inf  # a line cut short by a crash
+
+
+def build_loggers(
+    config: PretrainConfig, folder: RunFolder, resume_step: int | None
+) -> list[Logger]:
+    """metrics.csv, and TensorBoard if wanted; both drop what lies after `resume_step`."""
+    loggers: list[Logger] = [CsvLog(folder.metrics, resume_step=resume_step)]
+    if config.tensorboard:
+        from lightning.fabric.loggers import TensorBoardLogger
+
+        options: dict[str, Any] = {} if resume_step is None else {"purge_step": resume_step + 1}
+        name = folder.tensorboard.name
+        loggers.append(TensorBoardLogger(folder.path, name=name, version="", **options))
+    return loggers
+
+
+def build_fabric(device: torch.device, loggers: list[Logger]) -> Fabric:
+    """Fabric on one device, for its loggers and for what it knows of launchers.
+
+    Precision, backward and optimizer are `TrainingStep`'s, which runs without Lightning too.
+
+    Raises:
+        RuntimeError: started by a launcher with several processes.
+    """
+    fabric = Fabric(
+        accelerator=device.type,
+        devices=1 if device.type == "cpu" else [device.index],
+        loggers=loggers,
+    )
+    if fabric.world_size > 1:
+        raise RuntimeError(
+            f"pretrain: started as one of {fabric.world_size} processes, but a run uses one "
+            "process and one device; "
+            "start it without a launcher"
+        )
+    return fabric
