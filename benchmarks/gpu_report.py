@@ -142,6 +142,8 @@ def markdown(results: dict[str, Any]) -> str:
     met = sum(v.met is True for v in found)
     measured = sum(v.met is not None for v in found)
     parts = ["# Benchmarks on a GPU", *machine_lines(results)]
+    if "kernel" in results:
+        parts.append(f"**Kernel of the loss: {results['kernel']}.**")
     if results["quick"]:
         parts.append("**A quick run: tiny sizes, so that the ratios mean nothing.**")
     parts += [

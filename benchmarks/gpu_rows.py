@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -20,10 +21,13 @@ import torch
 from benchmarks import gpu_report, gpu_suites, report
 from benchmarks.child import Child, Lost
 from benchmarks.gpu_timing import CAPTURE_FAILED
+from benchmarks.loss_cases import InfoNceCase, StepLossCase
 from benchmarks.memory import MemoryProcess
 from benchmarks.suites import Row, from_message
 
-ROW_LIMIT, MEMORY_LIMIT = 90.0, 40.0  # seconds without an answer: something hangs
+ROW_LIMIT, COMPILE_LIMIT, MEMORY_LIMIT = 60.0, 150.0, 40.0  # seconds without an answer
+BROKEN = "left the device unable to work"
+KERNEL = "DENSECL_CUDA_KERNEL"
 
 
 def measure(
@@ -39,6 +43,7 @@ def measure(
         "benchmarks": [],
         "skipped": {},
     }
+    before = os.environ.get(KERNEL)
     worker = Child("benchmarks.gpu_worker", device, *(["--quick"] if quick else []))
     memories = MemoryProcess(torch.get_num_threads())
     try:
@@ -52,7 +57,14 @@ def measure(
             if time.monotonic() - started > seconds:
                 results["skipped"][row.id] = f"not run: the {seconds:.0f} s were over"
                 continue
-            found = ask_row(worker, row.id)
+            found = ask_row(worker, row)
+            if found.pop("broken") and can_fall_back(row):
+                # Hopper's kernel may hang or fault: the rest of the run shall not.
+                os.environ[KERNEL] = "portable"
+                memories.close()
+                results["kernel"] = f"portable, since {row.id} {found.get('error', BROKEN)}"
+                found = ask_row(worker, row)
+                found.pop("broken")
             if "error" in found:
                 results["skipped"][row.id] = found["error"]
             else:
@@ -64,20 +76,28 @@ def measure(
     finally:
         worker.kill()
         memories.close()
+        if "kernel" in results and before is None:
+            os.environ.pop(KERNEL, None)
         results["seconds"] = round(time.monotonic() - started, 1)
         write(out, results)
     return results
 
 
-def ask_row(worker: Child, row: str) -> dict[str, Any]:
+def can_fall_back(row: Row) -> bool:
+    """Whether the row runs the loss's kernel, and not yet the portable one."""
+    return isinstance(row.case, InfoNceCase | StepLossCase) and KERNEL not in os.environ
+
+
+def ask_row(worker: Child, row: Row) -> dict[str, Any]:
     """The worker's answer about a row.
 
     A capture that fails keeps the candidates behind it from theirs: the row is then measured once
     more by a new process that does not try it.
     """
+    slow = any(name.startswith("torch.compile") for name in row.baselines)
     waits: dict[str, str] = {}
     while True:
-        found = ask(worker, row, waits)
+        found = ask(worker, row.id, waits, COMPILE_LIMIT if slow else ROW_LIMIT)
         candidates = found.get("info", {}).get("candidates", {})
         failed = {
             name: candidate["missing"]["graph"]
@@ -87,19 +107,25 @@ def ask_row(worker: Child, row: str) -> dict[str, Any]:
         if not failed:
             return found
         worker.kill()
-        last = list(candidates)[-1] in failed
+        found["broken"] = False
         waits |= {name: why.removeprefix(CAPTURE_FAILED) for name, why in failed.items()}
-        if last:  # nobody stands behind it
+        if list(candidates)[-1] in failed:  # nobody stands behind it
             return found
 
 
-def ask(worker: Child, row: str, waits: dict[str, str] | None = None) -> dict[str, Any]:
-    """The worker's answer, or {"error": why there is none}; a broken worker is ended."""
+def ask(
+    worker: Child, row: str, waits: dict[str, str] | None = None, limit: float = ROW_LIMIT
+) -> dict[str, Any]:
+    """The worker's answer, or {"error": why there is none}, with "broken": whether it was ended.
+
+    It is ended where it hangs, and where the device takes no more work from it.
+    """
     try:
-        found = worker.ask({"row": row, "waits": waits or {}}, ROW_LIMIT)
+        found = worker.ask({"row": row, "waits": waits or {}}, limit)
     except Lost as error:
-        return {"error": f"failed: {error}"}
-    if not found.pop("works"):
+        return {"error": f"failed: {error}", "broken": True}
+    found["broken"] = not found.pop("works")
+    if found["broken"]:
         worker.kill()
     if "error" in found:
         found["error"] = f"failed: {found['error']}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -195,7 +196,7 @@ def test_a_failed_capture_costs_the_others_theirs_only_once() -> None:
             self.killed += 1
 
     worker = Worker()
-    found = gpu_rows.ask_row(worker, "row")["info"]["candidates"]  # type: ignore[arg-type]
+    found = gpu_rows.ask_row(worker, gpu_suites.rows()[0])["info"]["candidates"]  # type: ignore[arg-type]
     assert found["b"]["missing"]["graph"] == "syncs"
     assert found["c"]["missing"] == {}
     assert worker.killed == 1
@@ -324,7 +325,8 @@ def test_a_child_that_hangs_or_dies_is_lost_and_the_next_one_answers() -> None:
 def test_quick_run_writes_everything_and_a_failed_row_is_named(tmp_path: Path) -> None:
     worker = Child("benchmarks.gpu_worker", "cpu", "--quick")
     try:
-        assert gpu_rows.ask(worker, "no such row") == {"error": "failed: KeyError: 'no such row'"}
+        found = gpu_rows.ask(worker, "no such row")
+        assert found == {"error": "failed: KeyError: 'no such row'", "broken": False}
     finally:
         worker.kill()
     results = gpu_rows.measure(tmp_path, "cpu", quick=True, words="enqueue")
@@ -344,12 +346,36 @@ def test_quick_run_writes_everything_and_a_failed_row_is_named(tmp_path: Path) -
 def test_rows_are_left_out_when_the_time_is_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu_rows, "ask", lambda worker, row: {"error": "failed: asked"})
+    monkeypatch.setattr(gpu_rows, "ask", lambda worker, row: {"error": "failed", "broken": True})
     results = gpu_rows.measure(tmp_path, "cpu", quick=True, seconds=-1.0)
     reasons = {why for row, why in results["skipped"].items() if row != "machine"}
     assert reasons == {"not run: the -1 s were over"}
     assert len(results["skipped"]) == 1 + len(gpu_suites.rows())
     assert "The machine is not known" in (tmp_path / "table.md").read_text()
+
+
+def test_a_kernel_that_hangs_gives_way_to_the_portable_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(gpu_rows.KERNEL, raising=False)
+    asked = []
+
+    def ask(worker: Child, row: str, waits: Any = None, limit: float = 0.0) -> dict[str, Any]:
+        kernel = os.environ.get(gpu_rows.KERNEL)
+        asked.append((row, kernel))
+        if row != "machine" and kernel is None:
+            return {"error": "failed: no answer within 60 s", "broken": True}
+        return {"error": "failed: whatever", "broken": True}
+
+    monkeypatch.setattr(gpu_rows, "ask", ask)
+    results = gpu_rows.measure(tmp_path, "cpu", quick=True, words="nce-m256")
+    assert asked == [("machine", None), ("nce-m256", None), ("nce-m256", "portable")]
+    assert results["kernel"] == "portable, since nce-m256 failed: no answer within 60 s"
+    assert "no answer within 60 s" in (tmp_path / "table.md").read_text()
+    assert gpu_rows.KERNEL not in os.environ
+    asked.clear()
+    gpu_rows.measure(tmp_path, "cpu", quick=True, words="ema")  # not a matter of the loss's kernel
+    assert asked == [("machine", None), ("ema", None)]
 
 
 def test_parts_of_make_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
