@@ -16,8 +16,11 @@ if TYPE_CHECKING:
 COLOURS = {
     "eager": "#8a8f98",
     "eager autocast": "#b7bcc4",
+    "eager TF32": "#6d737c",
     "torch.compile": "#e69f00",
+    "torch.compile autocast": "#f0c45c",
     "flash attention": "#009e73",
+    "cuDNN attention": "#56b4e9",
     "lightly": "#cc79a7",
 }
 OTHERS = ("#8a8f98", "#e69f00", "#009e73", "#cc79a7")
@@ -95,10 +98,10 @@ def speedups(
 
     by_id = {row.id: row for row in rows}
     chosen = [by_id[name] for name in bars_wanted if name in by_id]
-    chosen = [row for row in chosen if len(row.seconds) > 1]
+    chosen = [row for row in chosen if baselines(row)]
     if not chosen:
         return []
-    bars = sum(len(row.seconds) - 1 for row in chosen)
+    bars = sum(len(baselines(row)) for row in chosen)
     height = 0.23 * bars + 0.33 * len(chosen) + 1.2
     figure, axes = pyplot.subplots(figsize=(9.5, height), layout="constrained")
     y, ratios = 0.0, [1.0]
@@ -107,7 +110,7 @@ def speedups(
         heading = f" {label}: {duration(row.seconds['ours'])}"
         axes.text(1.0, y - 0.15, heading, weight="bold", va="center", ha="left", fontsize=9.5)
         y += 0.8
-        others = [name for name in row.seconds if name != "ours"]
+        others = baselines(row)
         for i, name in enumerate(others):
             ours, theirs = alike(row, name)
             ratio = theirs / ours
@@ -140,6 +143,11 @@ def speedups(
     return [path.name]
 
 
+def baselines(row: Entry) -> list[str]:
+    """The candidates that are not ours."""
+    return [name for name in row.seconds if not name.startswith("ours")]
+
+
 def alike(row: Entry, name: str) -> tuple[float, float]:
     """Seconds of ours and of a candidate, timed in the same way."""
     if row.modes.get(name):
@@ -165,11 +173,11 @@ def scaling(
     for row in chosen:
         x, dtype = row.case[varied], row.case["dtype"]
         line = lines.setdefault(f"ours, {dtype} queue", {})
-        line[x] = (row.seconds["ours"], row.peaks["ours"])
+        add_point(line, x, row, "ours")
         if "eager" in row.seconds and (dtype == "float32" or row.modes):
             # in float32 whatever the queue's dtype; on a CPU a float32 row tells as much
             eager = lines.setdefault("eager PyTorch, float32", {})
-            eager[x] = (row.seconds["eager"], row.peaks["eager"])
+            add_point(eager, x, row, "eager")
         elif "does not fit" in row.absent.get("eager", ""):
             missing.append(x)
     if max((len(line) for line in lines.values()), default=0) < 2:
@@ -205,6 +213,12 @@ def scaling(
     figure.savefig(path)
     pyplot.close(figure)
     return [path.name]
+
+
+def add_point(line: dict[int, tuple[float, float | None]], x: int, row: Entry, name: str) -> None:
+    """A row's time and memory; of two rows of one size, that which has both."""
+    if x not in line or row.peaks[name] is not None:
+        line[x] = (row.seconds[name], row.peaks[name])
 
 
 def on_axis(row: Entry, fixed: tuple[str, int]) -> bool:

@@ -61,7 +61,7 @@ def other_rows() -> list[Row]:
                 Row(name, f"dense_match, N=256 C=2,048 49x49, {dtype}{layout}", case,
                     MatchCase.names[1:2], seconds=2.0)
             )  # fmt: skip
-    what = "both losses of a step and the matching, N=256, two queues of 65,536, bfloat16"
+    what = "matching and both losses, N=256 K=65,536, bfloat16"
     memory = StepLossCase.names
     found.append(Row("step-loss", what, step, StepLossCase.names[1:], seconds=3.0, memory=memory))
     return found

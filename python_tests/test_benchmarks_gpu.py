@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -388,3 +389,15 @@ def test_parts_of_make_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert gpu.run_part("step", run) == "failed, exit status 1"
     assert commands[0][2:] == ["benchmarks.step", "--out", str(tmp_path), "--device", "cpu",
                                "--seconds", "75", "--quick"]  # fmt: skip
+
+
+def test_a_chart_keeps_the_point_that_knows_its_memory() -> None:
+    charts = pytest.importorskip("benchmarks.charts")
+    (row,) = report.entries(measured())
+    known, unknown = row, replace(row, peaks=dict.fromkeys(row.peaks))
+    for order in ((known, unknown), (unknown, known)):
+        line: dict[int, tuple[float, float | None]] = {}
+        for entry in order:
+            charts.add_point(line, 32, entry, "ours")
+        assert line == {32: (1e-4, 5_000_000)}
+    assert charts.baselines(row) == ["fast", "slow", "loop"]
