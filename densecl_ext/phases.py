@@ -43,6 +43,7 @@ class Stopwatch:
 
     On a GPU by events on the current stream: the time from the end of the work before a phase to
     the end of the phase's own, waits for the host included. Nothing waits until `seconds` is read.
+    Phases of a step that is captured in a CUDA graph, or replayed, cannot be measured.
 
     Args:
         device: where the steps run.

@@ -306,6 +306,17 @@ def test_bar_in_a_terminal(data: Path, tmp_path: Path) -> None:
     assert "4/4" in out.getvalue() and "images/s" in out.getvalue()
 
 
+def test_a_run_may_move_between_devices(data: Path, tmp_path: Path) -> None:
+    """How the optimizer is implemented is the machine's choice, not the checkpoint's."""
+    part = runs.tiny_run(runs.tiny_config(data, tmp_path, max_steps=2))
+    checkpoint = load_checkpoint(part.checkpoint)
+    checkpoint["optimizer"]["param_groups"][0]["fused"] = True  # as from a GPU
+    torch.save(checkpoint, part.checkpoint)
+    resumed = runs.tiny_run(runs.tiny_config(data, tmp_path, max_steps=4), resume=True)
+    (group,) = load_checkpoint(resumed.checkpoint)["optimizer"]["param_groups"]
+    assert group["fused"] is None and isinstance(group["lr"], float)
+
+
 def test_key_momentum_follows_its_schedule(data: Path, tmp_path: Path) -> None:
     from densecl_ext.momentum import MomentumEncoder
 

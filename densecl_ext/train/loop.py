@@ -22,7 +22,7 @@ from densecl_ext.train.build import (
     starting_backbone,
 )
 from densecl_ext.train.config import PretrainConfig, merge_resumed
-from densecl_ext.train.machine import has_native_bf16, pick_device
+from densecl_ext.train.machine import has_native_bf16, pick_device, set_up
 from densecl_ext.train.metrics import build_fabric, build_loggers
 from densecl_ext.train.options import duration_in_steps
 from densecl_ext.train.progress import Progress
@@ -78,8 +78,8 @@ def pretrain(
     that was never interrupted.
 
     Ctrl-C and SIGTERM end the run after the current step with a checkpoint (in the main thread).
-    Sets torch's thread count if `config.threads` is a number, lets cuDNN measure which of its
-    kernels are fastest, and seeds the global generators.
+    Sets torch's thread count if `config.threads` is a number and seeds the global generators. On a
+    GPU it makes that the current one and lets cuDNN measure which of its kernels are fastest.
 
     Args:
         config: what to do.
@@ -106,9 +106,7 @@ def pretrain(
     if backbone is not None:
         config = dataclasses.replace(config, backbone=OWN_BACKBONE, weights="none")
     device = pick_device(config.device)
-    if isinstance(config.threads, int):
-        torch.set_num_threads(config.threads)
-    torch.backends.cudnn.benchmark = True  # every step has the same shapes
+    set_up(device, config.threads)
     folder = RunFolder(config.output)
     with contextlib.ExitStack() as cleanup:
         cleanup.callback(folder.release)

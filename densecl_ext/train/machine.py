@@ -38,6 +38,20 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def set_up(device: torch.device, threads: int | str) -> None:
+    """Makes the device the current one, and sets what torch keeps for the whole process.
+
+    Args:
+        device: of `pick_device`.
+        threads: CPU threads, or "auto" for torch's choice.
+    """
+    if isinstance(threads, int):
+        torch.set_num_threads(threads)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True  # every step has the same shapes
+
+
 def has_native_bf16(device: torch.device) -> bool:
     """Whether the device multiplies bfloat16 in hardware."""
     if device.type == "cuda":

@@ -18,7 +18,7 @@ from densecl_ext.data import TwoViews, ViewLoader
 from densecl_ext.phases import PHASES, Stopwatch, phase
 from densecl_ext.train.build import build_model, build_optimizer, open_loader, starting_backbone
 from densecl_ext.train.config import PretrainConfig
-from densecl_ext.train.machine import has_native_bf16, pick_device
+from densecl_ext.train.machine import has_native_bf16, pick_device, set_up
 from densecl_ext.train.state import seed_everything
 from densecl_ext.train.step import WARMUP_STEPS, TrainingStep
 
@@ -115,9 +115,7 @@ def profile(
     device = pick_device(config.device)
     if config.cuda_graph and device.type != "cuda":
         raise ValueError(f"profile: cuda_graph needs a GPU, the device is {device}")
-    if isinstance(config.threads, int):
-        torch.set_num_threads(config.threads)
-    torch.backends.cudnn.benchmark = True  # as in `pretrain`
+    set_up(device, config.threads)
     folder = Path(config.output) / "profile"
     folder.mkdir(parents=True, exist_ok=True)
     loader = open_loader(config, device)
