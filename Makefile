@@ -2,7 +2,7 @@
 #   make demo     render scenes, pre-train a small network on the CPU, show what it learned
 #   make test     the whole Python test suite
 #   make bench    measure the ops against PyTorch, torch.compile, attention kernels and lightly; OUT=folder
-#   make gpu      on a machine with a GPU: build for it, test, sanitize, measure; PART=build|test|sanitize|bench OUT=folder
+#   make gpu      on a machine with a GPU: build for it, test, sanitize, measure; PART=build|test|bench|step|sanitize OUT=folder
 #   make lint     formatting, lint and types, of Python and C++
 # Needs Python 3.10+ (with its headers), a C++20 compiler and make.
 

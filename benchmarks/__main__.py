@@ -1,4 +1,8 @@
-"""`python -m benchmarks --out DIR`: measure, then write results.json, table.md and the charts."""
+"""`python -m benchmarks --out DIR`: measure, then write results.json, table.md and the charts.
+
+Where there is a GPU, its rows go to DIR/gpu. Of a folder that gpu_rows.py wrote, --report-only
+rewrites table and charts.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks import report
+import torch
+
+from benchmarks import gpu_report, report
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -28,6 +34,10 @@ def main() -> int:
         print(f"no results in {out}", file=sys.stderr)
         return status or 1
     write_report(out)
+    if not options.report_only and not options.k and torch.cuda.is_available():
+        command = [sys.executable, "-m", "benchmarks.gpu_rows", "--out", str(out / "gpu")]
+        command += ["--quick"] if options.quick else []
+        status = status or subprocess.run(command, cwd=ROOT).returncode
     return status
 
 
@@ -45,13 +55,18 @@ def measure(out: Path, quick: bool, words: str | None) -> int:
 def write_report(out: Path) -> None:
     """table.md and the charts beside results.json, and the demands on the terminal."""
     results = report.load(out / "results.json")
-    (out / "table.md").write_text(report.markdown(results), encoding="utf-8")
+    if results.get("suite") == "gpu":
+        text, asked = gpu_report.markdown(results), gpu_report.asked_table(results)
+    else:
+        text = report.markdown(results)
+        found = report.verdicts(report.entries(results), results["skipped"])
+        ran = [verdict for verdict in found if verdict.ratio != report.NOT_RUN]
+        asked = report.table(report.HEADER, report.verdict_lines(ran))
+    (out / "table.md").write_text(text, encoding="utf-8")
     from benchmarks import charts
 
     written = charts.draw(report.entries(results), results, out)
-    found = report.verdicts(report.entries(results), results["skipped"])
-    ran = [verdict for verdict in found if verdict.ratio != report.NOT_RUN]
-    print(report.table(report.HEADER, report.verdict_lines(ran)))
+    print(asked)
     print(f"wrote {', '.join(['results.json', 'table.md', *written])} in {out}")
 
 

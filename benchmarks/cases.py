@@ -6,11 +6,12 @@ inputs, and from these its candidates. The loss has a file of its own, loss_case
 
 from __future__ import annotations
 
+import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -33,6 +34,7 @@ class Candidate:
 
     run: Callable[[], Any]  # what is timed; may write in place
     results: Callable[[], Results]  # what it computes, from inputs that nobody has written to
+    waits: str = ""  # why a CUDA graph cannot hold it
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,11 @@ class Case(ABC):
         """Floating point operations of one call, 0 where bytes are what counts."""
         return 0.0
 
+    @property
+    def traffic(self) -> float:
+        """Bytes that one call must at least read and write, 0 where operations are what counts."""
+        return 0.0
+
 
 def relative(got: Tensor, expected: Tensor, floor: float = 1e-30) -> float:
     """L2 error in units of the expected tensor's length, or of the floor where that is longer."""
@@ -84,18 +91,23 @@ def within(errors: dict[str, float], bound: float, name: str) -> dict[str, float
 
 
 @contextmanager
-def forced_isa(isa: str | None) -> Iterator[None]:
-    """Our kernels run with this CPU instruction set inside."""
-    before = os.environ.get("DENSECL_CPU_ISA")
-    if isa is not None:
-        os.environ["DENSECL_CPU_ISA"] = isa
+def forced(variable: str, value: str | None) -> Iterator[None]:
+    """DENSECL_CPU_ISA or DENSECL_CUDA_KERNEL has this value inside; None changes nothing."""
+    before = os.environ.get(variable)
+    if value is not None:
+        os.environ[variable] = value
     try:
         yield
     finally:
-        if isa is not None:
-            os.environ.pop("DENSECL_CPU_ISA")
+        if value is not None:
+            os.environ.pop(variable)
             if before is not None:
-                os.environ["DENSECL_CPU_ISA"] = before
+                os.environ[variable] = before
+
+
+def generator_on(device: torch.device) -> torch.Generator:
+    """Seeded, where the numbers are wanted: a GPU draws gigabytes in no time."""
+    return torch.Generator(device if device.type == "cuda" else "cpu").manual_seed(0)
 
 
 @dataclass(frozen=True)
@@ -106,13 +118,22 @@ class MatchCase(Case):
     images: int
     channels: int
     positions: int
+    dtype: str = "float32"
+    channels_last: bool = False
 
     def inputs(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        generator = torch.Generator().manual_seed(0)
-        query = torch.randn(self.images, self.channels, self.positions, generator=generator)
-        noise = torch.randn(query.shape, generator=generator)
-        order = torch.randperm(self.positions, generator=generator)
-        return query.to(device), (query[:, :, order] + noise).to(device)
+        generator = generator_on(device)
+        shape = self.images, self.channels, self.positions
+        query = torch.randn(shape, generator=generator, device=generator.device)
+        noise = torch.randn(shape, generator=generator, device=generator.device)
+        order = torch.randperm(self.positions, generator=generator, device=generator.device)
+        return self._laid_out(query, device), self._laid_out(query[:, :, order] + noise, device)
+
+    def _laid_out(self, features: Tensor, device: torch.device) -> Tensor:
+        features = features.to(device, getattr(torch, self.dtype))  # (N, C, S)
+        if self.channels_last:
+            return features.transpose(1, 2).contiguous().transpose(1, 2)
+        return features.contiguous()
 
     def candidate(self, name: str, inputs: tuple[Tensor, Tensor]) -> Candidate:
         query, key = inputs
@@ -132,11 +153,16 @@ class MatchCase(Case):
         return within({"share of different matches": float(wrong)}, 1e-3, name)
 
     def shrunk(self) -> MatchCase:
-        return MatchCase(images=2, channels=64, positions=25)
+        return replace(self, images=2, channels=64, positions=25)
 
     @property
     def work(self) -> float:
         return 2.0 * self.images * self.channels * self.positions**2
+
+    @property
+    def traffic(self) -> float:
+        size = getattr(torch, self.dtype).itemsize
+        return 2.0 * self.images * self.channels * self.positions * size
 
 
 def match_as_published(query: Tensor, key: Tensor) -> Tensor:
@@ -153,16 +179,21 @@ class EmaCase(Case):
     count: int = 161
 
     def inputs(self, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
-        generator = torch.Generator().manual_seed(0)
+        generator = generator_on(device)
 
         def draw() -> list[Tensor]:
             shapes = resnet50_shapes()[: self.count]
-            return [torch.randn(shape, generator=generator).to(device) for shape in shapes]
+            drawn = [torch.randn(s, generator=generator, device=generator.device) for s in shapes]
+            return [parameter.to(device) for parameter in drawn]
 
         return draw(), draw()
 
     def candidate(self, name: str, inputs: tuple[list[Tensor], list[Tensor]]) -> Candidate:
         targets, sources = inputs
+        waits = ""
+        if name == "loop":
+            targets = [target.clone() for target in targets]  # it gives them other storage
+            waits = "gives every parameter new storage"
         update = {
             "ours": lambda targets: ops.ema_update_(targets, sources, MOMENTUM),
             "loop": lambda targets: ema_loop(targets, sources),
@@ -175,7 +206,7 @@ class EmaCase(Case):
             update(copies)
             return tuple(copies)
 
-        return Candidate(lambda: update(targets), results)
+        return Candidate(lambda: update(targets), results, waits)
 
     def expected(self, inputs: tuple[list[Tensor], list[Tensor]]) -> Results:
         copies = [target.clone() for target in inputs[0]]
@@ -188,6 +219,10 @@ class EmaCase(Case):
 
     def shrunk(self) -> EmaCase:
         return EmaCase(count=8)
+
+    @property
+    def traffic(self) -> float:  # both are read, the target is written
+        return 12.0 * sum(math.prod(shape) for shape in resnet50_shapes()[: self.count])
 
 
 @torch.no_grad()
@@ -252,7 +287,8 @@ class EnqueueCase(Case):
             step(rows, pointer, keys)
             return (rows.T if published else rows), pointer
 
-        return Candidate(lambda: step(*own, keys), results)
+        waits = "reads the pointer on the host" if published else ""
+        return Candidate(lambda: step(*own, keys), results, waits)
 
     def expected(self, inputs: tuple[Tensor, Tensor]) -> Results:
         queue, pointer = inputs[0].clone(), torch.zeros(1, dtype=torch.int64)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks import gpu_report
 from benchmarks.report import ISA_NAMES, Entry, duration, size, threads, times
 
 if TYPE_CHECKING:
@@ -15,8 +16,11 @@ if TYPE_CHECKING:
 COLOURS = {
     "eager": "#8a8f98",
     "eager autocast": "#b7bcc4",
+    "eager TF32": "#6d737c",
     "torch.compile": "#e69f00",
+    "torch.compile autocast": "#f0c45c",
     "flash attention": "#009e73",
+    "cuDNN attention": "#56b4e9",
     "lightly": "#cc79a7",
 }
 OTHERS = ("#8a8f98", "#e69f00", "#009e73", "#cc79a7")
@@ -48,6 +52,17 @@ BARS = (
     "ema",
     "enqueue",
 )
+GPU_BARS = (
+    "nce",
+    "nce-compile",
+    "nce-m256",
+    "nce-f32",
+    "match-f32-cl",
+    "match-bf16-cl",
+    "ema",
+    "enqueue",
+    "step-loss",
+)
 
 
 def draw(rows: Sequence[Entry], results: dict[str, Any], out: Path) -> list[str]:
@@ -58,35 +73,35 @@ def draw(rows: Sequence[Entry], results: dict[str, Any], out: Path) -> list[str]
     from matplotlib import pyplot
 
     info = results["machine_info"]
-    gpu = info["gpu"]
+    on_gpu = results.get("suite") == "gpu"
+    if on_gpu:
+        machine, prefix, bars, rows_kept = info["device"]["name"], "cuda_", GPU_BARS, 12544
+    else:
+        isa = ISA_NAMES.get(info["selected"], info["selected"])
+        machine = f"{info['processor']}, {threads(info['threads'])}, {isa}"
+        prefix, bars, rows_kept = "", BARS, 1568
+    own = [row for row in rows if "ours" in row.seconds and (on_gpu or row.device == "cpu")]
     written = []
     with pyplot.rc_context(STYLE):
-        for device in ("cpu", "cuda"):
-            own = [row for row in rows if row.device == device]
-            isa = ISA_NAMES.get(info["selected"], info["selected"])
-            machine = (
-                gpu
-                if device == "cuda"
-                else f"{info['processor']}, {threads(info['threads'])}, {isa}"
-            )
-            prefix = "" if device == "cpu" else "cuda_"
-            written += speedups(own, str(machine), out / f"{prefix}speedup.png")
-            for axis, fixed in (("M", ("queue_length", 65536)), ("K", ("rows", 1568))):
-                path = out / f"{prefix}scaling_{axis.lower()}.png"
-                written += scaling(own, axis, fixed, str(machine), path)
+        written += speedups(own, bars, str(machine), out / f"{prefix}speedup.png")
+        for axis, fixed in (("M", ("queue_length", 65536)), ("K", ("rows", rows_kept))):
+            path = out / f"{prefix}scaling_{axis.lower()}.png"
+            written += scaling(own, axis, fixed, str(machine), path)
     return written
 
 
-def speedups(rows: Sequence[Entry], machine: str, path: Path) -> list[str]:
+def speedups(
+    rows: Sequence[Entry], bars_wanted: Sequence[str], machine: str, path: Path
+) -> list[str]:
     """Bars: how many times faster than each baseline."""
     from matplotlib import pyplot
 
     by_id = {row.id: row for row in rows}
-    chosen = [by_id[name] for name in BARS if name in by_id]
-    chosen = [row for row in chosen if len(row.seconds) > 1]
+    chosen = [by_id[name] for name in bars_wanted if name in by_id]
+    chosen = [row for row in chosen if baselines(row)]
     if not chosen:
         return []
-    bars = sum(len(row.seconds) - 1 for row in chosen)
+    bars = sum(len(baselines(row)) for row in chosen)
     height = 0.23 * bars + 0.33 * len(chosen) + 1.2
     figure, axes = pyplot.subplots(figsize=(9.5, height), layout="constrained")
     y, ratios = 0.0, [1.0]
@@ -95,14 +110,15 @@ def speedups(rows: Sequence[Entry], machine: str, path: Path) -> list[str]:
         heading = f" {label}: {duration(row.seconds['ours'])}"
         axes.text(1.0, y - 0.15, heading, weight="bold", va="center", ha="left", fontsize=9.5)
         y += 0.8
-        others = [name for name in row.seconds if name != "ours"]
+        others = baselines(row)
         for i, name in enumerate(others):
-            ratio = row.seconds[name] / row.seconds["ours"]
+            ours, theirs = alike(row, name)
+            ratio = theirs / ours
             ratios.append(ratio)
             colour = COLOURS.get(name, OTHERS[i % len(OTHERS)])
             axes.barh(y, ratio - 1.0, left=1.0, height=0.72, color=colour)
             axes.text(max(ratio, 1.0), y, f" {times(ratio)}", va="center", ha="left", fontsize=9)
-            axes.text(-0.01, y, f"{name}  {duration(row.seconds[name])}", transform=side(axes),
+            axes.text(-0.01, y, f"{name}  {duration(theirs)}", transform=side(axes),
                       va="center", ha="right", fontsize=9)  # fmt: skip
             y += 1.0
         y += 0.75
@@ -127,6 +143,18 @@ def speedups(rows: Sequence[Entry], machine: str, path: Path) -> list[str]:
     return [path.name]
 
 
+def baselines(row: Entry) -> list[str]:
+    """The candidates that are not ours."""
+    return [name for name in row.seconds if not name.startswith("ours")]
+
+
+def alike(row: Entry, name: str) -> tuple[float, float]:
+    """Seconds of ours and of a candidate, timed in the same way."""
+    if row.modes.get(name):
+        return gpu_report.pair(row, name)[:2]
+    return row.seconds["ours"], row.seconds[name]
+
+
 def side(axes: Axes) -> Any:
     """x in units of the axes' width, y in data."""
     return axes.get_yaxis_transform()
@@ -145,10 +173,11 @@ def scaling(
     for row in chosen:
         x, dtype = row.case[varied], row.case["dtype"]
         line = lines.setdefault(f"ours, {dtype} queue", {})
-        line[x] = (row.seconds["ours"], row.peaks["ours"])
-        if "eager" in row.seconds and dtype == "float32":
+        add_point(line, x, row, "ours")
+        if "eager" in row.seconds and (dtype == "float32" or row.modes):
+            # in float32 whatever the queue's dtype; on a CPU a float32 row tells as much
             eager = lines.setdefault("eager PyTorch, float32", {})
-            eager[x] = (row.seconds["eager"], row.peaks["eager"])
+            add_point(eager, x, row, "eager")
         elif "does not fit" in row.absent.get("eager", ""):
             missing.append(x)
     if max((len(line) for line in lines.values()), default=0) < 2:
@@ -178,12 +207,18 @@ def scaling(
                 )  # fmt: skip
         finish(panel, axis, name, column, sorted({row.case[varied] for row in chosen}))
     panels[0].legend(loc="upper left", fontsize=9)
-    kept = "K = 65,536" if axis == "M" else "M = 1,568"
+    kept = f"{'K' if axis == 'M' else 'M'} = {fixed[1]:,}"
     figure.suptitle(f"info_nce over {axis} ({kept}, D = 128): {machine}", x=0.01, ha="left",
                     weight="bold")  # fmt: skip
     figure.savefig(path)
     pyplot.close(figure)
     return [path.name]
+
+
+def add_point(line: dict[int, tuple[float, float | None]], x: int, row: Entry, name: str) -> None:
+    """A row's time and memory; of two rows of one size, that which has both."""
+    if x not in line or row.peaks[name] is not None:
+        line[x] = (row.seconds[name], row.peaks[name])
 
 
 def on_axis(row: Entry, fixed: tuple[str, int]) -> bool:

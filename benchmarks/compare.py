@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from benchmarks import measure, memory
-from benchmarks.cases import Candidate, Case, NotAvailable, forced_isa
+from benchmarks.cases import Candidate, Case, NotAvailable, forced
 from benchmarks.loss_cases import InfoNceCase
 from benchmarks.memory import MemoryProcess
 from benchmarks.suites import Row
@@ -24,7 +24,7 @@ def run_row(
     cases = {"ours": row.case, **row.beside}
     if quick:
         cases = {name: case.shrunk() for name, case in cases.items()}
-    with forced_isa(row.isa):
+    with forced("DENSECL_CPU_ISA", row.isa):
         candidates, absent, errors = prepare(row, cases, device)
         timings = {name: measure.warm_up(c.run, device) for name, c in candidates.items()}
         seconds: dict[str, list[float]] = {name: [] for name in candidates}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,11 +12,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.cases import Candidate, Case, NotAvailable, Results, compiled, relative, within
+from benchmarks.cases import (
+    Candidate,
+    Case,
+    NotAvailable,
+    Results,
+    compiled,
+    forced,
+    generator_on,
+    relative,
+    within,
+)
 from densecl_ext import ops, reference
+from densecl_ext.losses import DenseCLLoss
 
 TEMPERATURE = 0.2
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+Attention = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # rows, keys -> output, log-sum-exp
 
 
 @dataclass(frozen=True)
@@ -31,7 +44,19 @@ class Rows:
 class InfoNceCase(Case):
     """info_nce of M rows against K negatives, as in training: a gradient for the query alone."""
 
-    names = ("ours", "eager", "eager autocast", "torch.compile", "flash attention", "lightly")
+    names = (
+        "ours",
+        "ours, before backward",
+        "portable kernel",
+        "eager",
+        "eager TF32",
+        "eager autocast",
+        "torch.compile",
+        "torch.compile autocast",
+        "flash attention",
+        "cuDNN attention",
+        "lightly",
+    )
     rows: int
     queue_length: int
     features: int = 128
@@ -39,10 +64,10 @@ class InfoNceCase(Case):
     gradient: bool = True
 
     def inputs(self, device: torch.device) -> Rows:
-        generator = torch.Generator().manual_seed(0)
+        generator = generator_on(device)
 
         def draw(count: int) -> Tensor:
-            return torch.randn(count, self.features, generator=generator)
+            return torch.randn(count, self.features, generator=generator, device=generator.device)
 
         query = draw(self.rows)
         positive = query + draw(self.rows)
@@ -55,36 +80,48 @@ class InfoNceCase(Case):
         query, positive = inputs.query, inputs.positive
 
         def results() -> Results:
+            with tf32_products(name == "eager TF32"):
+                return loss_and_gradient()
+
+        def loss_and_gradient() -> Results:
             if not self.gradient:
                 with torch.no_grad():
                     return (function(query, positive, queue),)
-            query.grad = None
             loss = function(query, positive, queue)
-            loss.backward()
-            assert query.grad is not None
-            return loss.detach(), query.grad
+            if name == "ours, before backward":
+                return (loss.detach(),)
+            (gradient,) = torch.autograd.grad(loss, query)
+            return loss.detach(), gradient
 
         return Candidate(results, results)
 
     def _function(self, name: str, inputs: Rows) -> tuple[Loss, Tensor]:
         """The candidate's loss and the queue that it is given, in its preferred dtype."""
-        if name == "ours":
+        if "autocast" in name and self.dtype == "float32":
+            raise NotAvailable("16-bit queues only")
+        if name.startswith("ours"):
             return ops.info_nce, inputs.queue
-        if name == "eager":
+        if name == "portable kernel":
+            return portable_kernel(inputs.queue), inputs.queue
+        if name in ("eager", "eager TF32"):
             return reference.info_nce, inputs.queue.float()
         if name == "eager autocast":
-            if self.dtype == "float32":
-                raise NotAvailable("16-bit queues only")
             return eager_autocast, inputs.queue
         if name == "torch.compile":
             return compiled(reference.info_nce), inputs.queue.float()
+        if name == "torch.compile autocast":
+            return compiled(eager_autocast), inputs.queue
         if name == "flash attention":
-            return attention_formulation, inputs.queue
+            return attention_formulation(flash_attention), inputs.queue
+        if name == "cuDNN attention":
+            return cudnn_attention_formulation(inputs.queue), inputs.queue
         return lightly_loss(inputs.queue.float()), inputs.queue
 
     def expected(self, inputs: Rows) -> Results:
         if self.eager_bytes <= 2e9:
             return self.candidate("eager", inputs).results()
+        if inputs.query.is_cuda:
+            return in_chunks(inputs)[: 2 if self.gradient else 1]
         # Too large for eager; the attention formulation in float32 was held against it at the
         # sizes that are not.
         exact = replace(inputs, queue=inputs.queue.float())
@@ -92,7 +129,7 @@ class InfoNceCase(Case):
 
     def check(self, name: str, got: Results, expected: Results) -> dict[str, float]:
         errors = {"loss": float((got[0].double() - expected[0].double()).abs())}
-        if self.gradient:
+        if self.gradient and len(got) > 1:
             # The gradient is a difference of two terms of this size; with D = 1 nothing is left.
             terms = self.features**-0.5 / (TEMPERATURE * self.rows**0.5)
             errors["gradient"] = relative(got[1], expected[1], floor=terms)
@@ -109,6 +146,44 @@ class InfoNceCase(Case):
     def eager_bytes(self) -> float:
         """What the published formula holds at its peak: about four matrices of logits."""
         return 4.2 * 4.0 * self.rows * (self.queue_length + 1)
+
+
+def in_chunks(inputs: Rows, logits: int = 2**28) -> Results:
+    """The published formula in float32, so many rows at a time that the logits fit."""
+    queue, count = inputs.queue.float(), len(inputs.query)
+    chunk = max(1, logits // len(queue))
+    loss, gradients = 0.0, []
+    for query, positive in zip(
+        inputs.query.detach().split(chunk), inputs.positive.split(chunk), strict=True
+    ):
+        query.requires_grad_()
+        part = reference.info_nce(query, positive, queue, reduction="sum")
+        gradients.append(torch.autograd.grad(part, query)[0] / count)
+        loss = loss + part.detach().double() / count
+    return loss.float(), torch.cat(gradients)
+
+
+def portable_kernel(queue: Tensor) -> Loss:
+    """Ours without Hopper's own instructions; on a GPU that has them."""
+    if not queue.is_cuda or torch.cuda.get_device_capability(queue.device)[0] != 9:
+        raise NotAvailable("this is what runs here anyway")
+
+    def loss(query: Tensor, positive: Tensor, queue: Tensor) -> Tensor:
+        with forced("DENSECL_CUDA_KERNEL", "portable"):
+            return ops.info_nce(query, positive, queue)
+
+    return loss
+
+
+@contextmanager
+def tf32_products(allowed: bool) -> Iterator[None]:
+    """Inside, float32 matrix products on a GPU may keep ten bits of their operands, or must not."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def eager_autocast(query: Tensor, positive: Tensor, queue: Tensor) -> Tensor:
@@ -129,8 +204,12 @@ class AttentionLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, positive: Tensor, queue: Tensor) -> Tensor:
-        output, lse = attention(query.to(queue.dtype), queue)  # (M, D), (M,)
+    def forward(
+        ctx: Any, query: Tensor, positive: Tensor, queue: Tensor, kernel: Attention
+    ) -> Tensor:
+        rows, keys = query.to(queue.dtype)[None, None], queue[None, None]  # (1, 1, M or K, D)
+        output, lse = kernel(rows, keys)
+        output, lse = output[0, 0], lse.flatten()[: len(query)]  # (M, D), (M,)
         positive_logit = (query * positive).sum(dim=1) / TEMPERATURE  # (M,)
         total = torch.logaddexp(lse, positive_logit)  # (M,)
         weight = (lse - total).exp().unsqueeze(1)
@@ -139,27 +218,46 @@ class AttentionLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor | None, ...]:
-        return grad[0] * ctx.gradient, None, None
+        return grad[0] * ctx.gradient, None, None, None
 
 
-def attention_formulation(query: Tensor, positive: Tensor, queue: Tensor) -> Tensor:
-    """The fastest that PyTorch alone can do: its fused attention kernels."""
-    return AttentionLoss.apply(F.normalize(query, dim=1), F.normalize(positive, dim=1), queue)
+def attention_formulation(kernel: Attention) -> Loss:
+    """The fastest that PyTorch alone can do: one of its fused attention kernels."""
+
+    def loss(query: Tensor, positive: Tensor, queue: Tensor) -> Tensor:
+        query, positive = F.normalize(query, dim=1), F.normalize(positive, dim=1)
+        return AttentionLoss.apply(query, positive, queue, kernel)
+
+    return loss
 
 
-def attention(query: Tensor, queue: Tensor) -> tuple[Tensor, Tensor]:
-    """softmax(q n / T) n and its log-sum-exp: (M, D), (M,)."""
-    rows, keys = query[None, None], queue[None, None]  # (1, 1, M, D), (1, 1, K, D)
+def flash_attention(rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """softmax(q n / T) n and its log-sum-exp by torch's flash attention, or the next best.
+
+    On a GPU it splits the keys over the blocks as its own heuristic sees fit.
+    """
     aten, scale = torch.ops.aten, 1.0 / TEMPERATURE
-    if query.device.type == "cpu":
-        flash = aten._scaled_dot_product_flash_attention_for_cpu
-        output, lse = flash(rows, keys, keys, scale=scale)
-    elif query.dtype == torch.float32:
+    if rows.device.type == "cpu":
+        return aten._scaled_dot_product_flash_attention_for_cpu(rows, keys, keys, scale=scale)
+    if rows.dtype == torch.float32:  # flash attention is for 16 bits
         efficient = aten._scaled_dot_product_efficient_attention
-        output, lse = efficient(rows, keys, keys, None, True, scale=scale)[:2]
-    else:
-        output, lse = aten._scaled_dot_product_flash_attention(rows, keys, keys, scale=scale)[:2]
-    return output[0, 0], lse[0, 0, : query.shape[0]]
+        return efficient(rows, keys, keys, None, True, scale=scale)[:2]
+    return aten._scaled_dot_product_flash_attention(rows, keys, keys, scale=scale)[:2]
+
+
+def cudnn_attention(rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """The same by cuDNN."""
+    run = torch.ops.aten._scaled_dot_product_cudnn_attention
+    return run(rows, keys, keys, None, True, scale=1.0 / TEMPERATURE)[:2]
+
+
+def cudnn_attention_formulation(queue: Tensor) -> Loss:
+    """With cuDNN's kernel, where torch has it for such a queue."""
+    if not queue.is_cuda:
+        raise NotAvailable("on a GPU only")
+    if queue.dtype == torch.float32:
+        raise NotAvailable("16-bit queues only")
+    return attention_formulation(cudnn_attention)
 
 
 def lightly_loss(queue: Tensor) -> Loss:
@@ -175,3 +273,100 @@ def lightly_loss(queue: Tensor) -> Loss:
         return module(query, positive)
 
     return loss
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """What the encoders hand to the losses of one step."""
+
+    query: Tensor  # (N, D) global vectors, requires grad
+    key: Tensor  # (N, D)
+    query_grid: Tensor  # (N, D, S, S), requires grad
+    key_grid: Tensor  # (N, D, S, S)
+    query_features: Tensor  # (N, C, S, S)
+    key_features: Tensor  # (N, C, S, S)
+    queues: tuple[Tensor, Tensor]  # (K, D) each
+
+
+@dataclass(frozen=True)
+class StepLossCase(Case):
+    """Both terms of a step: matching, global and dense loss, gradients of the query's outputs."""
+
+    names = ("ours", "reference ops")
+    images: int
+    queue_length: int = 65536
+    features: int = 128
+    channels: int = 2048
+    grid: int = 7
+    dtype: str = "bfloat16"
+
+    def inputs(self, device: torch.device) -> StepInputs:
+        generator = generator_on(device)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, device=generator.device).to(device)
+
+        n, side, dtype = self.images, self.grid, getattr(torch, self.dtype)
+        vectors, grids = draw(n, self.features), draw(n, self.features, side, side)
+        maps = draw(n, self.channels, side, side)
+        queues = [F.normalize(draw(self.queue_length, self.features), dim=1) for _ in range(2)]
+        return StepInputs(
+            vectors.clone().requires_grad_(),
+            vectors + draw(*vectors.shape),
+            grids.clone().requires_grad_(),
+            grids + draw(*grids.shape),
+            maps.to(dtype, memory_format=torch.channels_last),
+            (maps + draw(*maps.shape)).to(dtype, memory_format=torch.channels_last),
+            (queues[0].to(dtype), queues[1].to(dtype)),
+        )
+
+    def candidate(self, name: str, inputs: StepInputs) -> Candidate:
+        step = step_loss if name == "ours" else reference_step_loss
+
+        def results() -> Results:
+            loss = step(inputs)
+            wanted = (inputs.query, inputs.query_grid)
+            return loss.detach(), *torch.autograd.grad(loss, wanted)
+
+        return Candidate(results, results)
+
+    def expected(self, inputs: StepInputs) -> Results:
+        return self.candidate("reference ops", inputs).results()
+
+    def check(self, name: str, got: Results, expected: Results) -> dict[str, float]:
+        errors = {"loss": float((got[0].double() - expected[0].double()).abs())}
+        errors["gradient"] = relative(got[1], expected[1])
+        errors["gradient of the grid"] = relative(got[2], expected[2])
+        return within(errors, 2e-2, name)
+
+    def shrunk(self) -> StepLossCase:
+        return replace(self, images=4, queue_length=256, features=32, channels=64)
+
+    @property
+    def work(self) -> float:
+        rows = self.images * (1 + self.grid**2)
+        return 4.0 * rows * self.queue_length * self.features
+
+    @property
+    def eager_bytes(self) -> float:
+        """As of InfoNceCase; its rows are the grid's."""
+        return 4.2 * 4.0 * self.images * self.grid**2 * (self.queue_length + 1)
+
+
+def step_loss(inputs: StepInputs) -> Tensor:
+    """DenseCLLoss as the model calls it."""
+    return DenseCLLoss(temperature=TEMPERATURE)(
+        inputs.query, inputs.key, inputs.query_grid, inputs.key_grid, *inputs.queues,
+        query_features=inputs.query_features, key_features=inputs.key_features,
+    ).loss  # fmt: skip
+
+
+def reference_step_loss(inputs: StepInputs) -> Tensor:
+    """The same by the published formulas."""
+    match = reference.dense_match(inputs.query_features, inputs.key_features)
+    queues = inputs.queues
+    dense = reference.dense_info_nce(
+        inputs.query_grid, inputs.key_grid, match, queues[1], temperature=TEMPERATURE
+    )
+    whole = reference.info_nce(inputs.query, inputs.key, queues[0], temperature=TEMPERATURE)
+    return 0.5 * whole + 0.5 * dense

@@ -7,18 +7,15 @@ along. On a GPU torch's own allocator counts.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import gc
-import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from benchmarks.child import Child, Lost, requests
 
 
 def supported() -> bool:
@@ -37,59 +34,36 @@ class MemoryProcess:
     """A child that builds cases and measures them, one request at a time; started when needed."""
 
     def __init__(self, threads: int) -> None:
-        self._threads = threads
-        self._child: subprocess.Popen[str] | None = None
+        self._child = Child("benchmarks.memory", str(threads))
 
-    def peak(self, case: dict[str, Any], candidate: str, device: str) -> int | None:
+    def peak(
+        self, case: dict[str, Any], candidate: str, device: str, timeout: float | None = None
+    ) -> int | None:
         """Bytes of one call, or None where that cannot be told (the child died, or no Linux)."""
         if device == "cpu" and not supported():
             return None
-        if self._child is None:
-            self._child = subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.memory", str(self._threads)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-                cwd=ROOT,
-            )
-        child = self._child
-        assert child.stdin is not None and child.stdout is not None
         isa = os.environ.get("DENSECL_CPU_ISA")
         request = {"case": case, "candidate": candidate, "device": device, "isa": isa}
         try:
-            child.stdin.write(json.dumps(request) + "\n")
-            child.stdin.flush()
-            answer = child.stdout.readline()
-        except BrokenPipeError:
-            answer = ""
-        if not answer:
-            self.close()
+            return self._child.ask(request, timeout)["bytes"]
+        except Lost:
             return None
-        return json.loads(answer)["bytes"]
 
     def close(self) -> None:
         """End the child."""
-        if self._child is not None:
-            child, self._child = self._child, None
-            assert child.stdin is not None and child.stdout is not None
-            child.stdout.close()
-            with contextlib.suppress(BrokenPipeError):
-                child.stdin.close()
-            child.wait()
+        self._child.close()
 
 
 def serve(threads: int) -> None:
-    """The child's loop: a request a line on stdin, an answer a line on stdout."""
+    """The child's loop: a case and a candidate in, bytes out."""
     import torch
 
     from benchmarks import suites
     from benchmarks.cases import Case
 
     torch.set_num_threads(threads)
-    answers, sys.stdout = sys.stdout, sys.stderr  # whatever others print must not look like answers
     known: dict[Case, Any] = {}
-    for line in sys.stdin:
-        request = json.loads(line)
+    for request, answer in requests():
         if request["isa"]:
             os.environ["DENSECL_CPU_ISA"] = request["isa"]
         else:
@@ -101,7 +75,7 @@ def serve(threads: int) -> None:
         if case not in known:
             known = {case: case.inputs(device)}
         run = case.candidate(name, known[case]).run
-        print(json.dumps({"bytes": peak_of(run, device)}), file=answers, flush=True)
+        answer({"bytes": peak_of(run, device)})
 
 
 def peak_of(run: Any, device: Any) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,11 @@ class Entry:
     work: dict[str, float]  # FLOP of one call
     absent: dict[str, str]
     beside: tuple[str, ...] = ()  # candidates that are ours at another size
+    # Of a GPU's row alone, see gpu_timing.py:
+    modes: dict[str, dict[str, list[float]]] = field(default_factory=dict)  # samples
+    traffic: dict[str, float] = field(default_factory=dict)  # bytes of one call
+    missing: dict[str, str] = field(default_factory=dict)  # why a candidate is not in a graph
+    host_waits: str | None = None  # what makes the host wait in ours; "" for nothing
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -67,6 +72,10 @@ def entries(results: dict[str, Any]) -> list[Entry]:
                 work={n: c["work"] for n, c in candidates.items()},
                 absent=info["absent"],
                 beside=tuple(info["beside"]),
+                modes={n: c.get("modes", {}) for n, c in candidates.items()},
+                traffic={n: c.get("traffic", 0.0) for n, c in candidates.items()},
+                missing={n: c.get("missing", {}).get("graph", "") for n, c in candidates.items()},
+                host_waits=info.get("host_waits"),
             )
         )
     return found
@@ -99,7 +108,7 @@ def judge(asked: Asked, row: Entry | None, skipped: dict[str, str]) -> Verdict:
         )
         return Verdict(asked.row, "", asked.against, reason, limit, None)
     if asked.measure == "memory":
-        return judge_memory(asked, row)
+        return judge_memory(asked, row, limit)
     other = asked.against
     if other not in row.seconds:
         return Verdict(row.title, "", other, row.absent.get(other, NOT_RUN), limit, None)
@@ -113,9 +122,9 @@ def judge(asked: Asked, row: Entry | None, skipped: dict[str, str]) -> Verdict:
     return Verdict(row.title, left, right, times(value), limit, asked.met(value))
 
 
-def judge_memory(asked: Asked, row: Entry) -> Verdict:
+def judge_memory(asked: Asked, row: Entry, limit: str) -> Verdict:
     """A demand on peak memory: in bytes, or beside another candidate's."""
-    limit, other = bound(asked), asked.against
+    other = asked.against
     ours, theirs = row.peaks.get("ours"), row.peaks.get(other)
     if ours is None or (other and theirs is None):
         return Verdict(row.title, "", other, "not measured", limit, None)

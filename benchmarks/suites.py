@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.cases import Case, EmaCase, EnqueueCase, MatchCase
-from benchmarks.loss_cases import InfoNceCase
+from benchmarks.loss_cases import InfoNceCase, StepLossCase
 
 M, K, D = 1568, 65536, 128  # 32 images of 7 x 7 positions, MoCo's queue, MoCo's head
 SHORT = {"float32": "f32", "bfloat16": "bf16"}
@@ -154,6 +154,7 @@ def title(case: InfoNceCase) -> str:
 
 def from_message(message: dict[str, Any]) -> Case:
     """The case that Case.message described."""
-    kinds = {kind.__name__: kind for kind in (InfoNceCase, MatchCase, EmaCase, EnqueueCase)}
+    classes = (InfoNceCase, StepLossCase, MatchCase, EmaCase, EnqueueCase)
+    kinds = {kind.__name__: kind for kind in classes}
     values = {key: value for key, value in message.items() if key != "kind"}
     return kinds[message["kind"]](**values)

@@ -1,4 +1,4 @@
-"""What is asked of the rows, in one place. CPU alone: a GPU's rows have no thresholds yet."""
+"""What is asked of the CPU's rows, in one place; of a GPU's: gpu_thresholds.py."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ class Asked:
     """One demand.
 
     Attributes:
-        row: id of a row in suites.py.
+        row: id of a row in suites.py or gpu_suites.py.
         measure: "speed-up": the other's time over ours. "time": our time over the other's. "rate":
             our FLOP/s over the other's. "memory": peak extra bytes of ours, over the other's where
-            one is named.
-        against: A baseline or label of the row; "" for none.
+            one is named. On a GPU too "seconds": our time. "copy": our bytes/s over a copy's.
+            "syncs": how often ours made the host wait.
+        against: A baseline or label of the row; "" for none. "a | b": the faster of them.
         at_least, at_most: The bound on it, one of them.
     """
 

@@ -195,5 +195,5 @@ def _reduce(loss: Tensor, row_weight: Tensor | None, reduction: str) -> Tensor:
         return loss
     if reduction == "sum":
         return loss.sum()
-    total = row_weight.sum() if row_weight is not None else loss.new_tensor(float(loss.numel()))
+    total = row_weight.sum() if row_weight is not None else loss.new_full((), float(loss.numel()))
     return loss.sum() / torch.where(total == 0, torch.ones_like(total), total)

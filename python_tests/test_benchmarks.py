@@ -23,9 +23,8 @@ CASES = {
     f"{type(row.case).__name__}-{getattr(row.case, 'dtype', '')}-{row.case.work > 0}": row.case
     for row in suites.rows()
 }
-COMPILERS = (
-    "torch.compile",
-)  # a quarter of a minute each; the benchmarks check them when they run
+# A quarter of a minute each; the benchmarks check them when they run.
+COMPILERS = ("torch.compile", "torch.compile autocast")
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
