@@ -279,9 +279,11 @@ bool round() {
   return sweep(true) || any;
 }
 
-// Runs the asynchronous actions that are due; with force, the first one, due or not.
+// Runs the asynchronous actions that are due; with force, the first one, due or not. Returns
+// whether there was one.
 bool act(bool force) {
   auto& actions = current->actions;
+  bool acted = false;
   for (std::size_t i = 0; i < actions.size();) {
     if (--actions[i].delay > 0 && !force) {
       ++i;
@@ -294,9 +296,10 @@ bool act(bool force) {
     } catch (const std::exception& error) {
       current->error = std::string("an asynchronous action: ") + error.what();
     }
-    if (force) return true;
+    acted = true;
+    if (force) break;
   }
-  return false;
+  return acted;
 }
 
 void run_blocks() {
@@ -313,9 +316,9 @@ void run_blocks() {
     }
     if (current->blocks.empty()) break;
     const bool any = round();
-    act(false);
+    const bool acted = act(false);
     if (!current->error.empty()) break;
-    if (!any && !act(true)) current->error = deadlock();
+    if (!any && !acted && !act(true)) current->error = deadlock();
     std::erase_if(current->blocks, [](const std::unique_ptr<Block>& block) {
       if (block->ended != static_cast<int>(block->threads.size())) return false;
       close_block(*block);
