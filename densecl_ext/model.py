@@ -82,8 +82,9 @@ class DenseCL(nn.Module):
         ``matched`` and ``match_agreement`` are without the dense branch.
 
     Args:
-        backbone: name of a torchvision ResNet (random start), or a module (N, 3, H, W) ->
-            (N, C, h, w); load pre-trained weights into it first and both encoders start from them.
+        backbone: name of a torchvision ResNet or ``timm/NAME`` (random start), or a module
+            (N, 3, H, W) -> (N, C, h, w); load pre-trained weights into it first and both encoders
+            start from them.
         dim: D, size of the vectors.
         hidden_dim: hidden width of both heads.
         queue_length: K of both queues. The paper's 65,536 suits ImageNet and COCO; a data set of a

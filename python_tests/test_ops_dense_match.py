@@ -23,8 +23,7 @@ from densecl_ext import ops, reference
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
-    # There is one kernel for every GPU.
-    pytest.mark.parametrize("backend", BACKENDS[:-1]),
+    pytest.mark.parametrize("backend", BACKENDS),
 ]
 
 dense_match = on_device(ops.dense_match)

@@ -15,7 +15,8 @@ def dense_match(query_features: Tensor, key_features: Tensor, *, mutual: bool = 
 
     DenseCL, section 3.3, eq. 3. Products and sums in float32 for every input type (on a GPU:
     float32 products as three of tf32): the chosen key's cosine is within 2^-23 max(4, sqrt(C)) of
-    the best. The (Sq, Sk) similarities are never stored as a whole. There is no gradient.
+    the best. The (Sq, Sk) similarities are never stored as a whole; where few images must fill a
+    GPU, parts of their sums take at most 33 MB. There is no gradient.
 
     Args:
         query_features: (N, C, *Sq) float32, bfloat16 or float16; any strides.

@@ -26,6 +26,7 @@ def open_loader(config: PretrainConfig, device: torch.device) -> ViewLoader:
         workers=None if config.workers == "auto" else int(config.workers),
         seed=config.seed,
         drop_last=True,
+        channels_last=config.channels_last,
     )
 
 

@@ -53,7 +53,12 @@ class PretrainConfig:
     )
 
     # --- model
-    backbone: str = option("resnet50", text("NAME"), "name of a torchvision ResNet", group="model")
+    backbone: str = option(
+        "resnet50",
+        text("NAME"),
+        "name of a torchvision ResNet, or timm/NAME for any network of timm's",
+        group="model",
+    )
     weights: str = option(
         "none",
         text("none|FILE|NAME"),

@@ -147,6 +147,35 @@ TEST(CudaDenseMatch, ThePlanOfTheModel) {
   }
 }
 
+// Hopper's kernel fetches by bulk copies and gives the bits of the other; where it does not fit,
+// the other runs.
+TEST(CudaDenseMatch, BulkCopies) {
+  // Whole chunks of odd lines, in several rounds of the stages; a last chunk that is not whole.
+  for (const MatchShape& s :
+       {MatchShape{2, 384, 49, 49}, {1, 64, 25, 49}, {3, 128, 63, 1}, {1, 100, 49, 49}}) {
+    for (const DType dtype : dtypes) {
+      for_each_schedule([&](const Schedule&) {
+        for (const int64_t slices : {0, 2}) {
+          SCOPED_TRACE(s.describe() + ", " + dtype_name(dtype));
+          std::vector<int64_t> matches[2];
+          for (const bool hopper : {false, true}) {
+            emulator::schedule().compute_capability = hopper ? 90 : 80;
+            MatchCase c(s, queries_of(s), keys_of(s), dtype);
+            const DenseMatchPlan plan = plan_dense_match(c.problem(true));
+            ASSERT_EQ(
+                run(c, true, plan.forward.chunks > 1 ? with_slices(plan, s.images, slices) : plan),
+                Status::ok);
+            c.check(rounding_of(s.features), true);
+            matches[hopper] = c.match.copy();
+          }
+          emulator::schedule().compute_capability = 80;
+          ASSERT_EQ(matches[0], matches[1]);
+        }
+      });
+    }
+  }
+}
+
 // What float32 tells apart: 56 keys within some 2^-19 of each other. A single product of tf32 takes
 // the wrong one.
 TEST(CudaDenseMatch, CloseKeys) {

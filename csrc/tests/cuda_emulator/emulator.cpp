@@ -288,9 +288,11 @@ bool round() {
   return sweep(true) || any;
 }
 
-// Runs the asynchronous actions that are due; with force, the first one, due or not.
+// Runs the asynchronous actions that are due; with force, the first one, due or not. Returns
+// whether there was one.
 bool act(bool force) {
   auto& actions = current->actions;
+  bool acted = false;
   for (std::size_t i = 0; i < actions.size();) {
     if (--actions[i].delay > 0 && !force) {
       ++i;
@@ -303,9 +305,10 @@ bool act(bool force) {
     } catch (const std::exception& error) {
       current->error = std::string("an asynchronous action: ") + error.what();
     }
-    if (force) return true;
+    acted = true;
+    if (force) break;
   }
-  return false;
+  return acted;
 }
 
 // Makes a launch the one whose threads run.
@@ -317,7 +320,7 @@ void enter(Launch& launch) {
 }
 
 // Starts the blocks that fit, gives threads a turn and closes blocks that ended. Returns whether
-// any thread could run.
+// anything could go on.
 bool step(Launch& launch) {
   enter(launch);
   const std::size_t at_once = launch.grid.cooperative
@@ -326,8 +329,8 @@ bool step(Launch& launch) {
   while (launch.started < launch.numbers.size() && launch.blocks.size() < at_once) {
     launch.blocks.push_back(open_block(launch.numbers[launch.started++]));
   }
-  const bool any = round();
-  if (launch.error.empty()) act(false);
+  bool any = round();
+  if (launch.error.empty()) any = act(false) || any;
   if (!launch.error.empty()) return true;
   std::erase_if(launch.blocks, [](const std::unique_ptr<Block>& block) {
     if (block->ended != static_cast<int>(block->threads.size())) return false;

@@ -67,6 +67,18 @@ __device__ __forceinline__ void copy_box(void* to, const TensorMap* map, int col
 #endif
 }
 
+// Starts the copy of contiguous bytes; all three are multiples of 16. By one thread.
+__device__ __forceinline__ void copy_block(void* to, const void* from, int bytes,
+                                           Barrier* barrier) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(shared_address(to)),
+      "l"(from), "r"(bytes), "r"(shared_address(barrier))
+      : "memory");
+#endif
+}
+
 // Between ordinary writes to shared memory and the tensor cores' or the copy engine's reads.
 __device__ __forceinline__ void show_writes_to_units() {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)

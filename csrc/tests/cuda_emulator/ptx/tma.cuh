@@ -54,6 +54,20 @@ inline void copy_box(void* to, const TensorMap* map, int column, int row, Barrie
   });
 }
 
+inline void copy_block(void* to, const void* from, int bytes, Barrier* barrier, DENSECL_WHERE) {
+  const emulator::Unwatched unwatched;
+  const auto size = static_cast<std::size_t>(bytes);
+  emulator::check_shared(to, size, 16, "bulk copy", where);
+  emulator::check_aligned(from, 16, "bulk copy", where);
+  if (bytes <= 0 || bytes % 16 != 0) emulator::fail("bulk copy: bytes not a multiple of 16", where);
+  emulator::state_of(barrier, "bulk copy", where);
+  emulator::poison(to, size);
+  emulator::later([=] {
+    std::memcpy(to, from, size);
+    emulator::bytes_came(barrier, bytes);
+  });
+}
+
 inline void show_writes_to_units() {}
 
 }  // namespace densecl::cuda
