@@ -131,7 +131,7 @@ def test_phases_are_named_and_measured() -> None:
     measured = stopwatch.seconds()
     assert set(measured) == set(phases.PHASES) - {"data"}
     assert all(seconds > 0 for seconds in measured.values())
-    with torch.profiler.profile() as profile:
+    with torch.profiler.profile(acc_events=True) as profile:
         step(*inputs(3))
     names = {event.name for event in profile.events()}
     assert {phases.PREFIX + name for name in measured} <= names
