@@ -25,6 +25,13 @@ inline bool is_dense(const Tensor& tensor) {
   return true;
 }
 
+inline bool is_expanded(const Tensor& tensor) {
+  for (int64_t d = 0; d < tensor.dim(); ++d) {
+    if (tensor.size(d) > 1 && tensor.stride(d) == 0) return true;
+  }
+  return false;
+}
+
 inline bool same_layout(const Tensor& a, const Tensor& b) {
   for (int64_t d = 0; d < a.dim(); ++d) {
     if (a.size(d) != 1 && a.stride(d) != b.stride(d)) return false;
@@ -52,6 +59,8 @@ class EmaPairs {
                       "] and sources[", i, "] differ in shape");
       if (target.numel() == 0) continue;
       if (!is_dense(target) || !same_layout(target, source)) {
+        STD_TORCH_CHECK(!is_expanded(target), op, ": targets[", i,
+                        "] keeps several elements in one place");
         Tensor stand_in = torch::stable::contiguous(target);
         source = torch::stable::contiguous(source);
         if (stand_in.const_data_ptr() != target.const_data_ptr()) {

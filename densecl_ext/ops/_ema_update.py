@@ -51,63 +51,56 @@ def ema_update_(
     _checks.is_momentum(op, momentum)
     if not targets:
         return
-    if not _all_fit(targets, sources, momentum):
-        for i, (target, source) in enumerate(zip(targets, sources, strict=True)):
-            _check_pair(op, i, target, source, momentum)
-    devices = dict.fromkeys(target.device for target in targets)
-    for device in devices:
-        _native.require_kernels(op, device)
     value, scheduled = (0.0, momentum) if isinstance(momentum, Tensor) else (float(momentum), None)
     with torch.no_grad():
         if scheduled is not None:
             scheduled = scheduled.detach().to(torch.float64)
-        if len(devices) == 1:
-            _native_op(targets, sources, value, scheduled)
+        devices = _devices(targets, sources, momentum)
+        if len(devices) == 1 and not torch.compiler.is_compiling():
+            _native.require_kernels(op, devices.pop())
+            try:
+                # The native op looks at everything before it writes. Looking here as well would
+                # take longer than the launch for hundreds of tensors.
+                _native_op(targets, sources, value, scheduled)
+            except RuntimeError:
+                _check_pairs(op, targets, sources, momentum)
+                raise
         else:
-            for device in devices:
+            _check_pairs(op, targets, sources, momentum)
+            for device in dict.fromkeys(target.device for target in targets):
                 here = [i for i in range(len(targets)) if targets[i].device == device]
                 _native_op([targets[i] for i in here], [sources[i] for i in here], value, scheduled)
     _mutation.record(*targets)
 
 
-def _all_fit(
+def _devices(
     targets: Sequence[Tensor], sources: Sequence[Tensor], momentum: float | Tensor
-) -> bool:
-    """The checks of `_check_pair` on all pairs at once; which takes a quarter of the time.
-
-    False where one by one some might still pass, several devices for example.
-    """
-    tensors = [*targets, *sources]
+) -> set[torch.device]:
+    """All devices, none where something is no tensor."""
     try:
-        devices = {tensor.device for tensor in tensors}
-        dtypes = {tensor.dtype for tensor in tensors}
-        shapes_match = [t.shape for t in targets] == [s.shape for s in sources]
+        devices = {target.device for target in targets}
+        devices.update([source.device for source in sources])
     except AttributeError:
-        return False
-    if isinstance(momentum, Tensor):
-        devices.add(momentum.device)
-    device = targets[0].device
-    return (
-        devices == {device}
-        and dtypes.issubset(_checks.FLOATS)
-        and shapes_match
-        and not any(0 in target.stride() for target in targets)
-    )
+        return set()
+    return devices | {momentum.device} if isinstance(momentum, Tensor) else devices
 
 
-def _check_pair(op: str, i: int, target: Tensor, source: Tensor, momentum: float | Tensor) -> None:
-    """All that a pair must satisfy, with the errors that say what does not."""
-    _checks.is_float(op, f"targets[{i}]", target)
-    _checks.is_float(op, f"sources[{i}]", source)
-    if target.shape != source.shape:
-        raise ValueError(
-            f"{op}: sources[{i}] must be {_checks.size(target)} to match targets[{i}], "
-            f"got {_checks.size(source)}"
-        )
-    _checks.is_writable(op, f"targets[{i}]", target)
-    _checks.on_one_device(op, {f"targets[{i}]": target, f"sources[{i}]": source})
-    if isinstance(momentum, Tensor):
-        _checks.on_one_device(op, {f"targets[{i}]": target, "momentum": momentum})
+def _check_pairs(
+    op: str, targets: Sequence[Tensor], sources: Sequence[Tensor], momentum: float | Tensor
+) -> None:
+    """All that the pairs must satisfy, with the errors that say what does not."""
+    for i, (target, source) in enumerate(zip(targets, sources, strict=True)):
+        _checks.is_float(op, f"targets[{i}]", target)
+        _checks.is_float(op, f"sources[{i}]", source)
+        if target.shape != source.shape:
+            raise ValueError(
+                f"{op}: sources[{i}] must be {_checks.size(target)} to match targets[{i}], "
+                f"got {_checks.size(source)}"
+            )
+        _checks.is_writable(op, f"targets[{i}]", target)
+        _checks.on_one_device(op, {f"targets[{i}]": target, f"sources[{i}]": source})
+        if isinstance(momentum, Tensor):
+            _checks.on_one_device(op, {f"targets[{i}]": target, "momentum": momentum})
 
 
 @torch.library.register_fake("densecl_ext::_ema_update_")
@@ -117,4 +110,4 @@ def _fake(
     momentum: float,
     scheduled: Tensor | None = None,
 ) -> None:
-    return None
+    _check_pairs("ema_update_", targets, sources, momentum)
