@@ -137,6 +137,29 @@ float pack_block(const SweepTask& task, int64_t begin, int64_t valid, int64_t co
   return longest.length();
 }
 
+// The queue rows of the next block, fetched into the second-level cache while products run. With
+// few rows in the batch, waiting for them is a good part of a block's time.
+struct NextRows {
+  const char* data;
+  int64_t row_bytes, stride_bytes, rows;
+
+  NextRows(const RowsView& queue, int64_t features, int64_t begin, int64_t end) {
+    const int64_t size = element_size(queue.dtype);
+    rows = queue.feature_stride == 1 && end > begin ? end - begin : 0;
+    if (rows > sweep_block) rows = sweep_block;
+    row_bytes = features * size;
+    stride_bytes = queue.row_stride * size;
+    data = static_cast<const char*>(queue.data) + begin * stride_bytes;
+  }
+  // Part `step` of `steps`.
+  void fetch(int64_t step, int64_t steps) const {
+    for (int64_t j = step * rows / steps; j < (step + 1) * rows / steps; ++j) {
+      for (int64_t b = 0; b < row_bytes; b += 64)
+        __builtin_prefetch(data + j * stride_bytes + b, 0, 2);
+    }
+  }
+};
+
 // Moves the tile's rows to a running maximum that covers the scores q.n (valid, width).
 template <class V>
 void raise_shift(const SweepTask& task, int64_t first, int64_t width, const float* scores,
@@ -203,7 +226,7 @@ bool needs_shift(const SweepTask& task, int64_t first, int64_t width, float long
 // One tile of rows against one block of queue rows.
 template <class V, int vectors>
 void sweep_tile(const SweepTask& task, int64_t first, const float* block, int64_t valid,
-                float longest, float* scores) {
+                float longest, float* scores, const NextRows& next) {
   constexpr int64_t width = vectors * V::width;
   constexpr int64_t depth_step = 128;  // the longest chain of roundings in a logit
   constexpr int64_t panel = sweep_block * V::tile_rows;
@@ -212,6 +235,7 @@ void sweep_tile(const SweepTask& task, int64_t first, const float* block, int64_
   const int64_t depths = (task.features + V::tile_rows - 1) / V::tile_rows * V::tile_rows;
   const float* query = task.query + first * stride;
   for (int64_t j = 0; j < valid; j += V::tile_rows) {
+    if (first == 0) next.fetch(j / V::tile_rows, (valid + V::tile_rows - 1) / V::tile_rows);
     for (int64_t d = 0; d == 0 || d < depths; d += depth_step) {
       const int64_t depth = depths - d < depth_step ? depths - d : depth_step;
       multiply_tile<V, V::tile_rows, vectors, V::tile_rows>(
@@ -260,14 +284,15 @@ void sweep(const SweepTask& task) {
     const int64_t valid = left < sweep_block ? left : sweep_block;
     const int64_t count = (valid + V::tile_rows - 1) / V::tile_rows * V::tile_rows;
     const float longest = pack_block<V>(task, begin, valid, count, row_scratch.get(), block.get());
+    const NextRows next(*task.queue, task.features, begin + sweep_block, task.queue_end);
     int64_t row = 0;
     for (; row + V::tile_vectors * V::width <= task.rows; row += V::tile_vectors * V::width) {
-      sweep_tile<V, V::tile_vectors>(task, row, block.get(), valid, longest, scores.get());
+      sweep_tile<V, V::tile_vectors>(task, row, block.get(), valid, longest, scores.get(), next);
     }
     if (task.rows - row == 2 * V::width) {
-      sweep_tile<V, 2>(task, row, block.get(), valid, longest, scores.get());
+      sweep_tile<V, 2>(task, row, block.get(), valid, longest, scores.get(), next);
     } else if (task.rows - row == V::width) {
-      sweep_tile<V, 1>(task, row, block.get(), valid, longest, scores.get());
+      sweep_tile<V, 1>(task, row, block.get(), valid, longest, scores.get(), next);
     }
   }
 }
