@@ -25,16 +25,12 @@ class Formula:
     """The losses with their logits, on copies of the queues, which the enqueue then changes."""
 
     @staticmethod
-    def info_nce(query: Any, positive: Any, queue: Any, **options: Any) -> Any:
+    def joint_info_nce(*tensors: Any, **options: Any) -> Any:
         from densecl_ext import reference
 
-        return reference.info_nce(query, positive, queue.clone(), **options)
-
-    @staticmethod
-    def dense_info_nce(query: Any, key: Any, match: Any, queue: Any, **options: Any) -> Any:
-        from densecl_ext import reference
-
-        return reference.dense_info_nce(query, key, match, queue.clone(), **options)
+        query, positive, queue, query_grid, key_grid, match, dense_queue = tensors
+        grids = query_grid, key_grid, match, dense_queue.clone()
+        return reference.joint_info_nce(query, positive, queue.clone(), *grids, **options)
 
 
 def step_of(
