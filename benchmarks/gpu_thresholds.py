@@ -1,4 +1,4 @@
-"""What is asked of the GPU's rows, on an H200 (issue 4)."""
+"""What is asked of the GPU's rows, on an H200."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ Results = dict[str, Any]
 
 @dataclass(frozen=True)
 class Asked:
-    """A demand of issue 5: what it compares, and the bound."""
+    """A demand on the step: what it compares, and the bound."""
 
     what: str
     bound: str
