@@ -1,6 +1,4 @@
-#include "densecl/dense_match.h"
-
-#include "ops/common.h"
+#include "ops/dense_match_problem.h"
 
 namespace densecl::binding {
 namespace {
@@ -8,26 +6,10 @@ namespace {
 constexpr char op[] = "dense_match";
 
 Tensor dense_match_cpu(const Tensor& query, const Tensor& key, bool mutual) {
-  DenseMatchProblem problem{};
-  problem.query = grid_of(query, op, "query_features");
-  problem.key = grid_of(key, op, "key_features");
-  problem.images = query.size(0);
-  problem.features = query.size(1);
-  problem.query_positions = query.size(2);
-  problem.key_positions = key.size(2);
-  STD_TORCH_CHECK(key.size(0) == problem.images && key.size(1) == problem.features, op,
-                  ": key_features must match query_features in images and channels");
-  STD_TORCH_CHECK(problem.key_positions > 0, op, ": key_features must have a position");
-
-  Tensor match =
-      torch::stable::new_empty(query, {problem.images, problem.query_positions}, ScalarType::Long);
-  Tensor back = torch::stable::new_empty(
-      query, {mutual ? problem.images * problem.key_positions : 0}, ScalarType::Long);
-  problem.match = static_cast<int64_t*>(match.mutable_data_ptr());
-  problem.back = mutual ? static_cast<int64_t*>(back.mutable_data_ptr()) : nullptr;
+  const DenseMatchTensors made = dense_match_tensors(query, key, mutual);
   TorchExecutor executor;
-  check(densecl::dense_match(problem, executor), op);
-  return match;
+  check(densecl::dense_match(made.problem, executor), op);
+  return made.match;
 }
 
 }  // namespace

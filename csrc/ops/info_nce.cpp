@@ -1,9 +1,7 @@
-#include "densecl/info_nce.h"
+#include "ops/info_nce_problem.h"
 
 #include <optional>
 #include <tuple>
-
-#include "ops/common.h"
 
 namespace densecl::binding {
 namespace {
@@ -16,35 +14,9 @@ std::tuple<Tensor, Tensor, Tensor> info_nce_cpu(const Tensor& query, const Tenso
                                                 const std::optional<Tensor>& filled,
                                                 double temperature, bool normalize, bool grad_query,
                                                 bool grad_positive) {
-  InfoNceProblem problem{};
-  problem.query = grid_of(query, op, "query");
-  problem.positive = grid_of(positive, op, "positive");
-  problem.queue = rows_of(queue, op, "queue");
-  problem.images = query.size(0);
-  problem.features = query.size(1);
-  problem.positions = query.size(2);
-  problem.key_positions = positive.size(2);
-  problem.queue_length = queue.size(0);
-  problem.temperature = temperature;
-  problem.normalize = normalize;
-  STD_TORCH_CHECK(positive.size(0) == problem.images && positive.size(1) == problem.features, op,
-                  ": positive must match query in images and features");
-  STD_TORCH_CHECK(queue.size(1) == problem.features, op, ": queue must be (K, ", problem.features,
-                  "), got (", queue.size(0), ", ", queue.size(1), ")");
-  STD_TORCH_CHECK(temperature > 0.0, op, ": temperature must be positive, got ", temperature);
-
-  Tensor dense_match;
-  if (match.has_value()) {
-    dense_match = torch::stable::contiguous(*match);
-    STD_TORCH_CHECK(dense_match.scalar_type() == ScalarType::Long && dense_match.dim() == 2 &&
-                        dense_match.size(0) == problem.images &&
-                        dense_match.size(1) == problem.positions,
-                    op, ": match must be int64 (", problem.images, ", ", problem.positions, ")");
-    problem.match = static_cast<const int64_t*>(dense_match.const_data_ptr());
-  } else {
-    STD_TORCH_CHECK(problem.key_positions == problem.positions, op,
-                    ": positive must have a position for every query without match");
-  }
+  InfoNceTensors made = info_nce_tensors(query, positive, match, queue, temperature, normalize,
+                                         grad_query, grad_positive);
+  InfoNceProblem& problem = made.problem;
   if (filled.has_value()) {
     const int64_t count = *counter_of(*filled, op, "filled");
     STD_TORCH_CHECK(count >= 0 && count <= problem.queue_length, op, ": filled must lie in [0, ",
@@ -52,25 +24,11 @@ std::tuple<Tensor, Tensor, Tensor> info_nce_cpu(const Tensor& query, const Tenso
     problem.queue_length = count;
   }
 
-  const auto gradient = [&](bool wanted) {
-    if (!wanted) return torch::stable::new_empty(query, {0}, ScalarType::Float);
-    return torch::stable::new_empty(query, {problem.images, problem.positions, problem.features},
-                                    ScalarType::Float);
-  };
-  Tensor loss =
-      torch::stable::new_empty(query, {problem.images, problem.positions}, ScalarType::Float);
-  Tensor query_gradient = gradient(grad_query), positive_gradient = gradient(grad_positive);
-  problem.loss = static_cast<float*>(loss.mutable_data_ptr());
-  problem.grad_query =
-      grad_query ? static_cast<float*>(query_gradient.mutable_data_ptr()) : nullptr;
-  problem.grad_positive =
-      grad_positive ? static_cast<float*>(positive_gradient.mutable_data_ptr()) : nullptr;
-
   const InfoNcePlan plan = plan_info_nce(problem);
   Tensor workspace = torch::stable::new_empty(query, {plan.workspace_bytes}, ScalarType::Byte);
   TorchExecutor executor;
   check(densecl::info_nce(problem, plan, workspace.mutable_data_ptr(), executor), op);
-  return {loss, query_gradient, positive_gradient};
+  return {made.loss, made.query_gradient, made.positive_gradient};
 }
 
 // Nothing is gained by one call on the CPU, where either fills all threads.

@@ -4,6 +4,7 @@
 #include <tuple>
 
 #include "ops/cuda/common.h"
+#include "ops/info_nce_problem.h"
 
 namespace densecl::binding {
 namespace {
@@ -13,8 +14,8 @@ constexpr char op[] = "info_nce";
 // One loss: its call, its results, and what has to live until the launches.
 struct Loss {
   cuda::InfoNceCall call{};
-  Tensor loss, query_gradient, positive_gradient;
-  Tensor queue, match, workspace;
+  InfoNceTensors tensors;
+  Tensor queue, workspace;
 };
 
 Loss prepare(const OnDeviceOf& device, const Tensor& query, const Tensor& positive,
@@ -23,24 +24,13 @@ Loss prepare(const OnDeviceOf& device, const Tensor& query, const Tensor& positi
   device.require(query, op, "query");
   device.require(positive, op, "positive");
   device.require(queue, op, "queue");
+  if (match.has_value()) device.require(*match, op, "match");
   Loss made;
+  made.tensors = info_nce_tensors(query, positive, match, queue, temperature, normalize, grad_query,
+                                  grad_positive);
   cuda::InfoNceCall& call = made.call;
+  call.problem = made.tensors.problem;
   InfoNceProblem& problem = call.problem;
-  problem.query = grid_of(query, op, "query");
-  problem.positive = grid_of(positive, op, "positive");
-  problem.queue = rows_of(queue, op, "queue");
-  problem.images = query.size(0);
-  problem.features = query.size(1);
-  problem.positions = query.size(2);
-  problem.key_positions = positive.size(2);
-  problem.queue_length = queue.size(0);
-  problem.temperature = temperature;
-  problem.normalize = normalize;
-  STD_TORCH_CHECK(positive.size(0) == problem.images && positive.size(1) == problem.features, op,
-                  ": positive must match query in images and features");
-  STD_TORCH_CHECK(queue.size(1) == problem.features, op, ": queue must be (K, ", problem.features,
-                  "), got (", queue.size(0), ", ", queue.size(1), ")");
-  STD_TORCH_CHECK(temperature > 0.0, op, ": temperature must be positive, got ", temperature);
   STD_TORCH_CHECK(problem.features <= cuda::info_nce_features, op,
                   ": the CUDA kernels take at most ", cuda::info_nce_features, " features, got ",
                   problem.features,
@@ -54,37 +44,10 @@ Loss prepare(const OnDeviceOf& device, const Tensor& query, const Tensor& positi
   }
   made.queue = queue;
 
-  if (match.has_value()) {
-    device.require(*match, op, "match");
-    made.match = torch::stable::contiguous(*match);
-    STD_TORCH_CHECK(made.match.scalar_type() == ScalarType::Long && made.match.dim() == 2 &&
-                        made.match.size(0) == problem.images &&
-                        made.match.size(1) == problem.positions,
-                    op, ": match must be int64 (", problem.images, ", ", problem.positions, ")");
-    problem.match = static_cast<const int64_t*>(made.match.const_data_ptr());
-  } else {
-    STD_TORCH_CHECK(problem.key_positions == problem.positions, op,
-                    ": positive must have a position for every query without match");
-  }
   if (filled.has_value()) {
     device.require(*filled, op, "filled");
     call.filled = counter_of(*filled, op, "filled");
   }
-
-  const auto gradient = [&](bool wanted) {
-    if (!wanted) return torch::stable::new_empty(query, {0}, ScalarType::Float);
-    return torch::stable::new_empty(query, {problem.images, problem.positions, problem.features},
-                                    ScalarType::Float);
-  };
-  made.loss =
-      torch::stable::new_empty(query, {problem.images, problem.positions}, ScalarType::Float);
-  made.query_gradient = gradient(grad_query);
-  made.positive_gradient = gradient(grad_positive);
-  problem.loss = static_cast<float*>(made.loss.mutable_data_ptr());
-  problem.grad_query =
-      grad_query ? static_cast<float*>(made.query_gradient.mutable_data_ptr()) : nullptr;
-  problem.grad_positive =
-      grad_positive ? static_cast<float*>(made.positive_gradient.mutable_data_ptr()) : nullptr;
 
   call.plan = cuda::plan_info_nce(problem);
   made.workspace = torch::stable::new_empty(query, {call.plan.workspace_bytes}, ScalarType::Byte);
@@ -108,7 +71,7 @@ std::tuple<Tensor, Tensor, Tensor> info_nce_cuda(const Tensor& query, const Tens
   const Loss one = prepare(device, query, positive, match, queue, filled, temperature, normalize,
                            grad_query, grad_positive);
   check_launch(cuda::info_nce(&one.call, 1, device.stream()), op);
-  return {one.loss, one.query_gradient, one.positive_gradient};
+  return {one.tensors.loss, one.tensors.query_gradient, one.tensors.positive_gradient};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> joint_info_nce_cuda(
@@ -124,8 +87,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> joint_info_nce_cuda(
                              temperature, normalize, grad_query_grid, grad_key_grid);
   const cuda::InfoNceCall calls[] = {rows.call, grids.call};
   check_launch(cuda::info_nce(calls, 2, device.stream()), op);
-  return {rows.loss,  rows.query_gradient,  rows.positive_gradient,
-          grids.loss, grids.query_gradient, grids.positive_gradient};
+  const InfoNceTensors &one = rows.tensors, &two = grids.tensors;
+  return {one.loss, one.query_gradient, one.positive_gradient,
+          two.loss, two.query_gradient, two.positive_gradient};
 }
 
 }  // namespace
