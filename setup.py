@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -104,6 +105,7 @@ class BuildModules(build_ext):
         if problem is not None:
             raise build_plan.BuildError(problem)
         torch, cpp_extension = import_torch()
+        settle_cuda_home(cpp_extension)
         decision = build_plan.cuda_decision(
             os.environ.get("DENSECL_CUDA", "auto"),
             CUDA_SOURCES,
@@ -202,6 +204,22 @@ def import_torch() -> tuple[Any, Any]:
             "update torch, or build without --no-build-isolation"
         )
     return torch, cpp_extension
+
+
+def settle_cuda_home(cpp_extension: Any) -> None:
+    """Where the environment names no toolkit, asks the nvcc on the PATH for its own.
+
+    torch takes the folder that nvcc stands in for the toolkit's; a wrapper stands somewhere else.
+    """
+    nvcc = shutil.which("nvcc")
+    named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if cpp_extension.CUDA_HOME is None or named or nvcc is None:
+        return
+    asked = [nvcc, "--dryrun", "-x", "cu", os.devnull]
+    printed = subprocess.run(asked, capture_output=True, text=True).stderr
+    home = build_plan.toolkit_of(printed)
+    if home is not None and Path(home).is_dir():
+        cpp_extension.CUDA_HOME = os.path.realpath(home)
 
 
 def find_nvcc(cpp_extension: Any) -> str | None:

@@ -97,6 +97,12 @@ def cuda_decision(
     return CudaDecision(False, missing)
 
 
+def toolkit_of(dry_run: str) -> str | None:
+    """The toolkit's folder, from what `nvcc --dryrun` prints on standard error."""
+    found = re.search(r"^#\$ TOP=(.+)$", dry_run, re.MULTILINE)
+    return found[1].strip() if found else None
+
+
 def cuda_archs(setting: str | None) -> list[str]:
     """The architectures to build for: ``DENSECL_CUDA_ARCHS``, or those of a release.
 

@@ -161,6 +161,12 @@ def test_a_wheel_is_written_without_the_package_wheel(tmp_path: Path) -> None:
     assert "x.py,sha256=47DEQpj8HBSa-_TImW-5JCeuQeRkm5NMpJWZG3hSuFU,0\n" in record
 
 
+def test_the_toolkit_is_the_one_that_nvcc_names() -> None:
+    printed = "#$ _HERE_=/opt/cuda/bin\n#$ TOP=/opt/cuda/bin/..\n#$ NVVMIR_LIBRARY_DIR=x\n"
+    assert build_plan.toolkit_of(printed) == "/opt/cuda/bin/.."
+    assert build_plan.toolkit_of("nvcc: command not found\n") is None
+
+
 def test_the_build_is_recorded() -> None:
     info = json.loads((PACKAGE / "_build_info.json").read_text())
     assert info.keys() == {"version", "torch", "target_abi", "cxx", "flags", "cuda"}
