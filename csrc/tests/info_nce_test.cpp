@@ -69,6 +69,25 @@ TEST_P(InfoNce, LongRows) {
   }
 }
 
+// One row's logit of 75 in every third block gives its neighbours a running maximum as well, when
+// they have sums already; theirs must go on counting.
+TEST_P(InfoNce, AShiftThatBeginsWithinASlice) {
+  const InfoNceShape shape{.images = 6, .features = 128, .queue_length = 3 * 32 * 96};
+  const auto q = normal(shape.rows() * shape.features, 1);
+  auto n = normal(shape.queue_length * shape.features, 2, 0.1f);
+  double norm = 0.0;
+  for (int64_t d = 0; d < shape.features; ++d) norm += q[d] * q[d];
+  for (int64_t j = 2 * 96; j < shape.queue_length; j += 3 * 96) {
+    for (int64_t d = 0; d < shape.features; ++d) {
+      n[j * shape.features + d] = static_cast<float>(15.0 * q[d] / std::sqrt(norm));
+    }
+  }
+  InfoNceCase c(shape, q, normal(shape.rows() * shape.features, 3), n);
+  SerialExecutor executor;
+  ASSERT_EQ(c.run(executor), Status::ok);
+  c.check();
+}
+
 TEST_P(InfoNce, OneDominantNegativeAndDuplicates) {
   const InfoNceShape shape{.images = 5, .features = 20, .queue_length = 400, .temperature = 0.05};
   const auto q = normal(shape.rows() * shape.features, 1);

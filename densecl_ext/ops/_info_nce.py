@@ -248,7 +248,7 @@ def _reduce(loss: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
     if reduction == "sum":
         return loss.sum()
     if weight is None:
-        return loss.sum() / max(loss.numel(), 1)
+        return loss.mean() if loss.numel() else loss.sum()
     total = weight.to(loss.dtype).sum()
     return loss.sum() / torch.where(total == 0, torch.ones_like(total), total)
 

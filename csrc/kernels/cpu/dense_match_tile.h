@@ -117,9 +117,9 @@ void multiply_strips(Strip a, int64_t rows, Strip b, int64_t vectors, int64_t de
                      bool accumulate) {
   const auto multiply = [&]<int count>(int64_t column) {
     for (int64_t r = 0; r < rows; r += V::match_rows) {
-      multiply_tile<V, V::match_rows, count, 1>(depth, a.data + r, a.stride, b.data + column,
-                                                b.stride, out + r * match_panel + column,
-                                                match_panel, accumulate);
+      multiply_tile<V, V::match_rows, count, Operand::depth_major>(
+          depth, a.data + r, a.stride, b.data + column, b.stride, out + r * match_panel + column,
+          match_panel, accumulate);
     }
   };
   int64_t v = 0;
@@ -154,9 +154,9 @@ void multiply_across(const MatchTask& task, int64_t first, int64_t columns, Simi
     multiply_strips<V>(queries, rows, keys, vectors, depth, out.values, c > 0);
     for (int64_t j = swapped_from; j < columns; ++j) {
       for (int64_t r = 0; r < rows; r += 4 * V::width) {
-        multiply_tile<V, 1, 4, 1>(depth, keys.data + j, keys.stride, queries.data + r,
-                                  queries.stride, swapped.get() + (j - swapped_from) * panel + r,
-                                  panel, c > 0);
+        multiply_tile<V, 1, 4, Operand::depth_major>(
+            depth, keys.data + j, keys.stride, queries.data + r, queries.stride,
+            swapped.get() + (j - swapped_from) * panel + r, panel, c > 0);
       }
     }
   }

@@ -21,15 +21,14 @@ constexpr int64_t group_limit = 2304;  // rows of a task: their weighted sums st
 constexpr int64_t wanted_tasks = 32;
 constexpr int64_t partial_budget = 8 << 20;  // bytes of partial sums that need no argument
 
-int64_t round_up(int64_t value, int64_t multiple) {
-  return (value + multiple - 1) / multiple * multiple;
+int64_t queue_blocks(const InfoNceProblem& problem) {
+  return (problem.queue_length + sweep_block - 1) / sweep_block;
 }
 
 // The workspace, carved into its parts.
 struct Workspace {
   double* sum;      // (slices, padded_rows)
   float* shift;     // (slices, padded_rows)
-  float* length;    // (padded_rows,)
   float* query;     // (padded_rows, padded_features)
   float* weighted;  // (slices, padded_rows, padded_features) or null
   int64_t bytes;
@@ -44,7 +43,6 @@ struct Workspace {
     const int64_t partials = plan.slices * plan.padded_rows;
     sum = static_cast<double*>(take(partials, sizeof(double)));
     shift = static_cast<float*>(take(partials, sizeof(float)));
-    length = static_cast<float*>(take(plan.padded_rows, sizeof(float)));
     query = static_cast<float*>(take(plan.padded_rows * plan.padded_features, sizeof(float)));
     weighted = wants_weighted
                    ? static_cast<float*>(take(partials * plan.padded_features, sizeof(float)))
@@ -58,7 +56,6 @@ struct UnitRow {
   AlignedFloats unit;     // after the scaling to unit length
   AlignedFloats rounded;  // after the rounding to the queue's type
   double norm;            // of the row as given
-  double rounded_norm;
 
   explicit UnitRow(int64_t features) : unit(features), rounded(features) {}
 
@@ -72,7 +69,6 @@ struct UnitRow {
     for (int64_t d = 0; d < count; ++d) {
       rounded.get()[d] = round_to(unit.get()[d], problem.queue.dtype);
     }
-    rounded_norm = row_norm(rounded.get(), count);
   }
 
   // Writes factor * gradient taken through the scaling to unit length.
@@ -115,7 +111,6 @@ void prepare_row(const InfoNceProblem& problem, const InfoNcePlan& plan, int64_t
                  UnitRow& query, const Workspace& work) {
   const Lane lane(plan, tile, row);
   float* out = work.query + lane.offset;
-  work.length[row] = 0.0f;
   if (row >= problem.images * problem.positions) {
     for (int64_t d = 0; d < plan.padded_features; ++d) out[d * lane.stride] = 0.0f;
     return;
@@ -124,11 +119,58 @@ void prepare_row(const InfoNceProblem& problem, const InfoNcePlan& plan, int64_t
   for (int64_t d = 0; d < plan.padded_features; ++d) {
     out[d * lane.stride] = d < problem.features ? query.rounded.get()[d] : 0.0f;
   }
-  work.length[row] = static_cast<float>(query.rounded_norm / problem.temperature);
 }
 
-void finish_row(const InfoNceProblem& problem, const InfoNcePlan& plan, int64_t tile, int64_t row,
-                UnitRow& query, UnitRow& positive, double* gradient, const Workspace& work) {
+constexpr int64_t side_by_side = 4;  // rows that are neighbours in the tiles of every set
+
+// What the slices found for row_multiple rows, added up in the slices' order.
+struct JoinedRows {
+  double shift[row_multiple];
+  double sum[row_multiple];            // sum_j 2^(logit - shift)
+  std::unique_ptr<double[]> weighted;  // (features, row_multiple): mean of n_j by these weights
+
+  explicit JoinedRows(int64_t features)
+      : weighted(std::make_unique<double[]>(features * row_multiple)) {}
+
+  void read(const InfoNcePlan& plan, int64_t tile, int64_t first, int64_t features,
+            const Workspace& work) {
+    std::fill_n(shift, row_multiple, -std::numeric_limits<double>::infinity());
+    for (int64_t s = 0; s < plan.slices; ++s) {
+      const float* part = work.shift + s * plan.padded_rows + first;
+      for (int i = 0; i < row_multiple; ++i) {
+        shift[i] = std::max(shift[i], static_cast<double>(part[i]));
+      }
+    }
+    std::fill_n(sum, row_multiple, 0.0);
+    for (int64_t s = 0; s < plan.slices; ++s) {
+      const int64_t at = s * plan.padded_rows + first;
+      for (int i = 0; i < row_multiple; ++i) {
+        sum[i] += work.sum[at + i] * std::exp2(work.shift[at + i] - shift[i]);
+      }
+    }
+    if (!work.weighted) return;
+    std::fill_n(weighted.get(), features * row_multiple, 0.0);
+    for (int64_t s = 0; s < plan.slices; ++s) {
+      const int64_t at = s * plan.padded_rows + first;
+      const float* part = work.weighted + s * plan.padded_rows * plan.padded_features;
+      for (int64_t r = 0; r < row_multiple; r += side_by_side) {
+        const Lane lane(plan, tile, first + r);
+        double share[side_by_side];
+        for (int i = 0; i < side_by_side; ++i) {
+          share[i] = std::exp2(work.shift[at + r + i] - shift[r + i]) / sum[r + i];
+        }
+        for (int64_t d = 0; d < features; ++d) {
+          const float* from = part + lane.offset + d * lane.stride;
+          double* to = weighted.get() + d * row_multiple + r;
+          for (int i = 0; i < side_by_side; ++i) to[i] += share[i] * from[i];
+        }
+      }
+    }
+  }
+};
+
+void finish_row(const InfoNceProblem& problem, int64_t row, const JoinedRows& joined,
+                UnitRow& query, UnitRow& positive, double* gradient) {
   const int64_t count = problem.features;
   const int64_t image = row / problem.positions, position = row % problem.positions;
   float* grad_query = problem.grad_query ? problem.grad_query + row * count : nullptr;
@@ -149,21 +191,13 @@ void finish_row(const InfoNceProblem& problem, const InfoNcePlan& plan, int64_t 
   }
   const double positive_logit = dot / problem.temperature;
 
-  double shift = -std::numeric_limits<double>::infinity();
-  for (int64_t s = 0; s < plan.slices; ++s) {
-    shift = std::max(shift, static_cast<double>(work.shift[s * plan.padded_rows + row]));
-  }
-  double sum = 0.0;
-  for (int64_t s = 0; s < plan.slices; ++s) {
-    const int64_t i = s * plan.padded_rows + row;
-    sum += work.sum[i] * std::exp2(work.shift[i] - shift);
-  }
+  const int64_t lane = row % row_multiple;
+  const double sum = joined.sum[lane];
   // The share of the negatives, 1 - w_+, is the logistic function of their log-sum-exp less the
   // positive's logit, and the loss is its softplus: neither cancels.
-  const double excess = std::log(sum) + shift * std::numbers::ln2 - positive_logit;
-  const bool finite =
-      std::isfinite(query.norm + positive.norm + query.rounded_norm + positive.rounded_norm) &&
-      !std::isnan(excess) && !std::isinf(sum);
+  const double excess = std::log(sum) + joined.shift[lane] * std::numbers::ln2 - positive_logit;
+  // A row that is not finite, as given or as rounded, leaves no finite product.
+  const bool finite = std::isfinite(dot) && !std::isnan(excess) && !std::isinf(sum);
   if (!finite) {
     const float nan = std::numeric_limits<float>::quiet_NaN();
     return fill(nan, nan);
@@ -175,14 +209,8 @@ void finish_row(const InfoNceProblem& problem, const InfoNcePlan& plan, int64_t 
   const double factor = share / problem.temperature;
 
   if (grad_query) {
-    const Lane lane(plan, tile, row);
-    for (int64_t d = 0; d < count; ++d) gradient[d] = -positive.rounded.get()[d];
-    for (int64_t s = 0; s < plan.slices; ++s) {
-      const int64_t i = s * plan.padded_rows + row;
-      const double part = std::exp2(work.shift[i] - shift) / sum;
-      const float* weighted =
-          work.weighted + s * plan.padded_rows * plan.padded_features + lane.offset;
-      for (int64_t d = 0; d < count; ++d) gradient[d] += part * weighted[d * lane.stride];
+    for (int64_t d = 0; d < count; ++d) {
+      gradient[d] = joined.weighted[d * row_multiple + lane] - positive.rounded.get()[d];
     }
     query.write_gradient(gradient, factor, problem.normalize, count, grad_query);
   }
@@ -218,14 +246,14 @@ InfoNcePlan plan_info_nce(const InfoNceProblem& problem) {
       plan.groups ? round_up((plan.padded_rows + plan.groups - 1) / plan.groups, group_multiple)
                   : 0;
 
-  const int64_t blocks = (problem.queue_length + sweep_block - 1) / sweep_block;
+  const int64_t blocks = queue_blocks(problem);
   const int64_t slice_bytes =
       std::max<int64_t>(plan.padded_rows * plan.padded_features * sizeof(float), 1);
   const int64_t affordable = std::max<int64_t>(partial_budget / slice_bytes, 4);
   const int64_t useful = plan.groups ? (wanted_tasks + plan.groups - 1) / plan.groups : 0;
   const int64_t slices = std::min({affordable, useful, blocks});
   plan.slice_rows = slices ? (blocks + slices - 1) / slices * sweep_block : 0;
-  plan.slices = slices ? (problem.queue_length + plan.slice_rows - 1) / plan.slice_rows : 0;
+  plan.slices = slices;
   plan.workspace_bytes = Workspace(plan, problem.grad_query != nullptr, nullptr).bytes;
   return plan;
 }
@@ -245,42 +273,44 @@ Status info_nce(const InfoNceProblem& problem, const InfoNcePlan& plan, void* wo
   const Workspace work(plan, problem.grad_query != nullptr, workspace);
   const Sweep sweep = sweep_of(isa, problem.queue.dtype);
 
-  constexpr int64_t chunk = 96;  // rows of a task outside the sweep
-  const int64_t chunks = (plan.padded_rows + chunk - 1) / chunk;
-  for_each_task(executor, chunks, [&](int64_t task) {
+  const int64_t strips = plan.padded_rows / row_multiple;
+  for_each_task(executor, strips, [&](int64_t strip) {
     UnitRow query(problem.features);
-    const int64_t end = std::min((task + 1) * chunk, plan.padded_rows);
-    for (int64_t row = task * chunk; row < end; ++row) {
+    for (int64_t row = strip * row_multiple; row < (strip + 1) * row_multiple; ++row) {
       prepare_row(problem, plan, sweep.tile, row, query, work);
     }
   });
 
+  const int64_t blocks = queue_blocks(problem);
   for_each_task(executor, plan.groups * plan.slices, [&](int64_t task) {
     const int64_t first = task / plan.slices * plan.group_rows;
     const int64_t slice = task % plan.slices;
     const int64_t partial = slice * plan.padded_rows + first;
     SweepTask part{};
     part.query = work.query + first * plan.padded_features;
-    part.length = work.length + first;
     part.rows = std::min(plan.group_rows, plan.padded_rows - first);
     part.padded_features = plan.padded_features;
     part.features = problem.features;
     part.scale = static_cast<float>(std::numbers::log2e / problem.temperature);
     part.queue = &problem.queue;
-    part.queue_begin = slice * plan.slice_rows;
-    part.queue_end = std::min(part.queue_begin + plan.slice_rows, problem.queue_length);
+    part.queue_length = problem.queue_length;
+    part.queue_begin = slice * blocks / plan.slices * sweep_block;
+    part.queue_end =
+        std::min((slice + 1) * blocks / plan.slices * sweep_block, problem.queue_length);
     part.shift = work.shift + partial;
     part.sum = work.sum + partial;
     part.weighted = work.weighted ? work.weighted + partial * plan.padded_features : nullptr;
     sweep.run(part);
   });
 
-  for_each_task(executor, chunks, [&](int64_t task) {
+  for_each_task(executor, strips, [&](int64_t strip) {
     UnitRow query(problem.features), positive(problem.features);
     const auto gradient = std::make_unique<double[]>(problem.features);
-    const int64_t end = std::min((task + 1) * chunk, rows);
-    for (int64_t row = task * chunk; row < end; ++row) {
-      finish_row(problem, plan, sweep.tile, row, query, positive, gradient.get(), work);
+    JoinedRows joined(problem.features);
+    const int64_t first = strip * row_multiple;
+    joined.read(plan, sweep.tile, first, problem.features, work);
+    for (int64_t row = first; row < std::min(first + row_multiple, rows); ++row) {
+      finish_row(problem, row, joined, query, positive, gradient.get());
     }
   });
   return Status::ok;

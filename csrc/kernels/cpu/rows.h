@@ -12,9 +12,13 @@ namespace densecl {
 constexpr double shortest_row = 1e-12;  // below it a row is divided by this and has no direction
 
 inline double row_norm(const float* row, int64_t count) {
-  double squares = 0.0;
-  for (int64_t d = 0; d < count; ++d) squares += static_cast<double>(row[d]) * row[d];
-  return std::sqrt(squares);
+  double squares[4] = {};  // one chain of additions would be waited for
+  int64_t d = 0;
+  for (; d + 4 <= count; d += 4) {
+    for (int i = 0; i < 4; ++i) squares[i] += static_cast<double>(row[d + i]) * row[d + i];
+  }
+  for (; d < count; ++d) squares[0] += static_cast<double>(row[d]) * row[d];
+  return std::sqrt((squares[0] + squares[1]) + (squares[2] + squares[3]));
 }
 
 inline void scale_to_unit(float* row, int64_t count, double norm) {

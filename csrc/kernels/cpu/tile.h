@@ -54,15 +54,47 @@ void store_strip(const float* in, int64_t count, void* data, DType dtype, int64_
   }
 }
 
-// c (rows, vectors * width) [+]= a (rows, depth) b (depth, vectors * width), row strides ldb, ldc.
-// Element (r, k) of a stands at k / chunk * lda + r * chunk + k % chunk: chunk 1 is depth by depth;
-// depth is a multiple of chunk. All sums stay in registers, start from zero and join c at the end:
-// chains of roundings stay as short as depth. Every lane adds up in the order of depth, so equal
-// columns give equal bits wherever they stand.
-template <class V, int rows, int vectors, int chunk>
+// Memory that is wanted soon, brought to the core a few lines at a time while products run. All at
+// once, the lines would fill the core's table of outstanding misses and stall the products.
+template <class V>
+class Prefetch {
+ public:
+  // Nothing is left after `steps` calls of step().
+  Prefetch(const void* data, int64_t bytes, int64_t steps)
+      : at_(static_cast<const char*>(data)),
+        end_(at_ + bytes),
+        share_(steps > 0 ? (bytes + steps - 1) / steps : 0) {}
+  void step() {
+    const char* const stop = end_ - at_ < share_ ? end_ : at_ + share_;
+    for (; at_ < stop; at_ += 64) __builtin_prefetch(at_, 0, 3);
+  }
+
+ private:
+  const char *at_, *end_;
+  int64_t share_;
+};
+
+// Where the element (row, k) of a product's broadcast operand stands: row * stride + k, or
+// k * stride + row.
+enum class Operand { row_major, depth_major };
+
+// c (rows, vectors * width) [+]= a (rows, depth) b (depth, vectors * width), strides lda, ldb, ldc;
+// row_major wants a depth that is a multiple of rows. All sums stay in registers, start from zero
+// and join c at the end: chains of roundings stay as short as depth. Every lane adds up in the
+// order of depth, so equal columns give equal bits wherever they stand. ahead: a step for every
+// rows of depth; or null.
+template <class V, int rows, int vectors, Operand order>
 inline __attribute__((always_inline)) void multiply_tile(int64_t depth, const float* a, int64_t lda,
                                                          const float* b, int64_t ldb, float* c,
-                                                         int64_t ldc, bool accumulate) {
+                                                         int64_t ldc, bool accumulate,
+                                                         Prefetch<V>* ahead = nullptr) {
+  constexpr bool row_major = order == Operand::row_major;
+  constexpr int step = row_major ? rows : 1;
+  // x86 reaches p, p + lda and p + 2 lda from one pointer.
+  constexpr int pointers = row_major ? (rows + 2) / 3 : 1;
+  const float* row[pointers];
+#pragma GCC unroll 4
+  for (int p = 0; p < pointers; ++p) row[p] = a + 3 * p * lda;
   typename V::reg sums[rows][vectors];
 #pragma GCC unroll 16
   for (int r = 0; r < rows; ++r) {
@@ -71,14 +103,17 @@ inline __attribute__((always_inline)) void multiply_tile(int64_t depth, const fl
       sums[r][v] = V::zero();
     }
   }
-  for (int64_t k = 0; k < depth; k += chunk, a += lda) {
-    for (int i = 0; i < chunk; ++i, b += ldb) {
+  for (int64_t k = 0; k < depth; k += step) {
+    if (ahead) ahead->step();
+#pragma GCC unroll 8
+    for (int i = 0; i < step; ++i, b += ldb) {
       typename V::reg column[vectors];
 #pragma GCC unroll 4
       for (int v = 0; v < vectors; ++v) column[v] = V::load(b + v * V::width);
 #pragma GCC unroll 16
       for (int r = 0; r < rows; ++r) {
-        const typename V::reg x = V::broadcast(a[r * chunk + i]);
+        const typename V::reg x =
+            V::broadcast(row_major ? row[r / 3][r % 3 * lda + k + i] : a[k * lda + r]);
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; ++v) sums[r][v] = V::fma(x, column[v], sums[r][v]);
       }

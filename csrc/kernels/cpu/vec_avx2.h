@@ -28,6 +28,7 @@ struct Vec {
   static reg fma(reg a, reg b, reg c) { return _mm256_fmadd_ps(a, b, c); }
   // maxps hands back its second operand when one is NaN, so x stands second.
   static reg at_least(reg x, float bound) { return _mm256_max_ps(broadcast(bound), x); }
+  static reg abs(reg a) { return _mm256_andnot_ps(broadcast(-0.0f), a); }
   static reg max(reg a, reg b) { return _mm256_max_ps(a, b); }
   // p * 2^n, n in the last bits of a float; p * 2^n must be a normal number.
   static reg add_to_exponent(reg p, reg n) {

@@ -26,6 +26,7 @@ struct Vec {
   static reg fma(reg a, reg b, reg c) { return vfmaq_f32(c, a, b); }
   // FMAX hands on a NaN from either side.
   static reg at_least(reg x, float bound) { return vmaxq_f32(x, broadcast(bound)); }
+  static reg abs(reg a) { return vabsq_f32(a); }
   static reg max(reg a, reg b) { return vmaxq_f32(a, b); }
   // p * 2^n, n in the last bits of a float; p * 2^n must be a normal number.
   static reg add_to_exponent(reg p, reg n) {

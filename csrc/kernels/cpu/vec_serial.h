@@ -23,6 +23,7 @@ struct Vec {
   static reg sub(reg a, reg b) { return a - b; }
   static reg mul(reg a, reg b) { return a * b; }
   static reg fma(reg a, reg b, reg c) { return a * b + c; }  // two roundings without fused forms
+  static reg abs(reg a) { return a < -a ? -a : a; }
   static reg max(reg a, reg b) { return a > b ? a : b; }
   // The bound where x is beyond it; a NaN in x stays NaN.
   static reg at_least(reg x, float bound) { return x < bound ? broadcast(bound) : x; }
