@@ -83,6 +83,21 @@ struct Side {
   AlignedFloats packed{match_step * match_panel + match_reach - match_panel};
   double squares[match_panel] = {};
 
+  // Fetches what strip() reads next, in the next image after the last features, in `steps` steps,
+  // where one panel holds all positions.
+  Prefetch<V> fetch_after(int64_t c, int64_t images, int64_t steps) const {
+    const bool last = c + match_step >= features;
+    const int64_t next = last ? 0 : c + match_step, next_image = last ? image + 1 : image;
+    const bool dense = grid.position_stride == 1 && grid.feature_stride == positions;
+    if (!dense || positions > match_panel || next_image >= images)
+      return {nullptr, 0, 0, Cache::second};
+    const int64_t depth = features - next < match_step ? features - next : match_step;
+    const int64_t size = element_size(grid.dtype);
+    const int64_t offset = next_image * grid.image_stride + next * grid.feature_stride;
+    return {static_cast<const char*>(grid.data) + offset * size, depth * positions * size, steps,
+            Cache::second};
+  }
+
   // The features [c, c + depth), where they stand if whole tiles of them stay in the image.
   Strip strip(int64_t c, int64_t depth) {
     const int64_t stride = grid.feature_stride;
@@ -112,14 +127,15 @@ struct Side {
 };
 
 // out (rows, match_panel) [+]= a^T b for some columns: whole vectors of b, two or three at a time.
+// ahead: a step for every feature of every other tile, each.
 template <class V>
 void multiply_strips(Strip a, int64_t rows, Strip b, int64_t vectors, int64_t depth, float* out,
-                     bool accumulate) {
+                     bool accumulate, Prefetch<V> (&ahead)[2]) {
   const auto multiply = [&]<int count>(int64_t column) {
     for (int64_t r = 0; r < rows; r += V::match_rows) {
       multiply_tile<V, V::match_rows, count, Operand::depth_major>(
           depth, a.data + r, a.stride, b.data + column, b.stride, out + r * match_panel + column,
-          match_panel, accumulate);
+          match_panel, accumulate, &ahead[r / V::match_rows % 2]);
     }
   };
   int64_t v = 0;
@@ -150,8 +166,11 @@ void multiply_across(const MatchTask& task, int64_t first, int64_t columns, Simi
   Side<V> key{*task.key, task.image, features, task.key_positions, first, columns};
   for (int64_t c = 0; c == 0 || c < features; c += match_step) {
     const int64_t depth = features - c < match_step ? features - c : match_step;
+    const int64_t steps = rows / (2 * V::match_rows) * depth;
     const Strip queries = query.strip(c, depth), keys = key.strip(c, depth);
-    multiply_strips<V>(queries, rows, keys, vectors, depth, out.values, c > 0);
+    Prefetch<V> ahead[2] = {query.fetch_after(c, task.problem->images, steps),
+                            key.fetch_after(c, task.problem->images, steps)};
+    multiply_strips<V>(queries, rows, keys, vectors, depth, out.values, c > 0, ahead);
     for (int64_t j = swapped_from; j < columns; ++j) {
       for (int64_t r = 0; r < rows; r += 4 * V::width) {
         multiply_tile<V, 1, 4, Operand::depth_major>(

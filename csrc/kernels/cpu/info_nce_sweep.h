@@ -101,11 +101,11 @@ template <class V>
 Prefetch<V> fetch_block(const SweepTask& task, int64_t begin, int64_t steps) {
   const RowsView& queue = *task.queue;
   const bool dense = queue.feature_stride == 1 && queue.row_stride == task.features;
-  if (!dense || begin >= task.queue_length) return {nullptr, 0, 0};
+  if (!dense || begin >= task.queue_length) return {nullptr, 0, 0, Cache::first};
   const int64_t left = task.queue_length - begin;
   const int64_t row_bytes = task.features * element_size(queue.dtype);
   return {static_cast<const char*>(queue.data) + begin * row_bytes,
-          (left < sweep_block ? left : sweep_block) * row_bytes, steps};
+          (left < sweep_block ? left : sweep_block) * row_bytes, steps, Cache::first};
 }
 
 // Moves the tile's rows to a running maximum that covers the scores q.n (valid, width).

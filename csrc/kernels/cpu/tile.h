@@ -54,24 +54,35 @@ void store_strip(const float* in, int64_t count, void* data, DType dtype, int64_
   }
 }
 
-// Memory that is wanted soon, brought to the core a few lines at a time while products run. All at
-// once, the lines would fill the core's table of outstanding misses and stall the products.
+// Memory that is wanted soon, brought to the core a few lines at a time while products run: into
+// the first-level cache, or the second where what is multiplied fills the first. All at once, the
+// lines would fill the core's table of outstanding misses and stall the products.
+enum class Cache { first, second };
+
 template <class V>
 class Prefetch {
  public:
   // Nothing is left after `steps` calls of step().
-  Prefetch(const void* data, int64_t bytes, int64_t steps)
+  Prefetch(const void* data, int64_t bytes, int64_t steps, Cache cache)
       : at_(static_cast<const char*>(data)),
         end_(at_ + bytes),
-        share_(steps > 0 ? (bytes + steps - 1) / steps : 0) {}
+        share_(steps > 0 ? (bytes + steps - 1) / steps : 0),
+        cache_(cache) {}
   void step() {
     const char* const stop = end_ - at_ < share_ ? end_ : at_ + share_;
-    for (; at_ < stop; at_ += 64) __builtin_prefetch(at_, 0, 3);
+    for (; at_ < stop; at_ += 64) {
+      if (cache_ == Cache::first) {
+        __builtin_prefetch(at_, 0, 3);
+      } else {
+        __builtin_prefetch(at_, 0, 2);
+      }
+    }
   }
 
  private:
   const char *at_, *end_;
   int64_t share_;
+  Cache cache_;
 };
 
 // Where the element (row, k) of a product's broadcast operand stands: row * stride + k, or
