@@ -17,7 +17,8 @@
 namespace densecl {
 namespace {
 
-constexpr int64_t group_limit = 2304;  // rows of a task: their weighted sums stay near the core
+constexpr int64_t group_limit = 2304;         // rows of a task
+constexpr int64_t group_floats = 1152 * 256;  // and their weighted sums, which stay near the core
 constexpr int64_t wanted_tasks = 32;
 constexpr int64_t partial_budget = 8 << 20;  // bytes of partial sums that need no argument
 
@@ -241,7 +242,9 @@ InfoNcePlan plan_info_nce(const InfoNceProblem& problem) {
   const int64_t rows = problem.images * problem.positions;
   plan.padded_rows = round_up(rows, row_multiple);
   plan.padded_features = round_up(std::max<int64_t>(problem.features, 1), feature_multiple);
-  plan.groups = (plan.padded_rows + group_limit - 1) / group_limit;
+  const int64_t limit =
+      std::clamp(group_floats / plan.padded_features, group_multiple, group_limit);
+  plan.groups = (plan.padded_rows + limit - 1) / limit;
   plan.group_rows =
       plan.groups ? round_up((plan.padded_rows + plan.groups - 1) / plan.groups, group_multiple)
                   : 0;
