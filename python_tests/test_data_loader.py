@@ -403,15 +403,25 @@ def left_running() -> tuple[int, int]:
     return threading.active_count(), len(multiprocessing.active_children())
 
 
+def wait_for_feeders() -> None:
+    """The threads that feed the queues of earlier loaders end by themselves, soon after them."""
+    gc.collect()
+    deadline = time.monotonic() + 10.0
+    while any(thread.name == "QueueFeederThread" for thread in threading.enumerate()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 def test_close_leaves_nothing_behind_and_may_be_undone(photos, backend):
+    wait_for_feeders()
     before = left_running()
     loader = build(photos, backend, workers=2)
     batches = list(loader)
     next(iter(loader))
     loader.close()
     loader.close()
-    gc.collect()
-    deadline = time.monotonic() + 10.0  # the queues' feeder threads end by themselves, soon after
+    wait_for_feeders()
+    deadline = time.monotonic() + 10.0
     while (now := left_running()) != before and time.monotonic() < deadline:
         time.sleep(0.02)
     assert now == before

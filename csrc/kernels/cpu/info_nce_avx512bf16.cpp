@@ -29,7 +29,7 @@ constexpr int64_t panel_features = 32;
 static_assert(Vec::tile_rows == 8 && sweep_block % 8 == 0 && feature_multiple % 16 == 0);
 
 // Whole tiles of queue rows with contiguous features are multiplied where they stand.
-inline bool stand_in_place(const SweepTask& task, int64_t rows) {
+inline bool serve_as_stored(const SweepTask& task, int64_t rows) {
   return task.queue->feature_stride == 1 && task.features == task.padded_features &&
          rows % Vec::tile_rows == 0;
 }
@@ -48,7 +48,7 @@ struct Scratch {
       : block_rows(task.padded_features <= 256 ? 2 * sweep_block : sweep_block),
         panel_size(block_rows / 2 * panel_features),
         query(task.rows * task.padded_features / 2),
-        staged(stand_in_place(task, task.queue_end - task.queue_begin)
+        staged(serve_as_stored(task, task.queue_end - task.queue_begin)
                    ? 0
                    : block_rows * task.padded_features / 2),
         panels((task.padded_features + panel_features - 1) / panel_features * panel_size),
@@ -56,8 +56,8 @@ struct Scratch {
         weights(block_rows / 2 * group_multiple) {}
 };
 
-// Queue rows as both products see them.
-struct Block {
+// A block of queue rows as both products see it.
+struct PairBlock {
   const uint16_t* rows;  // (count, padded_features)
   int64_t stride;
   int64_t ahead;         // from a row to the one to prefetch meanwhile, a block further on; or 0
@@ -180,7 +180,7 @@ void stage_rows(const SweepTask& task, int64_t begin, int64_t valid, int64_t cou
 
 // Interleaves the block's rows two by two into panels. A panel's first 16 pairs are the first four
 // of every eight features, as vpunpcklwd leaves them.
-void pack_panels(const Block& block, int64_t features, Scratch& scratch) {
+void pack_panels(const PairBlock& block, int64_t features, Scratch& scratch) {
   for (int64_t j = 0; j < block.count; j += 2) {
     const uint16_t* row = block.rows + j * block.stride;
     float* out = scratch.panels.get() + j / 2 * panel_features;
@@ -297,7 +297,7 @@ void pack_errors(int64_t count, int64_t width, const float* weights, float* pair
 }
 
 template <int vectors>
-void sweep_pairs(const SweepTask& task, int64_t first, const Block& block, Scratch& scratch) {
+void sweep_pairs(const SweepTask& task, int64_t first, const PairBlock& block, Scratch& scratch) {
   constexpr int64_t width = vectors * 16;
   const int64_t stride = task.padded_features, half = stride / 2;
   const float* query = scratch.query.get() + first * half;
@@ -338,12 +338,12 @@ void sweep_pairs(const SweepTask& task, int64_t first, const Block& block, Scrat
   }
 }
 
-Block make_block(const SweepTask& task, int64_t begin, Scratch& scratch) {
+PairBlock make_block(const SweepTask& task, int64_t begin, Scratch& scratch) {
   const int64_t left = task.queue_end - begin;
-  Block block{};
+  PairBlock block{};
   block.valid = left < scratch.block_rows ? left : scratch.block_rows;
   block.count = (block.valid + Vec::tile_rows - 1) / Vec::tile_rows * Vec::tile_rows;
-  if (stand_in_place(task, block.valid)) {
+  if (serve_as_stored(task, block.valid)) {
     block.stride = task.queue->row_stride;
     block.rows = static_cast<const uint16_t*>(task.queue->data) + begin * block.stride;
     const bool last = task.queue_length - begin <= scratch.block_rows;
@@ -364,7 +364,7 @@ void sweep_bf16(const SweepTask& task) {
   clear_sums<Vec>(task);
   pack_query(task, tile, scratch.query.get());
   for (int64_t begin = task.queue_begin; begin < task.queue_end; begin += scratch.block_rows) {
-    const Block block = make_block(task, begin, scratch);
+    const PairBlock block = make_block(task, begin, scratch);
     int64_t row = 0;
     for (; row + tile <= task.rows; row += tile) {
       sweep_pairs<Vec::tile_vectors>(task, row, block, scratch);

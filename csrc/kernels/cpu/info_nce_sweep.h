@@ -36,7 +36,7 @@ struct SweepTask {
   int64_t queue_begin, queue_end;
   int64_t queue_length;  // where fetching ahead ends: the next slice is often the next task's
   float* shift;          // (rows,) out: what was subtracted from the base-2 logits
-  double* sum;           // (rows,) out: sum_j 2^(logit - shift); NaN where the queue is not finite
+  double* sum;           // (rows,) out: sum_j 2^(logit - shift); NaN where a logit is not finite
   float* weighted;  // (rows, padded_features) in tiles, out: sum_j 2^(logit - shift) n_j; or null
 };
 

@@ -92,8 +92,8 @@ enum class Operand { row_major, depth_major };
 // c (rows, vectors * width) [+]= a (rows, depth) b (depth, vectors * width), strides lda, ldb, ldc;
 // row_major wants a depth that is a multiple of rows. All sums stay in registers, start from zero
 // and join c at the end: chains of roundings stay as short as depth. Every lane adds up in the
-// order of depth, so equal columns give equal bits wherever they stand. ahead: a step for every
-// rows of depth; or null.
+// order of depth, so equal columns give equal bits wherever they stand. ahead takes a step for
+// every tile's worth of depth where rows are major, for every single one otherwise; or is null.
 template <class V, int rows, int vectors, Operand order>
 inline __attribute__((always_inline)) void multiply_tile(int64_t depth, const float* a, int64_t lda,
                                                          const float* b, int64_t ldb, float* c,

@@ -40,7 +40,7 @@ struct InfoNcePlan {
   int64_t padded_features;  // D rounded up to a whole number of vector panels
   int64_t group_rows;       // rows of one task
   int64_t groups;           // row groups
-  int64_t slice_rows;       // queue rows of one task
+  int64_t slice_rows;       // queue rows of one task, at most
   int64_t slices;           // queue slices; partial results add up in slice order
   int64_t workspace_bytes;
 };
