@@ -24,7 +24,7 @@ from benchmarks.cases import (
     within,
 )
 from densecl_ext import ops, reference
-from densecl_ext.losses import DenseCLLoss
+from densecl_ext.nn.losses import DenseCLLoss
 
 TEMPERATURE = 0.2
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -39,7 +39,7 @@ def count(backbone: str = "resnet50") -> Network:
     from torch import Tensor, nn
 
     from densecl_ext.backbones import build_backbone
-    from densecl_ext.necks import DenseCLNeck
+    from densecl_ext.nn.necks import DenseCLNeck
 
     macs = activations = 0.0
 

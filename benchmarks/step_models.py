@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from benchmarks.cases import NotAvailable
 from densecl_ext import reference
-from densecl_ext.losses import DenseCLLoss, DenseCLTerms
-from densecl_ext.model import DenseCL, Encoder
-from densecl_ext.momentum import MomentumEncoder
-from densecl_ext.necks import NeckOutput
+from densecl_ext.nn.losses import DenseCLLoss, DenseCLTerms
+from densecl_ext.nn.model import DenseCL, Encoder
+from densecl_ext.nn.momentum import MomentumEncoder
+from densecl_ext.nn.necks import NeckOutput
 
 VIT = "vit_small_patch16_224"
 

@@ -17,7 +17,7 @@ from benchmarks import gpu_machine, machine
 from benchmarks.gpu_timing import first_line
 from benchmarks.step import OUT_OF_MEMORY
 from benchmarks.step_models import build
-from densecl_ext.phases import Stopwatch
+from densecl_ext.nn.phases import Stopwatch
 from densecl_ext.train import TrainingStep
 
 Step = Callable[[], Any]

@@ -40,7 +40,8 @@ def step_of(
     import torch
 
     from benchmarks.memory import peak_of
-    from densecl_ext import DenseCL, losses
+    from densecl_ext import DenseCL
+    from densecl_ext.nn import losses
 
     torch.set_num_threads(threads)
     torch.manual_seed(0)

@@ -8,12 +8,12 @@ The ops, for your own loop: :func:`info_nce`, :func:`dense_info_nce`, :func:`den
 """
 
 from densecl_ext._version import __version__
-from densecl_ext.losses import DenseCLLoss, InfoNCELoss
-from densecl_ext.model import DenseCL, DenseCLOutput
-from densecl_ext.momentum import MomentumEncoder
-from densecl_ext.necks import DenseCLNeck
+from densecl_ext.nn.losses import DenseCLLoss, InfoNCELoss
+from densecl_ext.nn.model import DenseCL, DenseCLOutput
+from densecl_ext.nn.momentum import MomentumEncoder
+from densecl_ext.nn.necks import DenseCLNeck
+from densecl_ext.nn.queue import KeyQueue
 from densecl_ext.ops import dense_info_nce, dense_match, ema_update_, enqueue_, info_nce
-from densecl_ext.queue import KeyQueue
 
 __all__ = [
     "DenseCL",

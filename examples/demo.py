@@ -15,11 +15,11 @@ import time
 from pathlib import Path
 
 import torch
+from scenes import CLASS_NAMES, NUM_CLASSES, write_scenes
 from torch import nn
 
 from densecl_ext.backbones import build_backbone
 from densecl_ext.checkpoints import export_backbone, load_backbone
-from densecl_ext.data.scenes import CLASS_NAMES, NUM_CLASSES, write_scenes
 from densecl_ext.evaluate import (
     SegmentationFolder,
     SegmentationResult,

@@ -9,7 +9,7 @@ from tiny_models import TinyBackbone
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from densecl_ext.batchnorm import SplitBatchNorm, shuffled_forward, split_batch_norms
+from densecl_ext.nn.batchnorm import SplitBatchNorm, shuffled_forward, split_batch_norms
 
 KINDS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 

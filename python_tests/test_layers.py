@@ -21,19 +21,8 @@ LEVELS = [
     {"_version"},
     {"_native", "reference"},
     {"ops"},
-    {
-        "backbones",
-        "batchnorm",
-        "distributed",
-        "losses",
-        "matching",
-        "momentum",
-        "necks",
-        "phases",
-        "queue",
-        "timm_backbone",
-    },
-    {"model", "data"},
+    {"backbones"},
+    {"nn", "data"},
     {"checkpoints"},
     {"train", "evaluate", "visualize", "info"},
     {"cli", "__main__"},
@@ -155,6 +144,33 @@ def test_imports_run_downwards() -> None:
         if target in LEVEL and LEVEL[target] > LEVEL[part]
     ]
     assert not wrong
+
+
+def imported_files(path: Path) -> Iterator[Path]:
+    """Files of the package that a file imports, anywhere in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        for name in names:
+            place = ROOT / name.replace(".", "/")
+            if name.startswith("densecl_ext.") and place.with_suffix(".py").is_file():
+                yield place.with_suffix(".py")
+
+
+def test_no_circles() -> None:
+    """No file reaches itself through what it imports, functions' own imports included."""
+    below = {path: set(imported_files(path)) for path in python_files()}
+    reached = {path: set(targets) for path, targets in below.items()}
+    for _ in below:
+        grown = {p: t.union(*(reached.get(q, set()) for q in t)) for p, t in reached.items()}
+        if grown == reached:
+            break
+        reached = grown
+    circles = [str(path.relative_to(ROOT)) for path, targets in reached.items() if path in targets]
+    assert not circles
 
 
 def test_data_stands_alone() -> None:

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from densecl_ext import reference
-from densecl_ext.losses import DenseCLLoss, InfoNCELoss
-from densecl_ext.queue import KeyQueue
+from densecl_ext.nn.losses import DenseCLLoss, InfoNCELoss
+from densecl_ext.nn.queue import KeyQueue
 
 
 def filled_queue(keys: int = 9, length: int = 20, dim: int = 6) -> KeyQueue:

@@ -6,7 +6,7 @@ from tiny_models import crops
 from torch import Tensor
 
 from densecl_ext import reference
-from densecl_ext.matching import feature_match, geometric_match, random_match
+from densecl_ext.nn.matching import feature_match, geometric_match, random_match
 
 
 def brute_force(

@@ -13,9 +13,9 @@ import torch.multiprocessing as mp
 from tiny_models import TinyBackbone, crops, two_views
 from torch import Tensor, nn
 
-from densecl_ext.distributed import gather_keys
-from densecl_ext.matching import MATCHINGS, geometric_match
-from densecl_ext.model import DenseCL, DenseCLOutput
+from densecl_ext.nn.distributed import gather_keys
+from densecl_ext.nn.matching import MATCHINGS, geometric_match
+from densecl_ext.nn.model import DenseCL, DenseCLOutput
 
 
 def build(seed: int = 0, **settings: object) -> DenseCL:

@@ -5,7 +5,7 @@ import torch
 from tiny_models import TinyBackbone
 from torch import nn
 
-from densecl_ext.momentum import MomentumEncoder
+from densecl_ext.nn.momentum import MomentumEncoder
 
 
 def test_parameters_follow_and_buffers_do_not() -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from densecl_ext.necks import DenseCLNeck
+from densecl_ext.nn.necks import DenseCLNeck
 
 
 @pytest.mark.parametrize("size", [(7, 7), (4, 6), (1, 1)])

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from tiny_models import TinyBackbone, two_views
 from torch import Tensor, nn
 
-from densecl_ext.model import DenseCL
+from densecl_ext.nn.model import DenseCL
 
 DIM, HIDDEN, MOMENTUM, TEMPERATURE = 8, 16, 0.9, 0.2
 CLOSE = {"rtol": 2e-5, "atol": 2e-6}

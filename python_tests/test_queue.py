@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from densecl_ext.queue import KeyQueue
+from densecl_ext.nn.queue import KeyQueue
 
 
 @pytest.mark.parametrize("batch", [1, 3, 7, 10, 25])

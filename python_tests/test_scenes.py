@@ -7,8 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-from densecl_ext.data import scenes
+import scenes
 
 
 def digest(seed: int, index: int) -> str:

@@ -225,7 +225,7 @@ def test_bf16_keeps_crop_boxes_exact(data: Path, tmp_path: Path) -> None:
 
     class Look(Progress):
         def start(self, **_: object) -> None:
-            import densecl_ext.model as module
+            import densecl_ext.nn.model as module
 
             original = module.geometric_match
 
@@ -318,7 +318,7 @@ def test_a_run_may_move_between_devices(data: Path, tmp_path: Path) -> None:
 
 
 def test_key_momentum_follows_its_schedule(data: Path, tmp_path: Path) -> None:
-    from densecl_ext.momentum import MomentumEncoder
+    from densecl_ext.nn.momentum import MomentumEncoder
 
     used: list[float] = []
 

@@ -15,7 +15,8 @@ pytest.importorskip("lightning")  # train_runs
 import train_runs as runs
 from tiny_models import TinyBackbone
 
-from densecl_ext import cli, phases
+from densecl_ext import cli
+from densecl_ext.nn import phases
 from densecl_ext.train.profile import profile
 
 

@@ -15,9 +15,10 @@ from tiny_models import TinyBackbone, crops, two_views
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from densecl_ext import _native, phases
-from densecl_ext.matching import MATCHINGS
-from densecl_ext.model import DenseCL
+from densecl_ext import _native
+from densecl_ext.nn import phases
+from densecl_ext.nn.matching import MATCHINGS
+from densecl_ext.nn.model import DenseCL
 from densecl_ext.train import step as step_module
 from densecl_ext.train.step import TrainingStep
 from densecl_ext.train.window import Window, weights_finite

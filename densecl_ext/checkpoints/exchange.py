@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from densecl_ext.backbones import RESNETS, build_backbone
+from densecl_ext.backbones.timm import TIMM, TimmBackbone, create_timm, timm_shapes
 from densecl_ext.checkpoints.formats import (
     difference,
     extract_backbone,
@@ -21,7 +22,6 @@ from densecl_ext.checkpoints.formats import (
     named_backbone,
 )
 from densecl_ext.checkpoints.storage import atomic_file, load_checkpoint
-from densecl_ext.timm_backbone import TIMM, TimmBackbone, create_timm, timm_shapes
 
 if TYPE_CHECKING:
     from torchvision.models import ResNet

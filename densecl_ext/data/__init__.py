@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from densecl_ext.data.augmentation import Augmentation
+from densecl_ext.data.base import TwoViews, ViewLoader
 from densecl_ext.data.folder import UnreadableImageWarning, find_images
-from densecl_ext.data.loader import TwoViews, ViewLoader, build_loader
+from densecl_ext.data.loader import build_loader
 
 __all__ = [
     "Augmentation",

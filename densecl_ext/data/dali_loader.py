@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from densecl_ext.data.augmentation import KEY_VIEW, QUERY_VIEW, ViewParameters, draw_parameters
+from densecl_ext.data.base import EpochLoader, TwoViews, candidates
 from densecl_ext.data.dali_pipeline import (
     ENCODED,
     VIEW_INPUTS,
@@ -22,7 +23,6 @@ from densecl_ext.data.dali_pipeline import (
     two_view_pipeline,
 )
 from densecl_ext.data.folder import decode_rgb, orientation_of, reason_of
-from densecl_ext.data.loader import EpochLoader, TwoViews, candidates
 
 if TYPE_CHECKING:
     from PIL import Image

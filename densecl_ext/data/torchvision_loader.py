@@ -22,8 +22,8 @@ from densecl_ext.data.augmentation import (
     ViewParameters,
     draw_parameters,
 )
+from densecl_ext.data.base import EpochLoader, TwoViews, candidates, normalisation
 from densecl_ext.data.folder import decode_rgb, reason_of
-from densecl_ext.data.loader import EpochLoader, TwoViews, candidates, normalisation
 
 if TYPE_CHECKING:
     from PIL import Image

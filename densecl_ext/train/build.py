@@ -10,7 +10,7 @@ from torch import nn
 from densecl_ext.backbones import build_backbone
 from densecl_ext.checkpoints import read_backbone
 from densecl_ext.data import ViewLoader, build_loader
-from densecl_ext.model import DenseCL
+from densecl_ext.nn.model import DenseCL
 from densecl_ext.train.config import PretrainConfig
 from densecl_ext.train.options import duration_in_steps
 

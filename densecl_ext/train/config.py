@@ -41,7 +41,7 @@ class PretrainConfig:
     loader: str = option(
         "auto",
         choice("auto", "dali", "torchvision"),
-        "what decodes and augments; auto takes DALI where it is installed",
+        "what decodes and augments; auto: torchvision on a CPU, DALI on a GPU",
         group="data",
     )
     workers: int | str = option(

@@ -14,7 +14,7 @@ from lightning.fabric import Fabric
 from torch import nn
 
 from densecl_ext.data import TwoViews
-from densecl_ext.model import DenseCL
+from densecl_ext.nn.model import DenseCL
 from densecl_ext.train.build import (
     build_model,
     build_optimizer,

@@ -15,7 +15,7 @@ from torch import nn
 
 from densecl_ext.checkpoints.storage import atomic_file
 from densecl_ext.data import TwoViews, ViewLoader
-from densecl_ext.phases import PHASES, Stopwatch, phase
+from densecl_ext.nn.phases import PHASES, Stopwatch, phase
 from densecl_ext.train.build import build_model, build_optimizer, open_loader, starting_backbone
 from densecl_ext.train.config import PretrainConfig
 from densecl_ext.train.machine import has_native_bf16, pick_device, set_up

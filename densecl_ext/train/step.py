@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from densecl_ext.model import DenseCL
-from densecl_ext.phases import phase
+from densecl_ext.nn.model import DenseCL
+from densecl_ext.nn.phases import phase
 
 PRECISIONS = ("fp32", "bf16")
 WARMUP_STEPS = 3

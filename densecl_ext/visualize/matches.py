@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from densecl_ext.matching import feature_match
+from densecl_ext.nn.matching import feature_match
 from densecl_ext.visualize.losses import save
 
 Crop = tuple[float, float, float, float, bool]

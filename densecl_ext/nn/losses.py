@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from densecl_ext import ops
-from densecl_ext.queue import KeyQueue
+from densecl_ext.nn.queue import KeyQueue
 
 
 class DenseCLTerms(NamedTuple):

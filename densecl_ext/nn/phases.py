@@ -50,7 +50,7 @@ class Stopwatch:
 
     Example:
         >>> import torch
-        >>> from densecl_ext.phases import Stopwatch, phase
+        >>> from densecl_ext.nn.phases import Stopwatch, phase
         >>> with Stopwatch(torch.device("cpu")) as stopwatch, phase("backward"):
         ...     pass
         >>> list(stopwatch.seconds())

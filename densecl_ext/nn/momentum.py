@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from densecl_ext import ops
-from densecl_ext.batchnorm import split_batch_norms
+from densecl_ext.nn.batchnorm import split_batch_norms
 
 
 class MomentumEncoder(nn.Module):
@@ -24,7 +24,7 @@ class MomentumEncoder(nn.Module):
         momentum: m in [0, 1]. The attribute may be reassigned between updates (a schedule), also by
             a 0-d tensor on the parameters' device, which a captured CUDA graph then follows.
         bn_groups: with more than 1, the copy's batch norms normalise so many groups of the batch
-            apart (:class:`densecl_ext.batchnorm.SplitBatchNorm`).
+            apart (:class:`densecl_ext.nn.batchnorm.SplitBatchNorm`).
 
     Raises:
         ValueError: ``momentum`` outside [0, 1], or a module of another build is passed to a method.

@@ -9,14 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from densecl_ext.backbones import build_backbone, feature_channels
-from densecl_ext.batchnorm import shuffled_forward
-from densecl_ext.distributed import gather_keys
-from densecl_ext.losses import DenseCLLoss
-from densecl_ext.matching import MATCHINGS, feature_match, geometric_match, random_match
-from densecl_ext.momentum import MomentumEncoder
-from densecl_ext.necks import DenseCLNeck, NeckOutput
-from densecl_ext.phases import phase
-from densecl_ext.queue import KeyQueue
+from densecl_ext.nn.batchnorm import shuffled_forward
+from densecl_ext.nn.distributed import gather_keys
+from densecl_ext.nn.losses import DenseCLLoss
+from densecl_ext.nn.matching import MATCHINGS, feature_match, geometric_match, random_match
+from densecl_ext.nn.momentum import MomentumEncoder
+from densecl_ext.nn.necks import DenseCLNeck, NeckOutput
+from densecl_ext.nn.phases import phase
+from densecl_ext.nn.queue import KeyQueue
 
 
 class DenseCLOutput(NamedTuple):
@@ -104,7 +104,7 @@ class DenseCL(nn.Module):
         queue_init: ``"empty"`` or ``"random"`` (the paper's), see :class:`KeyQueue`.
         key_bn_groups: groups of the batch that the key encoder's batch norms normalise apart, so
             that keys do not share statistics with their queries
-            (:mod:`densecl_ext.batchnorm`); 8 imitates the paper's 8 GPUs. 1 is plain batch norm,
+            (:mod:`densecl_ext.nn.batchnorm`); 8 imitates the paper's 8 GPUs. 1 is plain batch norm,
             which leaks on a single process.
         backbone_channels: C, where it cannot be found out.
 
@@ -202,7 +202,7 @@ class DenseCL(nn.Module):
             view_q: (N, 3, H, W), normalised images for the query encoder.
             view_k: (N, 3, H, W), the other views of the same images, for the key encoder.
             crop_q: (N, 5), crop box and flip of each query view
-                (:func:`densecl_ext.matching.geometric_match`); needed by matching "geometric".
+                (:func:`densecl_ext.nn.matching.geometric_match`); needed by matching "geometric".
             crop_k: (N, 5) of each key view.
         """
         self._check(view_q, view_k, crop_q, crop_k)

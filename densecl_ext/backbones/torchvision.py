@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from densecl_ext.timm_backbone import TIMM, TimmBackbone
+from densecl_ext.backbones.timm import TIMM, TimmBackbone
 
 RESNETS = (
     "resnet18",
@@ -62,7 +62,7 @@ def build_backbone(name: str, *, weights: str | Path | None = None) -> nn.Module
 
     Args:
         name: one of :data:`RESNETS`, or ``timm/`` and the name of any network of timm
-            (:class:`densecl_ext.timm_backbone.TimmBackbone`).
+            (:class:`densecl_ext.backbones.timm.TimmBackbone`).
         weights: None for a random start; the path of a file that ``torch.save`` wrote of a
             state dict with the library's own names, with or without the classifier; or, for a
             ResNet, the name of torchvision weights such as ``"DEFAULT"`` or ``"IMAGENET1K_V1"``,

@@ -1,0 +1,237 @@
+"""What all loaders share: a batch, the interface, the order of an epoch, resuming, skipping."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from densecl_ext.data.augmentation import Augmentation, epoch_order, substitute_order
+from densecl_ext.data.folder import UnreadableImageWarning
+
+
+class TwoViews(NamedTuple):
+    """A batch: two views of the same N images.
+
+    Attributes:
+        view_q: Query view (N, 3, size, size), normalised, in the loader's dtype and layout.
+        view_k: Key view, the same.
+        crop_q: float32 (N, 5): x0, y0, x1, y1 of the query crop in pixels of the decoded image (x
+            right, y down, upright after EXIF orientation), and 1.0 where the view was mirrored left
+            to right, else 0.0.
+        crop_k: The same for the key view.
+        index: int64 (N,), which of `loader.files` each image is. Always on the CPU.
+    """
+
+    view_q: Tensor
+    view_k: Tensor
+    crop_q: Tensor
+    crop_k: Tensor
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
+
+
+class ViewLoader(Protocol):
+    """What the trainer sees of a loader, whichever backend does the work.
+
+    Attributes:
+        files: All image files, sorted.
+        skipped: Files that turned out unreadable so far, and why.
+        backend: "torchvision" or "dali".
+    """
+
+    files: list[Path]
+    skipped: dict[Path, str]
+    backend: str
+
+    def __len__(self) -> int:
+        """Batches in an epoch, always the same."""
+        ...
+
+    def __iter__(self) -> Iterator[TwoViews]:
+        """The epoch's batches, from where a loaded state left off, otherwise from the first."""
+        ...
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch, which changes order and views."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the loader stands: next is the batch after the last one handed out."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken: the next iteration gives the same remaining batches."""
+        ...
+
+    def close(self) -> None:
+        """End worker processes and pipelines; may be called twice."""
+        ...
+
+
+class EpochLoader(ABC):
+    """Order, position and skipped files; a backend only turns requests into batches."""
+
+    backend: str
+
+    def __init__(
+        self,
+        files: list[Path],
+        *,
+        batch_size: int,
+        size: int,
+        device: torch.device,
+        seed: int,
+        augmentation: Augmentation,
+        drop_last: bool,
+        channels_last: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.files = files
+        self.skipped: dict[Path, str] = {}
+        self.batch_size = batch_size
+        self.size = size
+        self.device = device
+        self.seed = seed
+        self.augmentation = augmentation
+        self.drop_last = drop_last
+        self.channels_last = channels_last
+        self.dtype = dtype
+        self.epoch = 0
+        self._position = 0
+        self._first = 0
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        batches = len(self.files) / self.batch_size
+        return math.floor(batches) if self.drop_last else math.ceil(batches)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch.
+
+        Naming the current epoch keeps a loaded position, so that a resumed training loop may call
+        this first thing.
+
+        Args:
+            epoch: The epoch, at least 0.
+
+        Raises:
+            ValueError: `epoch` is negative.
+        """
+        if epoch < 0:
+            raise ValueError(f"set_epoch: epoch must be at least 0, got {epoch}")
+        if epoch != self.epoch:
+            self.epoch = epoch
+            self._position = self._first = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Epoch and position, and what they depend on, for :meth:`load_state_dict` to check."""
+        return {"epoch": self.epoch, "position": self._position, **self._identity()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over an epoch and a position.
+
+        Args:
+            state: What :meth:`state_dict` gave, from either backend.
+
+        Raises:
+            ValueError: The state belongs to other data or settings, under which the same position
+                means other views.
+        """
+        for key, value in self._identity().items():
+            if state.get(key) != value:
+                raise ValueError(
+                    f"load_state_dict: the state was taken with {key}={state.get(key)!r}, this "
+                    f"loader has {value!r}; the remaining batches would not be the same"
+                )
+        self.epoch = int(state["epoch"])
+        self._position = self._first = int(state["position"])
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "seed": self.seed,
+            "files": len(self.files),
+            "batch_size": self.batch_size,
+            "size": self.size,
+            "drop_last": self.drop_last,
+            "augmentation": {
+                name: list(value) if isinstance(value, tuple) else value
+                for name, value in asdict(self.augmentation).items()
+            },
+        }
+
+    def __iter__(self) -> Iterator[TwoViews]:
+        """The epoch's batches; the position advances as each is handed out."""
+        first, self._first = self._first, 0
+        epoch = self.epoch
+        self._position = first
+        batches = self._batches(epoch, self._requests(epoch, first))
+        for batch in batches:
+            self._position += 1
+            yield batch
+
+    def _requests(self, epoch: int, first: int) -> list[list[int]]:
+        """File indices of each remaining batch."""
+        order = epoch_order(self.seed, epoch, len(self.files))
+        starts = range(first * self.batch_size, len(self) * self.batch_size, self.batch_size)
+        return [order[start : start + self.batch_size].tolist() for start in starts]
+
+    def _skip(self, index: int, reason: str) -> None:
+        """Count a file out, and say so once."""
+        path = self.files[index]
+        if path not in self.skipped:
+            self.skipped[path] = reason
+            warnings.warn(f"skipped {path}: {reason}", UnreadableImageWarning, stacklevel=3)
+
+    @abstractmethod
+    def _batches(self, epoch: int, requests: list[list[int]]) -> Iterator[TwoViews]:
+        """Turn the requests into batches, in order."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """End worker processes and pipelines; may be called twice."""
+
+    def __enter__(self) -> EpochLoader:
+        """The loader itself, closed on leaving."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close."""
+        self.close()
+
+
+def candidates(seed: int, epoch: int, sample: int, count: int) -> Iterator[int]:
+    """The files to try for one slot of a batch: its own, then substitutes until all were tried.
+
+    The order depends on the arguments alone, and the first readable file wins: so what fills a slot
+    depends on the files on disk and never on which unreadable ones have been met before.
+
+    Args:
+        seed: The loader's seed.
+        epoch: The epoch.
+        sample: File index of the slot.
+        count: The number of files.
+
+    Yields:
+        File indices.
+    """
+    yield sample
+    yield from substitute_order(seed, epoch, sample, count)
+    for step in range(1, count):
+        yield (sample + step) % count
+
+
+def normalisation(augmentation: Augmentation, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Scale and offset (1, 3, 1, 1): pixels * scale + offset = (pixels / 255 - mean) / std."""
+    mean = np.asarray(augmentation.mean, dtype=np.float64)
+    std = np.asarray(augmentation.std, dtype=np.float64)
+    scale = torch.tensor(1 / (255 * std), dtype=torch.float32, device=device).reshape(1, 3, 1, 1)
+    offset = torch.tensor(-mean / std, dtype=torch.float32, device=device).reshape(1, 3, 1, 1)
+    return scale, offset
