@@ -101,6 +101,7 @@ class DenseCLLoss(nn.Module):
     Args:
         loss_lambda: weight of the dense term, in [0, 1]; the paper's value is 0.5.
         temperature: T > 0 of both terms; the paper's value is 0.2.
+        dense_temperature: T > 0 of the dense term where it shall differ.
         mutual: with matching by features, drop the positions whose best match is not mutual.
 
     Raises:
@@ -118,11 +119,19 @@ class DenseCLLoss(nn.Module):
     """
 
     def __init__(
-        self, loss_lambda: float = 0.5, temperature: float = 0.2, *, mutual: bool = False
+        self,
+        loss_lambda: float = 0.5,
+        temperature: float = 0.2,
+        *,
+        dense_temperature: float | None = None,
+        mutual: bool = False,
     ) -> None:
         super().__init__()
         self.loss_lambda = checked_lambda("DenseCLLoss", loss_lambda)
         self.temperature = _checked_temperature("DenseCLLoss", temperature)
+        self.dense_temperature = self.temperature
+        if dense_temperature is not None:
+            self.dense_temperature = _checked_temperature("DenseCLLoss", dense_temperature)
         self.mutual = mutual
 
     def forward(
@@ -137,6 +146,7 @@ class DenseCLLoss(nn.Module):
         query_features: Tensor | None = None,
         key_features: Tensor | None = None,
         match: Tensor | None = None,
+        row_weight: Tensor | None = None,
         loss_lambda: float | Tensor | None = None,
     ) -> DenseCLTerms:
         """Compute the loss of one batch.
@@ -153,6 +163,8 @@ class DenseCLLoss(nn.Module):
             key_features: (N, C, *Sk) backbone features on the grid of ``key_dense``.
             match: (N, prod(Sq)) int64 instead of features: flat key position of every query
                 position, -1 for no loss there.
+            row_weight: (N, prod(Sq)) weights of the dense term's positions; the mean divides by
+                their sum.
             loss_lambda: replaces the module's weight in this call, e.g. during a warm-up. A 0-d
                 tensor is multiplied in on its device, so both terms are then always computed.
 
@@ -174,9 +186,9 @@ class DenseCLLoss(nn.Module):
         keys, filled = _keys_and_filled(global_queue)
         dense_keys, dense_filled = _keys_and_filled(dense_queue)
 
-        if with_global and with_dense:
+        if with_global and with_dense and self.temperature == self.dense_temperature:
             assert match is not None
-            loss_global, loss_dense = ops.joint_info_nce(
+            both = ops.joint_info_nce(
                 _given("query_global", query_global),
                 _given("key_global", key_global),
                 keys,
@@ -187,9 +199,11 @@ class DenseCLLoss(nn.Module):
                 temperature=self.temperature,
                 filled=filled,
                 dense_filled=dense_filled,
+                dense_row_weight=row_weight,
             )
-            loss = (1.0 - weight) * loss_global + weight * loss_dense
-            return DenseCLTerms(loss, loss_global, loss_dense)
+            return DenseCLTerms(weighted(*both, weight), *both)
+        loss_global: Tensor | None = None
+        loss_dense: Tensor | None = None
         if with_global:
             loss_global = ops.info_nce(
                 _given("query_global", query_global),
@@ -198,21 +212,35 @@ class DenseCLLoss(nn.Module):
                 temperature=self.temperature,
                 filled=filled,
             )
+        if with_dense:
+            assert match is not None
+            loss_dense = ops.dense_info_nce(
+                _given("query_dense", query_dense),
+                _given("key_dense", key_dense),
+                match,
+                dense_keys,
+                temperature=self.dense_temperature,
+                filled=dense_filled,
+                row_weight=row_weight,
+            )
+        if loss_dense is None:
+            assert loss_global is not None
             return DenseCLTerms(loss_global, loss_global, torch.zeros_like(loss_global))
-        assert match is not None
-        loss_dense = ops.dense_info_nce(
-            _given("query_dense", query_dense),
-            _given("key_dense", key_dense),
-            match,
-            dense_keys,
-            temperature=self.temperature,
-            filled=dense_filled,
-        )
-        return DenseCLTerms(loss_dense, torch.zeros_like(loss_dense), loss_dense)
+        if loss_global is None:
+            return DenseCLTerms(loss_dense, torch.zeros_like(loss_dense), loss_dense)
+        return DenseCLTerms(weighted(loss_global, loss_dense, weight), loss_global, loss_dense)
 
     def extra_repr(self) -> str:
         """Settings for ``print(loss)``."""
-        return f"loss_lambda={self.loss_lambda}, temperature={self.temperature}"
+        return (
+            f"loss_lambda={self.loss_lambda}, temperature={self.temperature}, "
+            f"dense_temperature={self.dense_temperature}"
+        )
+
+
+def weighted(loss_global: Tensor, loss_dense: Tensor, loss_lambda: float | Tensor) -> Tensor:
+    """``(1 - lambda) L_global + lambda L_dense`` (DenseCL, eq. 3)."""
+    return (1.0 - loss_lambda) * loss_global + loss_lambda * loss_dense
 
 
 def checked_lambda(owner: str, loss_lambda: float) -> float:

@@ -23,7 +23,8 @@ class StepOutput(NamedTuple):
         loss: () the weighted sum.
         loss_global: () InfoNCE of the global vectors, 0 where it is not computed.
         loss_dense: () InfoNCE of the grid positions, 0 where it is not computed.
-        metrics: name to 0-d float32 tensor, see :class:`densecl_ext.DenseCL`.
+        metrics: name to 0-d float32 tensor, see :class:`densecl_ext.DenseCL`, and
+            ``gradient_norm``, the L2 norm of all gradients together.
     """
 
     loss: Tensor
@@ -159,10 +160,18 @@ class TrainingStep:
         with phase("backward"):
             output.loss.backward()
         with phase("optimizer"):
+            metrics = output.metrics | {"gradient_norm": self._gradient_norm()}
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         loss, loss_global, loss_dense = (term.detach() for term in output[:3])
-        return StepOutput(loss, loss_global, loss_dense, output.metrics)
+        return StepOutput(loss, loss_global, loss_dense, metrics)
+
+    @torch.no_grad()
+    def _gradient_norm(self) -> Tensor:
+        """() the L2 norm of all gradients together."""
+        groups = self.optimizer.param_groups
+        gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients).float()
 
 
 class CapturedStep:
