@@ -84,6 +84,14 @@ def build_backbone(
     return backbone
 
 
+def meta_backbone(name: str, **options: Any) -> TorchvisionBackbone | TimmBackbone:
+    """Build a backbone for its names, shapes and numbers, without memory for its weights."""
+    # RegNet's constructor computes its widths with tensors, which need values.
+    device = torch.device("cpu" if name.startswith("regnet") else "meta")
+    with torch.random.fork_rng(devices=[]), device:
+        return build_backbone(name, **options)
+
+
 def load_weights(backbone: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Load a state dict strictly, but for what the backbone does not have by intention.
 
