@@ -83,9 +83,12 @@ def find_tensors(content: Any) -> dict[str, Tensor]:
     )
 
 
-def named_backbone(architecture: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """The content of a file that says which network its tensors are."""
-    return {"format": NAMED, "architecture": architecture, "state_dict": tensors}
+def named_backbone(
+    architecture: str, tensors: dict[str, Tensor], options: dict[str, Any]
+) -> dict[str, Any]:
+    """The content of a file that says which network its tensors are, and how it was built."""
+    content = {"format": NAMED, "architecture": architecture, "state_dict": tensors}
+    return content | ({"options": options} if options else {})
 
 
 def find_architecture(content: Any) -> str | None:
@@ -98,6 +101,23 @@ def find_architecture(content: Any) -> str | None:
     if content.get("format") == "densecl_ext" and isinstance(config, Mapping):
         return str(config.get("backbone"))
     return None
+
+
+def find_options(content: Any) -> dict[str, Any]:
+    """What a checkpoint of this project says its backbone was built with, less what is plain."""
+    if not isinstance(content, Mapping):
+        return {}
+    said = content.get("options" if content.get("format") == NAMED else "config")
+    if content.get("format") not in (NAMED, "densecl_ext") or not isinstance(said, Mapping):
+        return {}
+    options: dict[str, Any] = {}
+    if said.get("output_stride") not in (None, "none"):
+        options["output_stride"] = int(said["output_stride"])
+        if said.get("truncate"):
+            options["truncate"] = True
+    if said.get("padding", "zeros") != "zeros":
+        options["padding"] = str(said["padding"])
+    return options
 
 
 def difference(got: Mapping[str, Any], wanted: Mapping[str, Any]) -> tuple[int, str]:
@@ -166,5 +186,5 @@ def extract_backbone(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], 
     prefixes = ", ".join(repr(form.prefix) for form in FORMS)
     raise ValueError(
         f"no ResNet found: looked for conv1.weight after the prefixes {prefixes}; "
-        f"the names begin with {', '.join(list(tensors)[:5])}"
+        f"the names begin with {', '.join(list(tensors)[:5])}; another network must be named"
     )
