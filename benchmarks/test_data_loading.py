@@ -50,7 +50,7 @@ def test_two_views(backend: str, device: torch.device, benchmark: Any, quick: bo
         device=device.type,
         images_per_second=statistics.median(samples),
         samples=samples,
-        images=len(loader.files),
+        images=loader.num_images,
     )
 
 

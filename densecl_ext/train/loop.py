@@ -126,7 +126,7 @@ def pretrain(
         steps_per_epoch = len(loader)
         total = config.epochs * steps_per_epoch
         config = config.resolved(
-            images=len(loader.files), native_bf16=has_native_bf16(device), loader=loader.backend
+            images=loader.num_images, native_bf16=has_native_bf16(device), loader=loader.backend
         )
 
         # The model, and everything else that a run consists of, in one dict.
@@ -148,7 +148,7 @@ def pretrain(
         )
         window = Window(device)
         state = initial_state(
-            config, loader.files, model=model, optimizer=optimizer, loader=loader, window=window
+            config, model=model, optimizer=optimizer, loader=loader, window=window
         )
         if checkpoint is not None:
             restore(state, checkpoint)
@@ -205,7 +205,7 @@ def pretrain(
             total_steps=total,
             interrupted=stop.requested and state["step"] < last,
             metrics=state["metrics"],
-            skipped=loader.skipped,
+            skipped=dict(loader.skipped),
         )
 
 
@@ -295,7 +295,7 @@ def describe(state: dict[str, Any], total: int) -> str:
         [
             f"{begin} {total} steps ({config.epochs} epochs of {len(loader)}) on {device}, "
             f"{config.precision}, {torch.get_num_threads()} threads",
-            f"  data: {len(loader.files)} images through {loader.backend}, views of "
+            f"  data: {loader.num_images} images through {loader.backend}, views of "
             f"{config.image_size} px, batch {config.batch_size}",
             f"  model: {config.backbone} ({weights:.1f} million weights), matching "
             f"{config.matching}, lambda {config.loss_lambda:g}, queue {config.queue_length} "
