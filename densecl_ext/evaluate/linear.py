@@ -73,6 +73,42 @@ def linear_segmentation(
         ValueError: an empty set, images of different sizes, a label out of range, a value that
             does not fit.
     """
+    start = time.perf_counter()
+    confusions = linear_confusions(
+        backbone, train, val, num_classes=num_classes, class_names=class_names, layers=layers,
+        scale=scale, epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay,
+        label_stride=label_stride, seed=seed, device=device, report=report,
+    )  # fmt: skip
+    names = tuple(class_names) or tuple(str(i) for i in range(num_classes))
+    return SegmentationResult(confusions.sum(0), names, time.perf_counter() - start)
+
+
+def linear_confusions(
+    backbone: nn.Module,
+    train: LabelledImages,
+    val: LabelledImages,
+    *,
+    num_classes: int,
+    class_names: Sequence[str] = (),
+    layers: Sequence[str] | None = None,
+    scale: float = 1.0,
+    epochs: int = 20,
+    batch_size: int = 32,
+    lr: float = 3e-3,
+    weight_decay: float = 1e-4,
+    label_stride: int = 2,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    precision: str = "float32",
+    report: Callable[[str], None] | None = None,
+) -> Tensor:
+    """What :func:`linear_segmentation` does, with one confusion matrix an image.
+
+    Args and errors are those of that function; ``precision`` is the backbone's.
+
+    Returns:
+        int64 (N, C, C) of the images of ``val``: rows are labels, columns predictions.
+    """
     for name, value in (
         ("num_classes", num_classes),
         ("epochs", epochs),
@@ -90,11 +126,12 @@ def linear_segmentation(
     if not len(train) or not len(val):
         raise ValueError("linear_segmentation: train and val must hold images, one is empty")
     tell = report or (lambda line: None)
-    start = time.perf_counter()
     device = torch.device(device)
     backbone = backbone.to(device)
 
-    features, labels = _features(backbone, train, num_classes, layers, scale, batch_size, device)
+    features, labels = _features(
+        backbone, train, num_classes, layers, scale, batch_size, device, precision
+    )
     tell(f"features {tuple(features.shape[1:])} of {len(train)} training images")
     mean = features.float().mean(dim=(0, 2, 3), keepdim=True)  # (1, C, 1, 1)
     deviation = features.float().std(dim=(0, 2, 3), keepdim=True)
@@ -106,20 +143,21 @@ def linear_segmentation(
     )  # fmt: skip
     del features
 
-    confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)
+    confusions = []
     for first in range(0, len(val), batch_size):
         chosen = range(first, min(first + batch_size, len(val)))
         part, truth = _features(
-            backbone, [val[i] for i in chosen], num_classes, layers, scale, batch_size, device
-        )
+            backbone, [val[i] for i in chosen], num_classes, layers, scale, batch_size, device,
+            precision,
+        )  # fmt: skip
         with torch.no_grad():
             scores = linear((part.float() - mean) * inverse)
             scores = F.interpolate(
                 scores, size=truth.shape[1:], mode="bilinear", align_corners=False
             )
-        confusion += confusion_matrix(scores.argmax(1).cpu(), truth, num_classes)
-    names = tuple(class_names) or tuple(str(i) for i in range(num_classes))
-    return SegmentationResult(confusion, names, time.perf_counter() - start)
+        for predicted, label in zip(scores.argmax(1).cpu(), truth, strict=True):
+            confusions.append(confusion_matrix(predicted, label, num_classes))
+    return torch.stack(confusions)
 
 
 def _features(
@@ -130,6 +168,7 @@ def _features(
     scale: float,
     batch_size: int,
     device: torch.device,
+    precision: str = "float32",
 ) -> tuple[Tensor, Tensor]:
     """Features (N, C, h, w) float16 on the device and labels (N, H, W) uint8 on the CPU."""
     features: list[Tensor] = []
@@ -151,7 +190,8 @@ def _features(
         size = input_size(backbone, (label.shape[1], label.shape[2]), scale)
         inputs = prepare_images(torch.stack([image for image, _ in pairs]), size, device)
         # standardised later on: float16 keeps 11 bits of them at half the memory
-        features.append(extract_features(backbone, inputs, layers).clamp(-6e4, 6e4).half())
+        maps = extract_features(backbone, inputs, layers, precision=precision)
+        features.append(maps.clamp(-6e4, 6e4).half())
         labels.append(label)
     return torch.cat(features), torch.cat(labels)
 
