@@ -19,7 +19,7 @@ from PIL import ImageFilter  # noqa: E402
 from test_data_augmentation import kolmogorov_smirnov  # noqa: E402
 
 from densecl_ext.data import Augmentation, build_loader, find_images  # noqa: E402
-from densecl_ext.data.folder import decode_rgb  # noqa: E402
+from densecl_ext.data.images import decode_rgb  # noqa: E402
 
 SIZE = 48
 IMAGES = 24

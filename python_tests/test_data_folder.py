@@ -13,7 +13,7 @@ from data_images import encode, scene  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from densecl_ext.data import find_images  # noqa: E402
-from densecl_ext.data.folder import decode_rgb  # noqa: E402
+from densecl_ext.data.images import decode_rgb  # noqa: E402
 
 
 def test_find_images_takes_any_tree_in_sorted_order(tmp_path):

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from densecl_ext.data.augmentation import KEY_VIEW, QUERY_VIEW, Augmentation, draw_parameters
-from densecl_ext.data.folder import decode_rgb, find_images, reason_of
+from densecl_ext.data.folder import find_images
+from densecl_ext.data.images import read_rgb, reason_of
 from densecl_ext.evaluate.dense import NetworkInputs, recalibrate
 from densecl_ext.evaluate.features import extract_features, untouched
 from densecl_ext.evaluate.options import NetworkOptions, require_at_least
@@ -95,7 +96,7 @@ class Views:
         crops: dict[int, list[list[float]]] = {QUERY_VIEW: [], KEY_VIEW: []}
         for index, file in enumerate(chosen):
             try:
-                image = decode_rgb(file.read_bytes())
+                image = read_rgb(file)
             except Exception as error:
                 raise ValueError(f"correspondence: {file}: {reason_of(error)}") from None
             for view in (QUERY_VIEW, KEY_VIEW):
