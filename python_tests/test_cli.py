@@ -19,6 +19,7 @@ from densecl_ext import cli, info
 from densecl_ext.checkpoints import load_checkpoint
 from densecl_ext.cli.pretraining import pretrain, pretrain_config
 
+ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = ("pretrain", "export", "import", "evaluate", "visualize", "info")
 TINY = [
     *("--backbone", "resnet18", "--image-size", "32", "--batch-size", "8", "--epochs", "2"),
@@ -51,15 +52,92 @@ def test_help_shows_every_option_with_its_default(capsys: pytest.CaptureFixture[
     assert "densecl_coco_800ep" in out
 
 
-def test_help_imports_nothing_heavy() -> None:
-    code = (
-        "import sys; from densecl_ext import cli\n"
-        "try: cli.main(['pretrain', '--help'])\n"
-        "except SystemExit: pass\n"
-        "heavy = {'lightning', 'torchvision', 'nvidia', 'PIL', 'matplotlib', 'tensorboard'}\n"
-        "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
+@pytest.mark.parametrize(
+    "words", [["--help"], ["pretrain", "--help"], ["evaluate", "--help"], ["--version"]]
+)
+def test_help_imports_nothing_heavy(words: list[str]) -> None:
+    """Not even torch, which takes most of the time until a help or a completion stands there."""
+    result = subprocess.run(
+        [sys.executable, "-m", "densecl_ext", *words],
+        env={**os.environ, "PYTHONPROFILEIMPORTTIME": "1"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     )
-    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+    imported = {line.split("|")[-1].strip() for line in result.stderr.splitlines()}
+    assert "densecl_ext.cli" in imported
+    heavy = {"torch", "numpy", "lightning", "torchvision", "nvidia", "PIL", "matplotlib"}
+    assert not heavy & imported
+
+
+def test_the_command_still_has_the_packages_names() -> None:
+    """It imports them on first use; everyone else at once, which registers the ops."""
+    code = (
+        "import sys; sys.orig_argv = ['python', '/x/bin/densecl', 'info']\n"
+        "import densecl_ext; assert 'torch' not in sys.modules\n"
+        "for name in densecl_ext.__all__: getattr(densecl_ext, name)\n"
+        "assert not hasattr(densecl_ext, 'nonsense')"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion(
+    shell: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--print-completion", shell])
+    assert stop.value.code == 0 and "_DENSECL_COMPLETE" in capsys.readouterr().out
+    # What the shell then asks for.
+    monkeypatch.setenv("_DENSECL_COMPLETE", f"{shell}_complete")
+    for typed, wanted in (
+        ("densecl pretrain --loa", "--loader"),
+        ("densecl pretrain --loader to", "torchvision"),
+        ("densecl pretrain --recipe sm", "small_data"),
+    ):
+        words = typed.split()
+        monkeypatch.setenv("COMP_WORDS", typed)
+        monkeypatch.setenv("COMP_CWORD", words[-1] if shell == "fish" else str(len(words) - 1))
+        assert cli.main([]) == 0
+        assert wanted in capsys.readouterr().out
+
+
+def test_a_reader_that_has_gone_is_no_error() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "densecl_ext", "info"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=ROOT,
+    )
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 141
+
+
+def test_a_missing_package_is_told_with_how_to_get_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for missing in ("pydantic", "yaml"):
+        code = (
+            f"import sys; sys.modules[{missing!r}] = None\n"
+            "from densecl_ext import cli; sys.exit(cli.main(['pretrain', '--data', 'x']))"
+        )
+        result = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT
+        )
+        assert result.returncode == 2
+        assert result.stderr == (
+            f"densecl pretrain: error: needs {missing}, which is not installed: "
+            "pip install 'densecl_ext[train]'\n"
+        )
+    monkeypatch.delitem(sys.modules, "densecl_ext.train.loop", raising=False)
+    monkeypatch.setitem(sys.modules, "lightning.fabric", None)
+    monkeypatch.setitem(sys.modules, "lightning", None)
+    assert cli.main(["pretrain", "--data", "x"]) == 2
+    error = capsys.readouterr().err
+    assert "needs lightning" in error and "pip install 'densecl_ext[train]'" in error
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize(
