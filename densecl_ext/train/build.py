@@ -12,7 +12,7 @@ from densecl_ext.checkpoints import read_backbone
 from densecl_ext.data import ViewLoader, build_loader
 from densecl_ext.nn.model import DenseCL
 from densecl_ext.train.config import PretrainConfig
-from densecl_ext.train.options import duration_in_steps
+from densecl_ext.train.schedule import duration_in_steps
 
 
 def open_loader(config: PretrainConfig, device: torch.device) -> ViewLoader:

@@ -24,10 +24,9 @@ from densecl_ext.train.build import (
 from densecl_ext.train.config import PretrainConfig, merge_resumed
 from densecl_ext.train.machine import has_native_bf16, pick_device, set_up
 from densecl_ext.train.metrics import build_fabric, build_loggers
-from densecl_ext.train.options import duration_in_steps
 from densecl_ext.train.progress import Progress
 from densecl_ext.train.run_folder import RunFolder
-from densecl_ext.train.schedule import cosine_lr, cosine_momentum
+from densecl_ext.train.schedule import cosine_lr, cosine_momentum, duration_in_steps
 from densecl_ext.train.signals import StopRequest
 from densecl_ext.train.state import initial_state, restore, seed_everything, snapshot
 from densecl_ext.train.step import TrainingStep

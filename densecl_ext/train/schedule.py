@@ -39,3 +39,15 @@ def cosine_momentum(base: float, step: int, total: int) -> float:
         The momentum of this step.
     """
     return 1.0 - (1.0 - base) * 0.5 * (1.0 + math.cos(math.pi * min(step, total) / total))
+
+
+def duration_in_steps(value: int | str, steps_per_epoch: int) -> int:
+    """Converts a duration into steps, rounded to the nearest.
+
+    Args:
+        value: steps as an int, or epochs as a string such as "0.5ep".
+        steps_per_epoch: length of an epoch in steps.
+    """
+    if isinstance(value, int):
+        return value
+    return round(float(value[:-2]) * steps_per_epoch)
