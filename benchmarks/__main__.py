@@ -32,7 +32,15 @@ LIMITS = {"cpu": 900.0, "gpu": 60.0, "step": 110.0}
 COMPILE_LIMIT, MEMORY_LIMIT, TRY_LIMIT = 240.0, 120.0, 45.0
 NAMES = {"cpu": ("results.json", "table.md"), "gpu": ("results.json", "table.md"),
          "step": ("step.json", "step.md")}  # fmt: skip
-KERNEL, BROKEN = "DENSECL_CUDA_KERNEL", "left the device unable to work"
+SWITCHES = ("DENSECL_CUDA_KERNEL", "DENSECL_CUDA_SWEEP", "DENSECL_CUDA_PDL")
+# The ops that have kernels of Hopper's own, by the cases that run them.
+OPS = {
+    "InfoNceCase": ("info_nce",),
+    "MatchCase": ("dense_match",),
+    "StepLossCase": ("info_nce", "dense_match"),
+    "StepCase": ("info_nce", "dense_match"),
+}
+BROKEN = "left the device unable to work"
 LARGEST = 4096
 
 
@@ -57,8 +65,9 @@ class Run:
             "benchmarks": [],
             "skipped": {},
         }
-        if os.environ.get(KERNEL):
-            self.results["kernel"] = f"{os.environ[KERNEL]}, by {KERNEL}"
+        # Ops that run by their portable kernels, and why.
+        self._portable = dict.fromkeys(options.portable, "since their check failed")
+        self._note_kernels()
 
     def everything(self) -> None:
         """The machine, the rows, the loaders."""
@@ -97,20 +106,31 @@ class Run:
             found |= {"broken": True}
         return found
 
+    def _note_kernels(self) -> None:
+        told = [f"{op} portable, {why}" for op, why in self._portable.items()]
+        told += [f"{name}={os.environ[name]}" for name in SWITCHES if os.environ.get(name)]
+        if told:
+            self.results["kernel"] = "; ".join(told)
+
+    def _settings(self, row: Row) -> dict[str, str]:
+        """What holds while a row is measured: its instruction set, or the portable kernels."""
+        ops = OPS.get(type(row.case).__name__, ())
+        portable = {SWITCHES[0]: "portable"} if set(ops) & set(self._portable) else {}
+        return portable | ({"DENSECL_CPU_ISA": row.isa} if row.isa else {})
+
     def row(self, row: Row) -> dict[str, Any]:
-        """A row's answer. Where ours takes the process along, the portable kernels run again.
+        """A row's answer. Where ours takes the process along, its portable kernels run again.
 
         From there on, for the rest of the run: Hopper's kernels may hang or fault.
         """
         if row.id == "step-largest":
             return self._largest()
         found = self._row(row)
-        portable = os.environ.get(KERNEL) == "portable"
-        if found.get("broken") and self._options.suite != "cpu" and not portable:
-            os.environ[KERNEL] = "portable"  # every process that starts from now on has it
-            self._worker.close()
-            self._memory.close()
-            self.results["kernel"] = f"portable, since {row.id} {found.get('error', BROKEN)}"
+        ops = OPS.get(type(row.case).__name__, ())
+        switched = os.environ.get(SWITCHES[0]) or set(ops) & set(self._portable)
+        if found.get("broken") and self._options.suite != "cpu" and ops and not switched:
+            self._portable |= dict.fromkeys(ops, f"since {row.id} {found.get('error', BROKEN)}")
+            self._note_kernels()
             found = self._row(row)
         if "info" in found:
             self._add_memory(row, found["info"])
@@ -125,6 +145,7 @@ class Run:
         compiles = any("compile" in name for name in row.baselines)
         waits: dict[str, str] = {}
         request: dict[str, Any] = {"do": "row", "row": row.id, "waits": waits}
+        request["settings"] = self._settings(row)
         if row.id.startswith("nce") and self._options.suite == "gpu":
             request["variants"] = [f"ours [{variant}]" for variant in self._options.variant]
         while True:
@@ -151,7 +172,8 @@ class Run:
                 continue
             case = row.beside.get(name, row.case)
             case = case.shrunk() if self._options.quick else case
-            request = {"do": "memory", "case": case.message(), "isa": row.isa}
+            request = {"do": "memory", "case": case.message()}
+            request["settings"] = self._settings(row)
             request["name"] = "ours" if name in row.beside else name
             try:
                 found = self._memory.ask(request, MEMORY_LIMIT)
@@ -262,17 +284,6 @@ def write(out: Path, results: dict[str, Any], *, last: bool = False) -> None:
         print(f"wrote {', '.join([*texts, *written[1:]])} in {out}")
 
 
-def failures(results: dict[str, Any]) -> list[str]:
-    """Rows that failed, and candidates that computed something else or failed where ours did."""
-    found = [f"{name}: {why}" for name, why in results["skipped"].items() if "failed" in why]
-    for benchmark in results["benchmarks"]:
-        info = benchmark["extra_info"]
-        for name, why in info.get("absent", {}).items():
-            if why.startswith("wrong") or (name == "ours" and why.startswith("failed")):
-                found.append(f"{info['row']}: {name}: {why}")
-    return found
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 where no row failed and no result was wrong; a missed demand is no failure."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
@@ -284,6 +295,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=1e5, help="nothing starts after these")
     parser.add_argument("--variant", nargs="+", default=[], metavar="NAME=VALUE",
                         help="also measure ours under these settings, side by side")  # fmt: skip
+    parser.add_argument("--portable", nargs="+", default=[], choices=OPS["StepCase"],
+                        help="ops that run by their portable kernels")  # fmt: skip
     parser.add_argument("--report-only", action="store_true", help="rewrite from results.json")
     options = parser.parse_args(arguments)
     on_gpu = options.suite != "cpu"
@@ -301,6 +314,8 @@ def main(arguments: list[str] | None = None) -> int:
     run = Run(out, options)
     run.everything()
     write(out, run.results, last=True)
+    from benchmarks.report import failures
+
     failed = failures(run.results)
     print("\n".join(failed))
     status = int(bool(failed))

@@ -22,12 +22,15 @@ from typing import IO, Any
 ROOT = Path(__file__).resolve().parent.parent
 TIMED_OUT = 124  # as of the program `timeout`
 PATIENCE = 5.0  # seconds that a killed process may take to go: a driver may hold it
+alive: set[subprocess.Popen[bytes]] = set()
 
 
 def start(command: list[str], settings: dict[str, str], **streams: Any) -> subprocess.Popen[bytes]:
     """A command in the repository's root, leader of its own process group."""
     environment = os.environ | {"PYTHONUNBUFFERED": "1"} | settings
-    return subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **streams)
+    made = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **streams)
+    alive.add(made)
+    return made
 
 
 def ended(process: subprocess.Popen[bytes]) -> bool:
@@ -41,6 +44,7 @@ def end(process: subprocess.Popen[bytes]) -> int | None:
     if process.returncode is None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
+    alive.discard(process)
     try:
         return process.wait(PATIENCE)
     except subprocess.TimeoutExpired:
@@ -76,8 +80,14 @@ def call(
 
 
 def end_on_termination() -> None:
-    """SIGTERM unwinds the stack, so that every group is ended on the way out."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    """SIGTERM ends every group, then this process."""
+
+    def leave(*_: object) -> None:
+        for process in list(alive):
+            end(process)
+        sys.exit(143)
+
+    signal.signal(signal.SIGTERM, leave)
 
 
 class Lost(RuntimeError):

@@ -12,8 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tabulate import tabulate
-
 from benchmarks.rows import Asked, rows
 
 NOT_RUN = "not run"
@@ -477,8 +475,21 @@ def skipped_lines(skipped: dict[str, str]) -> list[str]:
     ]
 
 
+def failures(results: dict[str, Any]) -> list[str]:
+    """Rows that failed, and candidates that computed something else or failed where ours did."""
+    found = [f"{name}: {why}" for name, why in results["skipped"].items() if "failed" in why]
+    for benchmark in results["benchmarks"]:
+        info = benchmark["extra_info"]
+        for name, why in info.get("absent", {}).items():
+            if why.startswith("wrong") or (name == "ours" and why.startswith("failed")):
+                found.append(f"{info['row']}: {name}: {why}")
+    return found
+
+
 def table(header: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
+    from tabulate import tabulate  # a machine without it still gets results.json
+
     return tabulate(cells, header, tablefmt="github", disable_numparse=True)
 
 

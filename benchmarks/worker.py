@@ -4,9 +4,11 @@ It answers requests of __main__.py, one at a time:
 
     {"do": "machine"}                         what it is and what it reaches
     {"do": "row", "row", "waits", "variants"} a row of results.json, without its memory
-    {"do": "memory", "case", "name", "isa"}   peak bytes of one call beyond what was there before
+    {"do": "memory", "case", "name"}          peak bytes of one call beyond what was there before
     {"do": "fits", "case", "name"}            whether a training step's batch fits
-    {"do": "views", "backend"}                images/s of a loader
+    {"do": "views", "backend", "photos"}      images/s of a loader
+
+"settings" of any are environment variables that hold while it is answered.
 """
 
 from __future__ import annotations
@@ -59,18 +61,17 @@ def run_row(row: Row, clock: Clock, waits: dict[str, str], options: Settings) ->
         "host_waits": None, "parts": {},
     }  # fmt: skip
     peaks: dict[str, int | None] = {}
-    with environment({"DENSECL_CPU_ISA": row.isa} if row.isa else {}):
-        candidates = prepare(row, cases, options, info, peaks)
-        for name, reason in waits.items():
-            if name in candidates:
-                candidates[name].waits = reason
-        if "ours" in candidates:
-            info["host_waits"] = host_waits(candidates["ours"], options.device)
-        least, most = (3, 3) if options.quick else (5, 51) if options.suite != "cpu" else (3, 41)
-        sample = 0.4 if cases["ours"].images and not options.quick else None
-        timed, failed = measure(
-            candidates, clock, seconds=row.seconds, least=least, most=most, sample=sample
-        )
+    candidates = prepare(row, cases, options, info, peaks)
+    for name, reason in waits.items():
+        if name in candidates:
+            candidates[name].waits = reason
+    if "ours" in candidates:
+        info["host_waits"] = host_waits(candidates["ours"], options.device)
+    least, most = (3, 3) if options.quick else (5, 51) if options.suite != "cpu" else (3, 41)
+    sample = 0.4 if cases["ours"].images and not options.quick else None
+    timed, failed = measure(
+        candidates, clock, seconds=row.seconds, least=least, most=most, sample=sample
+    )
     info["absent"] |= failed
     info["candidates"] = {
         name: {
@@ -260,8 +261,7 @@ def respond(request: dict[str, Any], options: Settings, known: dict[Case, Any]) 
     """The answer to one request."""
     device = options.device
     if request["do"] == "memory":
-        with environment({"DENSECL_CPU_ISA": request["isa"]} if request.get("isa") else {}):
-            return peak_of(request, known, device)
+        return peak_of(request, known, device)
     if request["do"] == "fits":
         case, name = from_message(request["case"]), request["name"]
         candidate_of(case, name, case.inputs(device)).results()
@@ -294,7 +294,8 @@ def main() -> None:
     known: dict[Case, Any] = {}
     for request, answer in requests():
         try:
-            found = respond(request, options, known)
+            with environment(request.get("settings", {})):
+                found = respond(request, options, known)
         except NotAvailable as reason:
             found = {"skipped": str(reason)}
         except torch.OutOfMemoryError:
