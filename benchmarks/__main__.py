@@ -40,6 +40,7 @@ OPS = {
     "StepLossCase": ("info_nce", "dense_match"),
     "StepCase": ("info_nce", "dense_match"),
 }
+WORKER = "benchmarks.worker"
 BROKEN = "left the device unable to work"
 LARGEST = 4096
 
@@ -54,8 +55,8 @@ class Run:
         arguments += ["--quick"] if options.quick else []
         # Tiny sizes, on a machine that does other things.
         arguments += ["--threads", "1"] if options.quick and options.device == "cpu" else []
-        self._worker = Worker("benchmarks.worker", *arguments)
-        self._memory = Worker("benchmarks.worker", *arguments)
+        self._worker = Worker(WORKER, *arguments)
+        self._memory = Worker(WORKER, *arguments)
         self.results: dict[str, Any] = {
             "suite": options.suite,
             "machine_info": None,

@@ -250,10 +250,12 @@ class EmaCase(Case):
 
 
 @torch.no_grad()
-def ema_loop(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+def ema_loop(
+    targets: Sequence[Tensor], sources: Sequence[Tensor], momentum: float = MOMENTUM
+) -> None:
     """MoCo's and DenseCL's published code, parameter by parameter."""
     for target, source in zip(targets, sources, strict=True):
-        target.data = target.data * MOMENTUM + source.data * (1.0 - MOMENTUM)
+        target.data = target.data * momentum + source.data * (1.0 - momentum)
 
 
 @torch.no_grad()

@@ -7,20 +7,16 @@ random views that lie on the device already: no loader takes part.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.cases import Candidate, Case, Results, normal_numbers
-from densecl_ext import reference
-from densecl_ext.losses import DenseCLLoss, DenseCLTerms
-from densecl_ext.model import DenseCL, Encoder
-from densecl_ext.momentum import MomentumEncoder
-from densecl_ext.necks import NeckOutput
+from benchmarks.cases import Candidate, Case, Results, ema_loop, normal_numbers
+from densecl_ext import DenseCL, ops, reference
 from densecl_ext.phases import Stopwatch
 from densecl_ext.train import TrainingStep
 
@@ -56,7 +52,7 @@ class StepCase(Case):
         torch.manual_seed(0)
         half = self.precision == "bf16" and name != "reference"
         tiny = self.backbone == "tiny"
-        model = (ReferenceDenseCL if name == "reference" else DenseCL)(
+        model = DenseCL(
             tiny_backbone() if tiny else self.backbone,
             queue_length=self.queue_length,
             queue_dtype=torch.bfloat16 if half else torch.float32,
@@ -72,7 +68,8 @@ class StepCase(Case):
         step = TrainingStep(model, optimizer, precision=self.precision, **options)
 
         def run() -> Tensor:
-            return step(*inputs).loss
+            with published_ops() if name == "reference" else nullcontext():
+                return step(*inputs).loss
 
         def encoders_alone() -> Tensor:
             query, key = model.neck(model.backbone(inputs[0])), model.momentum_encoder(inputs[1])
@@ -142,91 +139,36 @@ def largest_batch(fits: Callable[[int], bool], first: int, step: int, tries: int
     return low or None
 
 
-class PublishedQueue(nn.Module):
-    """MoCo's and DenseCL's queue: (D, K); the host reads its pointer."""
+@contextmanager
+def published_ops() -> Iterator[None]:
+    """Inside, the model's ops are the published code: logits in memory, a loop over parameters.
 
-    queue: Tensor
-    pointer: Tensor
-    filled: Tensor
+    The losses read clones of the queues, which the enqueue changes before the backward pass; all
+    rows of the queues count, so that nobody waits for their number. The enqueue reads its pointer
+    on the host.
+    """
 
-    def __init__(self, keys: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("queue", keys.T.contiguous())  # (D, K)
-        self.register_buffer("pointer", torch.zeros(1, dtype=torch.int64))
-        self.register_buffer("filled", torch.tensor(len(keys)))
+    def info_nce(query: Tensor, key: Tensor, queue: Tensor, **options: Any) -> Tensor:
+        return reference.info_nce(query, key, queue.clone(), **options | {"filled": None})
 
-    def __len__(self) -> int:
-        return self.queue.shape[1]
+    def joint_info_nce(*tensors: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        query, key, queue, query_grid, key_grid, match, dense_queue = tensors
+        grids = query_grid, key_grid, match, dense_queue.clone()
+        options |= {"filled": None, "dense_filled": None}
+        return reference.joint_info_nce(query, key, queue.clone(), *grids, **options)
 
-    def negatives(self) -> Tensor:
-        """(K, D), a copy: the queue is written before the backward pass."""
-        return self.queue.clone().detach().T
-
-    @torch.no_grad()
-    def enqueue_(self, keys: Tensor) -> None:
-        """Write keys (B, D); the published code asks that B divides K, this one cuts the batch."""
-        keys = F.normalize(keys, dim=1)
-        start, length = int(self.pointer), len(self)
-        first = min(len(keys), length - start)
-        self.queue[:, start : start + first] = keys[:first].T
-        if first < len(keys):
-            self.queue[:, : len(keys) - first] = keys[first:].T
-        self.pointer[0] = (start + len(keys)) % length
-
-
-class PublishedMomentumEncoder(MomentumEncoder):
-    """Parameter by parameter, as published."""
-
-    @torch.no_grad()
-    def update_(self, module: nn.Module) -> None:
-        """Move every parameter towards the module's."""
-        momentum = float(self.momentum)
-        for target, source in zip(*self._pairs(module), strict=True):
-            target.data = target.data * momentum + source.data * (1.0 - momentum)
-
-
-class PublishedLoss(DenseCLLoss):
-    """Both terms with the matrix of logits in memory."""
-
-    def forward(  # type: ignore[override]
-        self,
-        query: Tensor,
-        key: Tensor,
-        query_grid: Tensor | None,
-        key_grid: Tensor | None,
-        queue: PublishedQueue,
-        dense_queue: PublishedQueue,
-        *,
-        match: Tensor | None = None,
-        loss_lambda: float | None = None,
-    ) -> DenseCLTerms:
-        """As of DenseCLLoss."""
-        weight = self.loss_lambda if loss_lambda is None else loss_lambda
-        options = {"temperature": self.temperature}
-        whole = reference.info_nce(query, key, queue.negatives(), **options)
-        if query_grid is None or key_grid is None or match is None:
-            return DenseCLTerms(whole, whole, torch.zeros_like(whole))
-        negatives = dense_queue.negatives()
-        dense = reference.dense_info_nce(query_grid, key_grid, match, negatives, **options)
-        return DenseCLTerms((1.0 - weight) * whole + weight * dense, whole, dense)
-
-
-class ReferenceDenseCL(DenseCL):
-    """DenseCL with reference.py's ops, the published update loop and the published queues."""
-
-    def __init__(self, *args: Any, **settings: Any) -> None:
-        super().__init__(*args, **settings)
-        loss, encoder = self.criterion, self.momentum_encoder
-        self.criterion = PublishedLoss(loss.loss_lambda, loss.temperature)
-        self.momentum_encoder = PublishedMomentumEncoder(
-            Encoder(self.backbone, self.neck), float(encoder.momentum), bn_groups=self.key_bn_groups
-        )
-        for name in ("global_queue", "dense_queue"):
-            setattr(self, name, PublishedQueue(getattr(self, name).keys))
-
-    @torch.no_grad()
-    def _match(
-        self, query: NeckOutput, key: NeckOutput, crop_q: Tensor | None, crop_k: Tensor | None
-    ) -> Tensor:
-        assert query.features is not None and key.features is not None
-        return reference.dense_match(query.features, key.features)
+    published = {
+        "info_nce": info_nce,
+        "joint_info_nce": joint_info_nce,
+        "dense_match": reference.dense_match,
+        "ema_update_": ema_loop,
+        "enqueue_": reference.enqueue_,
+    }
+    ours = {name: getattr(ops, name) for name in published}
+    for name, function in published.items():
+        setattr(ops, name, function)
+    try:
+        yield
+    finally:
+        for name, function in ours.items():
+            setattr(ops, name, function)
