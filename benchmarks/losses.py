@@ -18,8 +18,7 @@ from benchmarks.cases import (
     NotAvailable,
     Results,
     compiled,
-    forced,
-    generator_on,
+    normal_numbers,
     relative,
     within,
 )
@@ -47,7 +46,6 @@ class InfoNceCase(Case):
     names = (
         "ours",
         "ours, before backward",
-        "portable kernel",
         "eager",
         "eager TF32",
         "eager autocast",
@@ -57,6 +55,7 @@ class InfoNceCase(Case):
         "cuDNN attention",
         "lightly",
     )
+    small = {"rows": 48, "queue_length": 512}
     rows: int
     queue_length: int
     features: int = 128
@@ -64,16 +63,12 @@ class InfoNceCase(Case):
     gradient: bool = True
 
     def inputs(self, device: torch.device) -> Rows:
-        generator = generator_on(device)
-
-        def draw(count: int) -> Tensor:
-            return torch.randn(count, self.features, generator=generator, device=generator.device)
-
-        query = draw(self.rows)
-        positive = query + draw(self.rows)
-        queue = F.normalize(draw(self.queue_length), dim=1).to(device, getattr(torch, self.dtype))
-        query = query.to(device).requires_grad_(self.gradient)
-        return Rows(query, positive.to(device), queue)
+        draw = normal_numbers(device)
+        query = draw(self.rows, self.features)
+        positive = query + draw(self.rows, self.features)
+        queue = F.normalize(draw(self.queue_length, self.features), dim=1)
+        query.requires_grad_(self.gradient)
+        return Rows(query, positive, queue.to(getattr(torch, self.dtype)))
 
     def candidate(self, name: str, inputs: Rows) -> Candidate:
         function, queue = self._function(name, inputs)
@@ -101,8 +96,6 @@ class InfoNceCase(Case):
             raise NotAvailable("16-bit queues only")
         if name.startswith("ours"):
             return ops.info_nce, inputs.queue
-        if name == "portable kernel":
-            return portable_kernel(inputs.queue), inputs.queue
         if name in ("eager", "eager TF32"):
             return reference.info_nce, inputs.queue.float()
         if name == "eager autocast":
@@ -135,16 +128,13 @@ class InfoNceCase(Case):
             errors["gradient"] = relative(got[1], expected[1], floor=terms)
         return within(errors, 1e-4 if self.dtype == "float32" else 2e-2, name)
 
-    def shrunk(self) -> InfoNceCase:
-        return replace(self, rows=48, queue_length=512)
-
     @property
     def work(self) -> float:
         return (4.0 if self.gradient else 2.0) * self.rows * self.queue_length * self.features
 
     @property
     def eager_bytes(self) -> float:
-        """What the published formula holds at its peak: about four matrices of logits."""
+        """About four matrices of logits."""
         return 4.2 * 4.0 * self.rows * (self.queue_length + 1)
 
 
@@ -161,18 +151,6 @@ def in_chunks(inputs: Rows, logits: int = 2**28) -> Results:
         gradients.append(torch.autograd.grad(part, query)[0] / count)
         loss = loss + part.detach().double() / count
     return loss.float(), torch.cat(gradients)
-
-
-def portable_kernel(queue: Tensor) -> Loss:
-    """Ours without Hopper's own instructions; on a GPU that has them."""
-    if not queue.is_cuda or torch.cuda.get_device_capability(queue.device)[0] != 9:
-        raise NotAvailable("this is what runs here anyway")
-
-    def loss(query: Tensor, positive: Tensor, queue: Tensor) -> Tensor:
-        with forced("DENSECL_CUDA_KERNEL", "portable"):
-            return ops.info_nce(query, positive, queue)
-
-    return loss
 
 
 @contextmanager
@@ -293,7 +271,8 @@ class StepLossCase(Case):
     """Both terms of a step: matching, global and dense loss, gradients of the query's outputs."""
 
     names = ("ours", "reference ops")
-    images: int
+    small = {"pairs": 4, "queue_length": 256, "features": 32, "channels": 64}
+    pairs: int
     queue_length: int = 65536
     features: int = 128
     channels: int = 2048
@@ -301,12 +280,8 @@ class StepLossCase(Case):
     dtype: str = "bfloat16"
 
     def inputs(self, device: torch.device) -> StepInputs:
-        generator = generator_on(device)
-
-        def draw(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator, device=generator.device).to(device)
-
-        n, side, dtype = self.images, self.grid, getattr(torch, self.dtype)
+        draw = normal_numbers(device)
+        n, side, dtype = self.pairs, self.grid, getattr(torch, self.dtype)
         vectors, grids = draw(n, self.features), draw(n, self.features, side, side)
         maps = draw(n, self.channels, side, side)
         queues = [F.normalize(draw(self.queue_length, self.features), dim=1) for _ in range(2)]
@@ -339,18 +314,15 @@ class StepLossCase(Case):
         errors["gradient of the grid"] = relative(got[2], expected[2])
         return within(errors, 2e-2, name)
 
-    def shrunk(self) -> StepLossCase:
-        return replace(self, images=4, queue_length=256, features=32, channels=64)
-
     @property
     def work(self) -> float:
-        rows = self.images * (1 + self.grid**2)
+        rows = self.pairs * (1 + self.grid**2)
         return 4.0 * rows * self.queue_length * self.features
 
     @property
     def eager_bytes(self) -> float:
         """As of InfoNceCase; its rows are the grid's."""
-        return 4.2 * 4.0 * self.images * self.grid**2 * (self.queue_length + 1)
+        return 4.2 * 4.0 * self.pairs * self.grid**2 * (self.queue_length + 1)
 
 
 def step_loss(inputs: StepInputs) -> Tensor:

@@ -1,18 +1,19 @@
-"""Timing on a GPU: by its own clock, in three ways.
+"""Timing: every candidate takes its turn in every round, so that all share what the machine does.
 
-graph   several calls captured in one CUDA graph and replayed: kernels, and no launch from Python
-cold    one call in a graph, after a buffer larger than the L2 was written: nothing is cached
-calls   plain calls from Python: what a training loop without graphs pays
+calls   plain calls from Python: what a program without CUDA graphs pays
+graph   on a GPU: several calls in one CUDA graph: kernels, and no launch from Python
+cold    on a GPU: one call in a graph, after a buffer larger than the L2 was written
 
-Every candidate takes its turn in every round. The clock is a parameter: :class:`HostClock` times
-the same way on a CPU, where the "graph" is a loop, so that all of this runs without a GPU.
+torch.utils.benchmark takes two calls before every sample, which triples rounds of calls that last
+seconds; triton's do_bench_cudagraph measures one function alone. Neither interleaves.
 """
 
 from __future__ import annotations
 
+import gc
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -22,13 +23,15 @@ from benchmarks.cases import Candidate
 
 Run = Callable[[], Any]
 MODES = ("graph", "cold", "calls")
-SAMPLE = 0.002  # seconds that a sample of repeated calls fills
-MOST_CALLS = 50  # in one sample
 CAPTURE_FAILED = "capture failed: "
 
 
 class Clock(Protocol):
     """What a device can time."""
+
+    modes: tuple[str, ...]
+    sample: float  # seconds that a sample of repeated calls fills
+    most_calls: int  # in one sample
 
     def seconds(self, run: Run, calls: int) -> float:
         """Time of so many calls, from the first one's start to the last one's end."""
@@ -49,6 +52,8 @@ class CudaClock:
     All graphs share one pool of memory: each writes its intermediates before it reads them, and
     they are never replayed at the same time, so a row's candidates need the memory of the largest.
     """
+
+    modes, sample, most_calls = MODES, 0.002, 50
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -87,10 +92,13 @@ class CudaClock:
 
 
 class HostClock:
-    """The processor's time, for the same code without a GPU."""
+    """The processor's time. With all MODES a loop stands for the graph, to try that code."""
 
-    def __init__(self, megabytes: int = 64) -> None:
-        self._buffer = torch.empty(megabytes << 20, dtype=torch.int8)
+    most_calls = 1 << 20
+
+    def __init__(self, modes: tuple[str, ...] = ("calls",), megabytes: int = 64) -> None:
+        self.modes, self.sample = modes, 0.004
+        self._buffer = torch.empty(megabytes << 20 if len(modes) > 1 else 0, dtype=torch.int8)
 
     def seconds(self, run: Run, calls: int) -> float:
         start = time.perf_counter()
@@ -99,86 +107,78 @@ class HostClock:
         return time.perf_counter() - start
 
     def capture(self, run: Run, calls: int) -> Run:
-        def replay() -> None:
-            for _ in range(calls):
-                run()
-
-        replay()
-        return replay
+        return lambda: self.seconds(run, calls)
 
     def flush(self) -> None:
         self._buffer.fill_(1)
 
 
-def clock_for(device: torch.device) -> Clock:
-    """The device's own clock."""
-    return CudaClock(device) if device.type == "cuda" else HostClock()
-
-
 @dataclass
-class Timings:
-    """Seconds of one call, a sample a round, by mode; and why a mode is missing."""
+class Prepared:
+    """A candidate ready for the rounds: its graphs, its samples, why a mode is missing."""
 
+    run: Run
+    calls: int  # in a sample of "graph" and of "calls"
+    round_seconds: float
+    replay: Run | None = None  # that many calls
+    replay_one: Run | None = None
     samples: dict[str, list[float]] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
 
 
-@dataclass
-class Prepared:
-    """A candidate ready for the rounds."""
-
-    run: Run
-    calls: int  # in a sample of "graph" and of "calls"
-    replay: Run | None  # that many calls
-    replay_one: Run | None
-    timings: Timings
-    round_seconds: float
-
-
-def prepare(candidate: Candidate, clock: Clock, waits: str = "") -> Prepared:
+def prepare(candidate: Candidate, clock: Clock, waits: str, sample: float) -> Prepared:
     """Warm up, find out how many calls fill a sample, capture unless something `waits`.
 
     Raises whatever the candidate raises.
     """
     run = candidate.run
-    for _ in range(3):
-        run()
+    run()
     single = clock.seconds(run, 1)
-    single = clock.seconds(run, 5 if single < SAMPLE else 1) / (5 if single < SAMPLE else 1)
-    calls = max(1, min(MOST_CALLS, math.ceil(SAMPLE / max(single, 1e-7))))
-    timings, replay, replay_one = Timings(), None, None
+    if single < clock.sample:  # the first timing of a short call says little
+        single = clock.seconds(run, 5) / 5
+    calls = max(1, min(clock.most_calls, math.ceil(sample / max(single, 1e-7))))
+    made = Prepared(run, calls, single * (calls if len(clock.modes) == 1 else 3 * calls + 2))
+    if "graph" not in clock.modes:
+        return made
     try:
         if not waits:
-            replay = clock.capture(run, calls)
-            replay_one = replay if calls == 1 else clock.capture(run, 1)
+            made.replay = clock.capture(run, calls)
+            made.replay_one = made.replay if calls == 1 else clock.capture(run, 1)
     except Exception as error:
-        replay = replay_one = None
+        made.replay = made.replay_one = None
         waits = f"{CAPTURE_FAILED}{first_line(error)}"
     if waits:
-        timings.missing["graph"] = timings.missing["cold"] = waits
-    round_seconds = single * (3 * calls + 2)
-    return Prepared(run, calls, replay, replay_one, timings, round_seconds)
+        made.missing = {"graph": waits, "cold": waits}
+    return made
 
 
-def sample(prepared: Prepared, clock: Clock) -> None:
+def take_sample(prepared: Prepared, clock: Clock) -> None:
     """One round of a candidate: a sample in every mode it can run in."""
-    found = prepared.timings.samples
+
+    def add(mode: str, seconds: float) -> None:
+        prepared.samples.setdefault(mode, []).append(seconds)
+
     if prepared.replay is not None and prepared.replay_one is not None:
         # The work in front of the timed one gives the host the time to launch it, so that the
         # events do not see the launch; here it also fills the cache, below it empties it.
         prepared.replay()
-        seconds = clock.seconds(prepared.replay, 1) / prepared.calls
-        found.setdefault("graph", []).append(seconds)
+        add("graph", clock.seconds(prepared.replay, 1) / prepared.calls)
         clock.flush()
-        found.setdefault("cold", []).append(clock.seconds(prepared.replay_one, 1))
-    prepared.run()
-    seconds = clock.seconds(prepared.run, prepared.calls) / prepared.calls
-    found.setdefault("calls", []).append(seconds)
+        add("cold", clock.seconds(prepared.replay_one, 1))
+    if len(clock.modes) > 1:
+        prepared.run()
+    add("calls", clock.seconds(prepared.run, prepared.calls) / prepared.calls)
 
 
 def measure(
-    candidates: Mapping[str, Candidate], clock: Clock, *, seconds: float, least: int, most: int
-) -> tuple[dict[str, Timings], dict[str, str]]:
+    candidates: Mapping[str, Candidate],
+    clock: Clock,
+    *,
+    seconds: float,
+    least: int,
+    most: int,
+    sample: float | None = None,
+) -> tuple[dict[str, Prepared], dict[str, str]]:
     """Interleaved rounds of all candidates within so many seconds.
 
     After a capture that failed torch's allocator thinks that it still goes on, and no other one
@@ -192,34 +192,27 @@ def measure(
     broken = ""
     for name, candidate in candidates.items():
         try:
-            ready[name] = prepare(candidate, clock, candidate.waits or broken)
+            made = prepare(candidate, clock, candidate.waits or broken, sample or clock.sample)
         except Exception as error:
             failed[name] = first_line(error)
             continue
-        if ready[name].timings.missing.get("graph", "").startswith(CAPTURE_FAILED):
+        ready[name] = made
+        if made.missing.get("graph", "").startswith(CAPTURE_FAILED):
             broken = f"not captured, since that of {name} had failed"
     cost = sum(prepared.round_seconds for prepared in ready.values())
     rounds = max(least, min(most, int(seconds / max(cost, 1e-9)))) | 1  # odd, for the median
-    for _ in range(rounds):
-        for prepared in ready.values():
-            sample(prepared, clock)
-    return {name: prepared.timings for name, prepared in ready.items()}, failed
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(rounds):
+            for prepared in ready.values():
+                take_sample(prepared, clock)
+    finally:
+        gc.enable()
+    return ready, failed
 
 
 def first_line(error: BaseException) -> str:
     """The error in one line of a table."""
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0][:200]
-
-
-def spread(samples: Iterable[float]) -> tuple[float, float, float]:
-    """Median, 10th and 90th percentile, interpolated between samples."""
-    ordered = sorted(samples)
-
-    def at(share: float) -> float:
-        place = share * (len(ordered) - 1)
-        low = math.floor(place)
-        high = min(low + 1, len(ordered) - 1)
-        return ordered[low] + (place - low) * (ordered[high] - ordered[low])
-
-    return at(0.5), at(0.1), at(0.9)
