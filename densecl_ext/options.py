@@ -50,6 +50,7 @@ Natural = Annotated[int, Field(ge=0), is_number]
 Positive = Annotated[int, Field(ge=1), is_number]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False), is_number]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False), is_number]
+Share = Annotated[float, Field(gt=0, le=1), is_number]
 Fraction = Annotated[float, Field(ge=0, le=1), is_number]
 Text = Annotated[str, Field(min_length=1)]
 Duration = Annotated[

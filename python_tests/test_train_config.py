@@ -78,7 +78,9 @@ def test_defaults_are_the_papers_where_size_does_not_matter() -> None:
         128,
         2048,
     )
-    assert (config.temperature, config.loss_lambda, config.matching) == (0.2, 0.5, "backbone")
+    assert (config.temperature, config.loss_lambda) == (0.2, 0.5)
+    # where the paper's own choice learns positions at most sizes (docs/training.md)
+    assert (config.matching, config.dense_negatives) == ("geometric", "position")
     assert (config.base_lr, config.batch_size, config.weight_decay) == (0.3, 256, 1e-4)
     assert config.sgd_momentum == 0.9
 
@@ -199,3 +201,17 @@ def test_key_momentum_schedule() -> None:
     assert momenta[0] == pytest.approx(0.99) and momenta[5] == pytest.approx(0.995)
     assert all(a < b < 1 for a, b in zip(momenta, momenta[1:], strict=False))
     assert cosine_momentum(0.99, 10, 10) == 1.0
+
+
+def test_a_run_from_before_the_options_goes_on_as_it_was() -> None:
+    stored = PretrainConfig(data="x", matching="backbone").to_mapping()
+    del stored["dense_negatives"]
+    assert PretrainConfig.of_run(stored).dense_negatives == "pooled"
+    assert PretrainConfig(data="x").dense_negatives == "position"
+
+
+@pytest.mark.parametrize("name", ["densecl_coco_800ep", "densecl_imagenet_200ep"])
+def test_the_papers_recipes_stay_the_papers(name: str) -> None:
+    config = PretrainConfig.from_mapping(load_recipe(name))
+    assert (config.matching, config.dense_negatives) == ("backbone", "pooled")
+    assert (config.loss_lambda, config.temperature, config.smallest_crop) == (0.5, 0.2, 0.2)

@@ -17,6 +17,7 @@ from densecl_ext.options import (
     Nothing,
     Positive,
     PositiveFloat,
+    Share,
     Text,
     build,
     is_number,
@@ -30,8 +31,10 @@ from densecl_ext.options import (
 class PretrainConfig:
     """Everything that decides a pre-training run.
 
-    The defaults are the paper's COCO recipe (Wang et al., CVPR 2021, section 4.1) where the size
-    of the data does not matter, and "auto" where it does; `resolved` gives the rules. Values may
+    The defaults are the paper's COCO recipe (Wang et al., CVPR 2021, section 4.1), with geometric
+    matching and single-position negatives in place of matching by features and pooled ones
+    (docs/training.md says why), and "auto" where the size of the data matters; `resolved` gives
+    the rules. The recipes named densecl_* and mocov2_* are the papers' in everything. Values may
     be strings, as they come from YAML or the command line: they are converted and checked on
     construction.
 
@@ -45,8 +48,14 @@ class PretrainConfig:
     image_size: Annotated[int, Field(ge=16), is_number] = option(
         224, "side of the square views in pixels", group="data"
     )
-    loader: Literal["auto", "dali", "torchvision"] = option(
-        "auto", "what decodes and augments; auto: torchvision on a CPU, DALI on a GPU", group="data"
+    smallest_crop: Share = option(
+        0.2, "area of the smallest crop, as a share of the image's", group="data"
+    )
+    loader: Literal["auto", "dali", "torchvision", "memory"] = option(
+        "auto",
+        "what decodes and augments; auto: torchvision on a CPU, DALI on a GPU; memory decodes "
+        "every image once and keeps it, for sets that fit",
+        group="data",
     )
     workers: Auto | Natural = option(
         "auto", "decoding processes (torchvision) or threads (DALI)", group="data", may_change=True
@@ -67,6 +76,22 @@ class PretrainConfig:
         group="model",
         metavar="none|FILE|NAME",
     )
+    output_stride: Nothing | Literal[8, 16, 32] = option(
+        "none",
+        "pixels between neighbouring grid positions, by dilation of the last stages, or without "
+        "them; none keeps the network's own",
+        group="model",
+    )
+    truncate: bool = option(
+        False,
+        "reach output_stride by leaving the last stages out, rather than dilating them",
+        group="model",
+    )
+    padding: Literal["zeros", "reflect", "replicate"] = option(
+        "zeros",
+        "what convolutions see beyond the border; zeros tell features where they are",
+        group="model",
+    )
     dim: Annotated[int, Field(ge=1, le=1024), is_number] = option(
         128, "size of a key", group="model"
     )
@@ -78,7 +103,41 @@ class PretrainConfig:
         group="model",
     )
     matching: Literal["backbone", "dense", "geometric", "random"] = option(
-        "backbone", "how a query position finds its key position", group="model"
+        "geometric",
+        "how a query position finds its key position: where the views show the same place, or by "
+        "the backbone's features (the paper's), the dense head's, or at random",
+        group="model",
+    )
+    geometric_share: Fraction = option(
+        0.0,
+        "with another matching, match by geometry for this share of the run first",
+        group="model",
+    )
+    mutual_matching: bool = option(
+        False,
+        "with matching by features, leave out positions whose best match is not mutual",
+        group="model",
+    )
+    row_weight: Literal["none", "overlap", "similarity"] = option(
+        "none",
+        "weight of a position in the dense loss: overlap of the matched cells, or similarity of "
+        "their features squared",
+        group="model",
+    )
+    dense_negatives: Literal["position", "pooled"] = option(
+        "position",
+        "dense keys that become negatives: single grid positions, or their mean over the grid "
+        "(the paper's), which rewards features for telling their position alone",
+        group="model",
+    )
+    positions_per_image: Positive = option(
+        1, "grid positions an image adds to the dense queue", group="model"
+    )
+    symmetric: bool = option(
+        False, "let the views change places and take both losses; twice the work", group="model"
+    )
+    predictor_dim: Nothing | Positive = option(
+        "none", "hidden width of a predictor on the query side; none has none", group="model"
     )
     queue_length: Auto | Positive = option(
         "auto",
@@ -108,6 +167,9 @@ class PretrainConfig:
         group="model",
     )
     temperature: PositiveFloat = option(0.2, "temperature of both losses", group="model")
+    dense_temperature: Auto | PositiveFloat = option(
+        "auto", "temperature of the dense loss; auto: that of both", group="model"
+    )
     loss_lambda: Fraction = option(0.5, "weight of the dense loss; 0 is MoCo v2", group="model")
     lambda_warmup: Duration = option(0, "train with loss_lambda 0 for so long first", group="model")
 
@@ -129,6 +191,18 @@ class PretrainConfig:
     schedule: Literal["step", "epoch"] = option(
         "step",
         "how often the cosine lowers the learning rate; the paper does every epoch",
+        group="optimisation",
+    )
+    lr_warmup: Duration = option(
+        0, "let the learning rate rise from 0 for so long first", group="optimisation"
+    )
+    optimizer: Literal["sgd", "adamw"] = option(
+        "sgd", "sgd as in the paper; adamw for vision transformers", group="optimisation"
+    )
+    layer_decay: Share = option(
+        1.0,
+        "learning rate of each layer of the backbone as a share of the next one's, for "
+        "pre-trained vision transformers",
         group="optimisation",
     )
     weight_decay: NonNegativeFloat = option(
@@ -212,6 +286,11 @@ class PretrainConfig:
         """
         return build(cls, values, source=source)
 
+    @classmethod
+    def of_run(cls, stored: Mapping[str, Any]) -> PretrainConfig:
+        """The configuration of a run, also of one from before some options existed."""
+        return cls(**{**BEFORE, **stored})
+
     def to_mapping(self) -> dict[str, Any]:
         """Returns plain names and values, ready for YAML or a checkpoint."""
         return dataclasses.asdict(self)
@@ -250,6 +329,10 @@ class PretrainConfig:
         if self.precision == "auto":
             values["precision"] = "bf16" if native_bf16 else "fp32"
         return dataclasses.replace(self, **values)
+
+
+# What options did before they existed, where it is not what their default does.
+BEFORE = {"dense_negatives": "pooled"}
 
 
 def auto_queue_length(images: int) -> int:

@@ -111,7 +111,7 @@ def pretrain(
         cleanup.callback(folder.release)
         checkpoint = folder.prepare(resume=resume, overwrite=overwrite)
         if checkpoint is not None:
-            config, changed = merge_resumed(config, PretrainConfig(**checkpoint["config"]))
+            config, changed = merge_resumed(config, PretrainConfig.of_run(checkpoint["config"]))
             if changed:
                 progress.message(f"resuming with another {', '.join(changed)}")
         if config.cuda_graph and device.type != "cuda":
@@ -208,6 +208,11 @@ def pretrain(
         )
 
 
+POSITION = (
+    "grid position explains more than half of the dense features: the run is learning where things "
+    "are instead of what they are. Use --matching geometric --dense-negatives position, or "
+    "--padding reflect (docs/training.md)"
+)
 STOPPING = "stopping after this step with a checkpoint; again to stop at once"
 
 
@@ -241,7 +246,9 @@ def batches(state: dict[str, Any], epochs: int, last: int, stop: StopRequest) ->
 def learning_rate(config: PretrainConfig, step: int, steps_per_epoch: int) -> float:
     """Learning rate of the step with this 0-based index."""
     every = steps_per_epoch if config.schedule == "epoch" else 1
-    return cosine_lr(float(config.lr), step, config.epochs * steps_per_epoch, every=every)
+    warmup = duration_in_steps(config.lr_warmup, steps_per_epoch)
+    total = config.epochs * steps_per_epoch
+    return cosine_lr(float(config.lr), step, total, every=every, warmup=warmup)
 
 
 def key_momentum(config: PretrainConfig, step: int, steps_per_epoch: int) -> float:
@@ -266,6 +273,9 @@ def log(
     }
     fabric.log_dict(state["metrics"], row.step)
     progress.log(state["metrics"])
+    if state["metrics"].get("position_share", 0.0) > 0.5 and not state.get("told_of_position"):
+        state["told_of_position"] = True  # not part of a checkpoint: a resumed run may say it again
+        progress.message(POSITION)
 
 
 def require_finite(state: dict[str, Any], folder: RunFolder) -> None:

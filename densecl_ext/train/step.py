@@ -106,7 +106,8 @@ class TrainingStep:
         """Set the rates of the steps to come; nothing waits, and a captured graph follows.
 
         Args:
-            lr: learning rate of all parameter groups; None leaves it.
+            lr: learning rate of all parameter groups, times a group's ``lr_scale`` where it has
+                one; None leaves it.
             key_momentum: momentum of the key encoder, in [0, 1]; None leaves it.
 
         Raises:
@@ -114,10 +115,11 @@ class TrainingStep:
         """
         if lr is not None:
             for group in self.optimizer.param_groups:
+                scaled = lr * group.get("lr_scale", 1.0)
                 if isinstance(group["lr"], Tensor):
-                    group["lr"].fill_(lr)
+                    group["lr"].fill_(scaled)
                 else:
-                    group["lr"] = lr
+                    group["lr"] = scaled
         if key_momentum is not None:
             if not 0.0 <= key_momentum <= 1.0:
                 raise ValueError(
