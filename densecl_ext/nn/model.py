@@ -209,7 +209,8 @@ class DenseCL(nn.Module):
         loss_lambda = self._current_lambda()
         if self.training:
             with phase("momentum"):
-                self.momentum_encoder.update_(Encoder(self.backbone, self.neck))
+                parts = {"backbone": self.backbone, "neck": self.neck}
+                self.momentum_encoder.update_(parts)
         with phase("query_forward"):
             query = self._query(view_q)
         with phase("key_forward"):
