@@ -29,7 +29,7 @@ class InfoNCELoss(nn.Module):
     """InfoNCE of queries against their positives and a queue of negatives (MoCo, eq. 1).
 
     Args:
-        temperature: T > 0, the divisor of the cosine similarities.
+        temperature: T > 0, the divisor of the cosine similarities; a ``nn.Parameter`` is learnt.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         normalize: scale queries and positives to unit length first.
 
@@ -45,7 +45,7 @@ class InfoNCELoss(nn.Module):
     """
 
     def __init__(
-        self, temperature: float = 0.2, reduction: str = "mean", *, normalize: bool = True
+        self, temperature: float | Tensor = 0.2, reduction: str = "mean", *, normalize: bool = True
     ) -> None:
         super().__init__()
         self.temperature = _checked_temperature("InfoNCELoss", temperature)
@@ -89,7 +89,7 @@ class InfoNCELoss(nn.Module):
 
     def extra_repr(self) -> str:
         """Settings for ``print(loss)``."""
-        return f"temperature={self.temperature}, reduction={self.reduction!r}"
+        return f"temperature={_number(self.temperature):g}, reduction={self.reduction!r}"
 
 
 class DenseCLLoss(nn.Module):
@@ -100,7 +100,7 @@ class DenseCLLoss(nn.Module):
 
     Args:
         loss_lambda: weight of the dense term, in [0, 1]; the paper's value is 0.5.
-        temperature: T > 0 of both terms; the paper's value is 0.2.
+        temperature: T > 0 of both terms; the paper's value is 0.2. A ``nn.Parameter`` is learnt.
         mutual: with matching by features, drop the positions whose best match is not mutual.
 
     Raises:
@@ -118,7 +118,7 @@ class DenseCLLoss(nn.Module):
     """
 
     def __init__(
-        self, loss_lambda: float = 0.5, temperature: float = 0.2, *, mutual: bool = False
+        self, loss_lambda: float = 0.5, temperature: float | Tensor = 0.2, *, mutual: bool = False
     ) -> None:
         super().__init__()
         self.loss_lambda = checked_lambda("DenseCLLoss", loss_lambda)
@@ -212,7 +212,7 @@ class DenseCLLoss(nn.Module):
 
     def extra_repr(self) -> str:
         """Settings for ``print(loss)``."""
-        return f"loss_lambda={self.loss_lambda}, temperature={self.temperature}"
+        return f"loss_lambda={self.loss_lambda}, temperature={_number(self.temperature):g}"
 
 
 def checked_lambda(owner: str, loss_lambda: float) -> float:
@@ -222,10 +222,15 @@ def checked_lambda(owner: str, loss_lambda: float) -> float:
     return float(loss_lambda)
 
 
-def _checked_temperature(owner: str, temperature: float) -> float:
-    if not temperature > 0.0:
-        raise ValueError(f"{owner}: temperature must be positive, got {temperature}")
-    return float(temperature)
+def _checked_temperature(owner: str, temperature: float | Tensor) -> float | Tensor:
+    value = _number(temperature)
+    if not value > 0.0:
+        raise ValueError(f"{owner}: temperature must be positive, got {value}")
+    return temperature if isinstance(temperature, Tensor) else value
+
+
+def _number(value: float | Tensor) -> float:
+    return float(value.detach() if isinstance(value, Tensor) else value)
 
 
 def _keys_and_filled(queue: KeyQueue | Tensor) -> tuple[Tensor, Tensor | None]:
