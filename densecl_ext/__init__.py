@@ -1,10 +1,11 @@
 """Dense contrastive self-supervised pre-training (DenseCL, CVPR 2021) with native ops for PyTorch.
 
-The ops, for your own loop: :func:`info_nce`, :func:`dense_info_nce`, :func:`dense_match`,
-:func:`ema_update_`, :func:`enqueue_`. The modules around them: :class:`KeyQueue`,
-:class:`InfoNCELoss`, :class:`DenseCLLoss`, :class:`MomentumEncoder`, :class:`DenseCLNeck`,
-:class:`DenseCL`. Importing this package needs torch and numpy alone; ``densecl_ext.data``,
-``.train``, ``.evaluate`` and ``.visualize`` need the ``[train]`` extra and are imported by name.
+The ops, for your own loop: :func:`info_nce`, :func:`dense_info_nce`, :func:`joint_info_nce`,
+:func:`dense_match`, :func:`ema_update_`, :func:`enqueue_`. The modules around them:
+:class:`KeyQueue`, :class:`InfoNCELoss`, :class:`DenseCLLoss`, :class:`MomentumEncoder`,
+:class:`DenseCLNeck`, :class:`DenseCL`. Importing this package needs torch and numpy alone;
+``densecl_ext.data``, ``.train``, ``.evaluate`` and ``.visualize`` need the ``[train]`` extra and
+are imported by name.
 """
 
 import sys
@@ -28,6 +29,7 @@ __all__ = [
     "ema_update_",
     "enqueue_",
     "info_nce",
+    "joint_info_nce",
 ]
 
 
@@ -45,7 +47,14 @@ if TYPE_CHECKING or not _is_command():
     from densecl_ext.nn.momentum import MomentumEncoder
     from densecl_ext.nn.necks import DenseCLNeck
     from densecl_ext.nn.queue import KeyQueue
-    from densecl_ext.ops import dense_info_nce, dense_match, ema_update_, enqueue_, info_nce
+    from densecl_ext.ops import (
+        dense_info_nce,
+        dense_match,
+        ema_update_,
+        enqueue_,
+        info_nce,
+        joint_info_nce,
+    )
 else:
 
     def __getattr__(name: str) -> Any:

@@ -171,7 +171,7 @@ def test_a_recipe_of_version_0_1_0_means_what_it_meant() -> None:
 def test_the_schema_for_editors_is_current() -> None:
     assert SCHEMA.read_text() == recipe_schema(), "make schema"
     known = json.loads(recipe_schema())["properties"]
-    assert known["loader"]["enum"] == ["auto", "dali", "torchvision"]
+    assert known["loader"]["enum"] == ["auto", "dali", "torchvision", "memory"]
     assert known["image_size"]["minimum"] == 16 and known["image_size"]["description"]
     for name in recipe_names():
         assert "$schema=schema.json" in (RECIPES / f"{name}.yaml").read_text().splitlines()[0]

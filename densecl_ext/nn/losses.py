@@ -29,7 +29,7 @@ class InfoNCELoss(nn.Module):
     """InfoNCE of queries against their positives and a queue of negatives (MoCo, eq. 1).
 
     Args:
-        temperature: T > 0, the divisor of the cosine similarities.
+        temperature: T > 0, the divisor of the cosine similarities; a ``nn.Parameter`` is learnt.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         normalize: scale queries and positives to unit length first.
 
@@ -45,7 +45,7 @@ class InfoNCELoss(nn.Module):
     """
 
     def __init__(
-        self, temperature: float = 0.2, reduction: str = "mean", *, normalize: bool = True
+        self, temperature: float | Tensor = 0.2, reduction: str = "mean", *, normalize: bool = True
     ) -> None:
         super().__init__()
         self.temperature = _checked_temperature("InfoNCELoss", temperature)
@@ -89,7 +89,7 @@ class InfoNCELoss(nn.Module):
 
     def extra_repr(self) -> str:
         """Settings for ``print(loss)``."""
-        return f"temperature={self.temperature}, reduction={self.reduction!r}"
+        return f"temperature={_number(self.temperature):g}, reduction={self.reduction!r}"
 
 
 class DenseCLLoss(nn.Module):
@@ -100,7 +100,7 @@ class DenseCLLoss(nn.Module):
 
     Args:
         loss_lambda: weight of the dense term, in [0, 1]; the paper's value is 0.5.
-        temperature: T > 0 of both terms; the paper's value is 0.2.
+        temperature: T > 0 of both terms; the paper's value is 0.2. A ``nn.Parameter`` is learnt.
         dense_temperature: T > 0 of the dense term where it shall differ.
         mutual: with matching by features, drop the positions whose best match is not mutual.
 
@@ -121,7 +121,7 @@ class DenseCLLoss(nn.Module):
     def __init__(
         self,
         loss_lambda: float = 0.5,
-        temperature: float = 0.2,
+        temperature: float | Tensor = 0.2,
         *,
         dense_temperature: float | None = None,
         mutual: bool = False,
@@ -129,10 +129,16 @@ class DenseCLLoss(nn.Module):
         super().__init__()
         self.loss_lambda = checked_lambda("DenseCLLoss", loss_lambda)
         self.temperature = _checked_temperature("DenseCLLoss", temperature)
-        self.dense_temperature = self.temperature
+        self.own_dense_temperature = dense_temperature
         if dense_temperature is not None:
-            self.dense_temperature = _checked_temperature("DenseCLLoss", dense_temperature)
+            _checked_temperature("DenseCLLoss", dense_temperature)
         self.mutual = mutual
+
+    @property
+    def dense_temperature(self) -> float | Tensor:
+        """T of the dense term."""
+        own = self.own_dense_temperature
+        return self.temperature if own is None else own
 
     def forward(
         self,
@@ -186,7 +192,7 @@ class DenseCLLoss(nn.Module):
         keys, filled = _keys_and_filled(global_queue)
         dense_keys, dense_filled = _keys_and_filled(dense_queue)
 
-        if with_global and with_dense and self.temperature == self.dense_temperature:
+        if with_global and with_dense and self.own_dense_temperature is None:
             assert match is not None
             both = ops.joint_info_nce(
                 _given("query_global", query_global),
@@ -233,8 +239,8 @@ class DenseCLLoss(nn.Module):
     def extra_repr(self) -> str:
         """Settings for ``print(loss)``."""
         return (
-            f"loss_lambda={self.loss_lambda}, temperature={self.temperature}, "
-            f"dense_temperature={self.dense_temperature}"
+            f"loss_lambda={self.loss_lambda}, temperature={_number(self.temperature):g}, "
+            f"dense_temperature={_number(self.dense_temperature):g}"
         )
 
 
@@ -250,10 +256,15 @@ def checked_lambda(owner: str, loss_lambda: float) -> float:
     return float(loss_lambda)
 
 
-def _checked_temperature(owner: str, temperature: float) -> float:
-    if not temperature > 0.0:
-        raise ValueError(f"{owner}: temperature must be positive, got {temperature}")
-    return float(temperature)
+def _checked_temperature(owner: str, temperature: float | Tensor) -> float | Tensor:
+    value = _number(temperature)
+    if not value > 0.0:
+        raise ValueError(f"{owner}: temperature must be positive, got {value}")
+    return temperature if isinstance(temperature, Tensor) else value
+
+
+def _number(value: float | Tensor) -> float:
+    return float(value.detach() if isinstance(value, Tensor) else value)
 
 
 def _keys_and_filled(queue: KeyQueue | Tensor) -> tuple[Tensor, Tensor | None]:

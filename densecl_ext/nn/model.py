@@ -248,7 +248,7 @@ class DenseCL(nn.Module):
         loss_lambda = self._current_lambda()
         if self.training:
             with phase("momentum"):
-                self.momentum_encoder.update_(Encoder(self.backbone, self.neck))
+                self.momentum_encoder.update_({"backbone": self.backbone, "neck": self.neck})
         metrics = self._queue_metrics(loss_lambda, view_q)
         terms, key = self._direction(view_q, view_k, crop_q, crop_k, loss_lambda, metrics)
         keys = [key]
