@@ -65,7 +65,7 @@ def position_metrics(
     match: Tensor,
     queue: Tensor,
     filled: Tensor | None,
-    temperature: float,
+    temperature: float | Tensor,
 ) -> dict[str, Tensor]:
     """How much of the dense head's output (N, D, *Sq) is its grid position.
 
