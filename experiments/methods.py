@@ -148,8 +148,8 @@ class DINO(nn.Module):
 class VICRegL(nn.Module):
     """VICRegL (arXiv 2210.01571): VICReg of the global vectors and of matched positions.
 
-    Half of the local matches go by place, half to the nearest
-    features. alpha 0.75, local and global losses as published, over all positions instead of the best 20.
+    Half of the local matches go by place, half to the nearest features. alpha is 0.75, the losses
+    are as published, but over all positions instead of the best 20.
     """
 
     def __init__(self, backbone: nn.Module, steps: int, alpha: float = 0.75) -> None:
