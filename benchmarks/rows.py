@@ -216,7 +216,7 @@ def gpu_rows() -> list[Row]:
 
 
 def step_rows() -> list[Row]:
-    """The whole training step; a capture comes last, for one that fails keeps others from theirs."""
+    """The whole step; a capture comes last, for one that fails keeps others from theirs."""
     graph = "CUDA graph"
 
     def row(id: str, title: str, batch: int, *others: str, **named: Any) -> Row:

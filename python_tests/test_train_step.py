@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import doctest
-import gc
 import functools
+import gc
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
