@@ -4,8 +4,8 @@ densecl_ext._C     the ops: torch stable ABI, bindings (csrc/ops) and CPU kernel
 densecl_ext._host  what the machine can do: pybind11, without torch (csrc/host and the same kernels)
 densecl_ext._C_cuda the ops on CUDA tensors: csrc/ops/cuda and csrc/kernels/cuda, where nvcc is
 
-Environment: DENSECL_CUDA=auto|0|1, DENSECL_CUDA_ARCHS, DENSECL_CUDA_WARNINGS=error|allow, CUDA_HOME,
-MAX_JOBS, CXX.
+Environment: DENSECL_CUDA=auto|0|1, DENSECL_CUDA_ARCHS, DENSECL_CUDA_WARNINGS=error|allow,
+CUDA_HOME, MAX_JOBS, CXX.
 """
 
 from __future__ import annotations

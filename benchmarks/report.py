@@ -39,8 +39,8 @@ HOW = {
     "step": "Whole pre-training steps at 224 px in bfloat16 autocast, channels-last, fused SGD, "
     "queues of 65,536. The views lie on the device already: no loader takes part. *Reference*: the "
     "same trainer with reference.py's ops, the matrix of logits in memory, the published update "
-    "loop and the published queues. Medians of interleaved rounds; memory is the peak of "
-    "everything, by torch's allocator. Demands were set for an H200.",
+    "loop and an enqueue whose pointer the host reads. Medians of interleaved rounds; memory is "
+    "the peak of everything, by torch's allocator. Demands were set for an H200.",
 }
 CEILINGS = (
     ("gemm_float32", "torch's matrix product, float32"),

@@ -31,6 +31,7 @@ IMAGE_BYTES = 3 * 224 * 224 * 4  # float32
 # read by the next convolution. Backward: ReLU 3, batch norm 5, both products of the convolution 4.
 FORWARD_ACCESSES, BACKWARD_ACCESSES = 7, 12
 GPUS = (1, 8, 64, 512)
+COLOURS = ("#8a8f98", "#0072b2", "#d55e00")
 # Paper, table 9: 1'46'' an epoch of COCO on 8 V100, batch 256: 462 steps of 256 images.
 PUBLISHED = 462 * 256 / 106 / 8
 PUBLISHED_SOURCE = "published: DenseCL, table 9, 1'46'' an epoch of COCO on 8 V100, float32"
@@ -255,7 +256,7 @@ def draw(
     figure = Figure(figsize=(11, 4.4), dpi=110, layout="constrained")
     total, share = figure.subplots(1, 2)
     counts = [2**power for power in range(10)]
-    for (machine, rate, batch, source), colour in zip(found, ("#8a8f98", "#0072b2", "#d55e00")):
+    for (machine, rate, batch, source), colour in zip(found, COLOURS, strict=False):
         steps = [step_of(gpus, batch, rate, n, machine, a) for gpus in counts]
         few = [step_of(gpus, 256 / gpus, rate, n, machine, a) for gpus in counts[:9]]
         label = f"{machine.name} ({source.partition(':')[0].partition(',')[0]})"

@@ -1,7 +1,8 @@
-"""Every op and kernel once, on small shapes, against the CPU: `python -m tools.gpu_checks [NAME ...]`.
+"""Every op and kernel once, on small shapes, against the CPU.
 
-Each check runs in a process of its own first (`make gpu PART=smoke`), then under compute-sanitizer
-(`PART=sanitize`). The portable kernels come first, then Hopper's, whose names begin with "sm90".
+`python -m tools.gpu_checks [NAME ...]`. Each check runs in a process of its own first (`make gpu
+PART=smoke`), then under compute-sanitizer (`PART=sanitize`). The portable kernels come first, then
+Hopper's, whose names begin with "sm90".
 """
 
 from __future__ import annotations

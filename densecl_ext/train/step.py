@@ -16,8 +16,9 @@ from densecl_ext.nn.phases import phase
 PRECISIONS = ("fp32", "bf16")
 WARMUP_STEPS = 3
 _UNUSABLE = (
-    "TrainingStep: this step could not be captured in a CUDA graph and is unusable, and this process "
-    "can capture no other. Start again from a checkpoint, without cuda_graph to go on eagerly."
+    "TrainingStep: this step could not be captured in a CUDA graph and is unusable, and this "
+    "process can capture no other. Start again from a checkpoint, without cuda_graph to go on "
+    "eagerly."
 )
 
 
