@@ -4,7 +4,8 @@ densecl_ext._C     the ops: torch stable ABI, bindings (csrc/ops) and CPU kernel
 densecl_ext._host  what the machine can do: pybind11, without torch (csrc/host and the same kernels)
 densecl_ext._C_cuda the ops on CUDA tensors: csrc/ops/cuda and csrc/kernels/cuda, where nvcc is
 
-Environment: DENSECL_CUDA=auto|0|1, DENSECL_CUDA_ARCHS, CUDA_HOME, MAX_JOBS, CXX.
+Environment: DENSECL_CUDA=auto|0|1, DENSECL_CUDA_ARCHS, DENSECL_CUDA_WARNINGS=error|allow,
+CUDA_HOME, MAX_JOBS, CXX.
 """
 
 from __future__ import annotations
@@ -156,7 +157,8 @@ class BuildModules(build_ext):
         """Adds what is known only now, and the objects that are compiled apart."""
         hopper = build_plan.HOPPER in archs
         defines = [f"-DDENSECL_HOPPER={int(hopper)}"]
-        nvcc_flags = [*build_plan.NVCC_FLAGS, *defines]
+        warnings = os.environ.get("DENSECL_CUDA_WARNINGS")
+        nvcc_flags = [*build_plan.nvcc_flags(warnings), *defines]
         cuda.extra_compile_args = {
             # USE_CUDA declares torch's C function for the current stream.
             "cxx": [*build_plan.CXX_FLAGS, *build_plan.STABLE_ABI_FLAGS, *defines, "-DUSE_CUDA"],

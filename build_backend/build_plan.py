@@ -30,16 +30,10 @@ CUDA_SETTINGS = ("auto", "0", "1")
 # the driver compiles for whatever comes later.
 CUDA_ARCHS = "8.0+PTX;9.0a"
 HOPPER = "9.0a"
-# No torch header is compiled by nvcc, so what it warns of is ours.
-NVCC_FLAGS = (
-    "-std=c++20",
-    "-O3",
-    "-lineinfo",
-    "-Werror",
-    "all-warnings",
-    "--compiler-options",
-    "-fvisibility=hidden",
-)
+NVCC_FLAGS = ("-std=c++20", "-O3", "-lineinfo", "--compiler-options", "-fvisibility=hidden")
+# No torch header is compiled by nvcc, so what it warns of is ours; a warning that a new host
+# compiler brings must not cost a machine its build, though: DENSECL_CUDA_WARNINGS=allow.
+WARNING_FLAGS = {"error": ("-Werror", "all-warnings"), "allow": ()}
 
 
 class BuildError(RuntimeError):
@@ -121,6 +115,17 @@ def cuda_archs(setting: str | None) -> list[str]:
         if release(arch) < (8, 0):
             raise ValueError(f"DENSECL_CUDA_ARCHS: the kernels need 8.0 or later, got {arch!r}")
     return archs
+
+
+def nvcc_flags(warnings: str | None) -> list[str]:
+    """What nvcc is given beside the architectures; ``warnings``: ``DENSECL_CUDA_WARNINGS``.
+
+    Raises:
+        ValueError: ``warnings`` is neither "error", which is the default, nor "allow".
+    """
+    if (warnings or "error") not in WARNING_FLAGS:
+        raise ValueError(f"DENSECL_CUDA_WARNINGS must be one of error, allow; got {warnings!r}")
+    return [*NVCC_FLAGS, *WARNING_FLAGS[warnings or "error"]]
 
 
 def gencode_flags(archs: Sequence[str]) -> list[str]:

@@ -15,7 +15,14 @@ import build_plan
 import densecl_build
 import plain_wheel
 import pytest
-from build_plan import BuildError, cuda_archs, cuda_decision, gencode_flags, toolchain_problem
+from build_plan import (
+    BuildError,
+    cuda_archs,
+    cuda_decision,
+    gencode_flags,
+    nvcc_flags,
+    toolchain_problem,
+)
 from setuptools import build_meta
 
 import densecl_ext
@@ -58,6 +65,15 @@ def test_nvcc_and_torch_of_different_cuda_are_told() -> None:
     assert decision.reason == "nvcc is of CUDA 13.0, torch for CUDA 12.8"
     with pytest.raises(BuildError, match="nvcc is of CUDA 13.0"):
         cuda_decision("1", ["a.cu"], "12.8", "/cuda/bin/nvcc", "13.0")
+
+
+def test_a_warning_need_not_cost_a_build() -> None:
+    assert nvcc_flags(None) == nvcc_flags("error")
+    assert [flag for flag in nvcc_flags(None) if flag not in nvcc_flags("allow")] == [
+        "-Werror", "all-warnings",
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="DENSECL_CUDA_WARNINGS must be one of error, allow"):
+        nvcc_flags("0")
 
 
 def test_architectures() -> None:
