@@ -18,6 +18,7 @@ from densecl_ext.checkpoints import (
     read_backbone,
     save_checkpoint,
 )
+from densecl_ext.cli import main
 
 models = pytest.importorskip("torchvision.models")
 
@@ -107,6 +108,17 @@ def test_truncated_runs_say_what_is_missing(tmp_path: Path, to: str) -> None:
     assert torch.equal(load_backbone(tmp_path / "ours.pth")(images), backbone(images))
     with pytest.raises(ValueError, match="no ResNet found|nearest is resnet18: .* missing"):
         read_backbone(tmp_path / "out.pth")  # without the word of the run, it is half a network
+
+
+def test_the_command_says_that_it_is_no_whole_network(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    backbone = build_backbone("resnet18", **SHORT)
+    run = run_file(tmp_path / "run.pt", backbone, "resnet18", **SHORT)
+    assert main(["export", str(run), "--output", str(tmp_path / "out.pth")]) == 0
+    told = capsys.readouterr().out
+    assert "loaded into torchvision's model without layer3, layer4, features equal" in told
+    assert "strictly" not in told and "out.pth'), strict=False)" in told
 
 
 @torch.no_grad()
