@@ -38,21 +38,23 @@ def export(checkpoint: str, output: str, to: str, no_fc: bool) -> None:
     written = export_backbone(checkpoint, output, to, fc=not no_fc)
     name = written.architecture.removeprefix("timm/")
     library = "timm" if to == "timm" or name != written.architecture else "torchvision"
+    without = f" without {', '.join(written.missing)}" if written.missing else ""
     print(
-        f"wrote {written.path}: {written.architecture}, {len(written.tensors)} tensors; "
-        f"loaded strictly into {library}'s model, features equal"
+        f"wrote {written.path}: {written.architecture}, {len(written.tensors)} tensors; loaded "
+        f"{'' if without else 'strictly '}into {library}'s model{without}, features equal"
     )
     for note in written.notes:
         print(f"note: {note}")
+    load = f"torch.load({str(written.path)!r}){', strict=False' if without else ''}"
     if to == "torchvision" and not no_fc:
         print(
             f"use it:\n  model = torchvision.models.{written.architecture}()\n"
-            f"  model.load_state_dict(torch.load({str(written.path)!r}))"
+            f"  model.load_state_dict({load})"
         )
     elif to == "timm":
         print(
             f"use it:\n  model = timm.create_model({name!r}, num_classes=0)\n"
-            f"  model.load_state_dict(torch.load({str(written.path)!r}))"
+            f"  model.load_state_dict({load})"
         )
 
 
@@ -67,8 +69,8 @@ def export(checkpoint: str, output: str, to: str, no_fc: bool) -> None:
     click.Option(
         ["--backbone"],
         metavar="NAME",
-        help="the architecture it must have (resnet50); default: any ResNet. A file with timm's "
-        "names needs it (timm/vit_small_patch16_224)",
+        help="the architecture it must have (resnet50); default: any ResNet. A file of another "
+        "network needs it (convnext_tiny, timm/vit_small_patch16_224)",
     ),
     click.Option(
         ["--trusted"],

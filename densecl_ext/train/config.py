@@ -64,7 +64,7 @@ class PretrainConfig:
     # --- model
     backbone: Text = option(
         "resnet50",
-        "name of a torchvision ResNet, or timm/NAME for any network of timm's",
+        "ResNet, RegNet or ConvNeXt by torchvision's name, or timm/NAME for any network of timm's",
         group="model",
         metavar="NAME",
     )
