@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from densecl_ext import ops
+from densecl_ext.nn.distributed import mean_over_ranks
 from densecl_ext.nn.queue import KeyQueue
 
 
@@ -97,6 +98,10 @@ class DenseCLLoss(nn.Module):
 
     A term whose weight is exactly 0 (lambda 0 or 1) is not computed at all, and its inputs may be
     None; it is returned as 0. Queries and keys are scaled to unit length inside.
+
+    Under ``torch.distributed``, in training mode, the dense term's mean is over the matched
+    positions of all processes: each gets its share, whose average over the processes is that mean
+    (:func:`densecl_ext.nn.distributed.mean_over_ranks`). Every process must then call it.
 
     Args:
         loss_lambda: weight of the dense term, in [0, 1]; the paper's value is 0.5.
@@ -188,6 +193,8 @@ class DenseCLLoss(nn.Module):
                 filled=filled,
                 dense_filled=dense_filled,
             )
+            if self.training:
+                loss_dense = mean_over_ranks(loss_dense, match)
             loss = (1.0 - weight) * loss_global + weight * loss_dense
             return DenseCLTerms(loss, loss_global, loss_dense)
         if with_global:
@@ -208,6 +215,8 @@ class DenseCLLoss(nn.Module):
             temperature=self.temperature,
             filled=dense_filled,
         )
+        if self.training:
+            loss_dense = mean_over_ranks(loss_dense, match)
         return DenseCLTerms(loss_dense, torch.zeros_like(loss_dense), loss_dense)
 
     def extra_repr(self) -> str:
