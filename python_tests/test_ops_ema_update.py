@@ -18,7 +18,7 @@ from op_cases import (  # noqa: F401
 )
 from torch import Tensor, nn
 
-from densecl_ext import ops
+from densecl_ext import ops, reference
 
 # Half a unit in the last place, in units of the value's power of two.
 ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -197,6 +197,28 @@ def test_special_values_pass_as_they_would_in_torch() -> None:
     ops.ema_update_([target], [source], 0.5)
     expected = torch.tensor([math.nan, math.nan, math.inf, -math.inf, math.nan])
     torch.testing.assert_close(target, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("scheduled", [False, True])
+@pytest.mark.parametrize("target_dtype", QUEUE_DTYPES, ids=str)
+@pytest.mark.parametrize("source_dtype", QUEUE_DTYPES, ids=str)
+def test_a_side_without_weight_counts_for_nothing(
+    source_dtype: torch.dtype, target_dtype: torch.dtype, scheduled: bool, device: str
+) -> None:
+    """Momentum 1 keeps targets beside NaN sources, 0 replaces NaN targets."""
+    bad = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0] * 7, device=device)
+    good = randn(35).to(device)
+    for update in (ops.ema_update_, reference.ema_update_):
+        if scheduled and update is reference.ema_update_:
+            continue
+        for value, target, source in ((1.0, good, bad), (0.0, bad, good)):
+            momentum = torch.tensor(value, device=device) if scheduled else value
+            moved, other = target.clone().to(target_dtype), source.to(source_dtype)
+            expected = moved.clone() if value == 1.0 else other.to(target_dtype)
+            update([moved], [other], momentum)
+            assert torch.equal(moved, expected)
+            assert torch.equal(moved.signbit(), expected.signbit())
 
 
 @on_each_device
