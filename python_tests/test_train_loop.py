@@ -412,9 +412,9 @@ def test_a_run_of_version_0_1_0_goes_on(tmp_path: Path, data: Path) -> None:
     import shutil
 
     shutil.copytree(Path(__file__).parent / "data" / "old_run", tmp_path / "run")
-    config = runs.tiny_config(
-        data, tmp_path / "run", lambda_warmup="0.5ep", key_momentum_schedule="cosine"
-    )
+    options = {"lambda_warmup": "0.5ep", "key_momentum_schedule": "cosine"}
+    options |= {"matching": "backbone", "dense_negatives": "pooled"}  # then the defaults
+    config = runs.tiny_config(data, tmp_path / "run", **options)
     result = runs.tiny_run(config, resume=True)
     assert [row["step"] for row in runs.rows(result)] == ["2", "4", "6", "8", "9"]
     assert result.metrics["loss"] == pytest.approx(2.882522, rel=1e-3)
