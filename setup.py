@@ -29,7 +29,6 @@ ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "build_backend"))
 
 import build_plan
-import plain_wheel
 
 # How CUDA launches are cut is host code, which every build holds and tests.
 KERNELS = build_plan.sources(ROOT, "csrc/kernels/cpu/*.cpp", "csrc/kernels/cuda/plan/*.cpp")
@@ -266,9 +265,4 @@ def compiler_line(cxx: str) -> str:
     return printed.splitlines()[0]
 
 
-commands: dict[str, Any] = {"build_ext": BuildModules}
-if plain_wheel.is_needed():
-    commands["bdist_wheel"] = plain_wheel.PlainWheel
-# The licence is told here because setuptools before 77 and after 2026 read different spellings in
-# pyproject.toml.
-setup(license="Apache-2.0", ext_modules=extensions(), cmdclass=commands)
+setup(ext_modules=extensions(), cmdclass={"build_ext": BuildModules})

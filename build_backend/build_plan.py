@@ -17,6 +17,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 MINIMUM_TORCH = (2, 10)
+MINIMUM_SETUPTOOLS = (77, 0)
 TARGET_ABI = "2.10"
 TORCH_REQUIREMENT = f"torch>={TARGET_ABI}"
 
@@ -151,6 +152,16 @@ def release(version: str) -> tuple[int, int]:
     """Major and minor of a version such as "2.11.0+cu130"; (0, 0) where it has none."""
     match = re.match(r"(\d+)\.(\d+)", version)
     return (int(match[1]), int(match[2])) if match else (0, 0)
+
+
+def require_setuptools(version: str) -> None:
+    """Raises BuildError for a setuptools that cannot read pyproject.toml's licence."""
+    if release(version) < MINIMUM_SETUPTOOLS:
+        raise BuildError(
+            f"building densecl_ext needs setuptools {MINIMUM_SETUPTOOLS[0]} or later, this "
+            f"environment has {version}: pip install --upgrade setuptools, or install without "
+            "--no-build-isolation"
+        )
 
 
 def environment_paths() -> list[str]:

@@ -328,8 +328,8 @@ def test_damage_is_told_in_one_line_and_what_looks_whole_decodes(name, damage):
     except Exception as error:
         reason = reason_of(error)
         assert reason and reason.isprintable()
-        # What is called whole goes to a GPU as it is, and a failure there costs a batch: only tables
-        # and headers, of which a progressive file has more, may be damaged unnoticed.
+        # What is called whole goes to a GPU as it is, and a failure there costs a batch: only
+        # tables and headers, of which a progressive file has more, may be damaged unnoticed.
         if name in ("JPEG", "restarts") and data[:scans] == FILES[name][:scans]:
             assert not file.whole, reason
     else:

@@ -199,21 +199,21 @@ def test_special_values_pass_as_they_would_in_torch() -> None:
     torch.testing.assert_close(target, expected, equal_nan=True)
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@on_each_device
 @pytest.mark.parametrize("scheduled", [False, True])
 @pytest.mark.parametrize("target_dtype", QUEUE_DTYPES, ids=str)
 @pytest.mark.parametrize("source_dtype", QUEUE_DTYPES, ids=str)
 def test_a_side_without_weight_counts_for_nothing(
-    source_dtype: torch.dtype, target_dtype: torch.dtype, scheduled: bool, device: str
+    source_dtype: torch.dtype, target_dtype: torch.dtype, scheduled: bool
 ) -> None:
     """Momentum 1 keeps targets beside NaN sources, 0 replaces NaN targets."""
-    bad = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0] * 7, device=device)
-    good = randn(35).to(device)
+    bad = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0] * 7)
+    good = randn(35)
     for update in (ops.ema_update_, reference.ema_update_):
         if scheduled and update is reference.ema_update_:
             continue
         for value, target, source in ((1.0, good, bad), (0.0, bad, good)):
-            momentum = torch.tensor(value, device=device) if scheduled else value
+            momentum = torch.tensor(value) if scheduled else value
             moved, other = target.clone().to(target_dtype), source.to(source_dtype)
             expected = moved.clone() if value == 1.0 else other.to(target_dtype)
             update([moved], [other], momentum)

@@ -29,6 +29,7 @@ from densecl_ext.checkpoints.formats import (
     find_tensors,
     named_backbone,
 )
+from densecl_ext.checkpoints.run_folder import RunFolder
 from densecl_ext.checkpoints.storage import atomic_file, load_checkpoint
 
 TARGETS = ("torchvision", "timm", "backbone")
@@ -237,7 +238,7 @@ def import_backbone(
 def resolve_checkpoint(path: str | os.PathLike[str]) -> Path:
     """Accepts a run folder for its checkpoints/last.pt."""
     path = Path(path)
-    return path / "checkpoints" / "last.pt" if path.is_dir() else path
+    return RunFolder(path).last if path.is_dir() else path
 
 
 def match_architecture(tensors: Mapping[str, Tensor]) -> str:

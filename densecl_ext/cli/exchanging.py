@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
 from densecl_ext.cli.command import Word, command
@@ -45,17 +47,24 @@ def export(checkpoint: str, output: str, to: str, no_fc: bool) -> None:
     )
     for note in written.notes:
         print(f"note: {note}")
-    load = f"torch.load({str(written.path)!r}){', strict=False' if without else ''}"
-    if to == "torchvision" and not no_fc:
-        print(
-            f"use it:\n  model = torchvision.models.{written.architecture}()\n"
-            f"  model.load_state_dict({load})"
-        )
-    elif to == "timm":
-        print(
-            f"use it:\n  model = timm.create_model({name!r}, num_classes=0)\n"
-            f"  model.load_state_dict({load})"
-        )
+    if to != "backbone" and not no_fc:
+        print(usage(written.path, written.architecture, strict=not without))
+
+
+def usage(path: Path, architecture: str, *, strict: bool = True) -> str:
+    """How another program loads an exported file and prepares images for it."""
+    from densecl_ext.data import Augmentation
+
+    name = architecture.removeprefix("timm/")
+    made = f"torchvision.models.{name}()"
+    if name != architecture:
+        made = f"timm.create_model({name!r}, num_classes=0)"
+    load = f"torch.load({str(path)!r}){'' if strict else ', strict=False'}"
+    defaults = Augmentation()
+    return (
+        f"use it:\n  model = {made}\n  model.load_state_dict({load})\n"
+        f"  images: RGB, 0 to 1, minus mean {defaults.mean}, divided by deviation {defaults.std}"
+    )
 
 
 @command(
