@@ -62,7 +62,7 @@ def test_a_study_goes_on_where_it_was(data: Path, tmp_path: Path) -> None:
 
 def test_arms_of_a_seed_start_from_the_same_weights() -> None:
     from densecl_ext.train.build import build_model, starting_backbone
-    from densecl_ext.train.state import seed_everything
+    from densecl_ext.train.run import seed_everything
 
     starts = []
     for own in ({"loss_lambda": 0.0}, {"positions_per_image": 4}, {"predictor_dim": 16}):
