@@ -68,6 +68,14 @@ __device__ __forceinline__ void hold(uint32_t (&registers)[count][4]) {
   }
 }
 
+// Has two numbers, neither negative, computed before the wait that follows. ptxas moves a wait up
+// above all that only later code needs (hold() leaves nothing behind for it), but no barrier: this
+// one's mask, always the whole warp, depends on the numbers.
+__device__ __forceinline__ void settle(const float (&numbers)[2]) {
+  const uint32_t lanes = numbers[0] + numbers[1] < 0.0f ? 1u : 0xffffffffu;
+  asm volatile("bar.warp.sync %0;" ::"r"(lanes) : "memory");
+}
+
 #define DENSECL_D8(d, i)                                                                      \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
       "+f"(d[i + 6]), "+f"(d[i + 7])

@@ -10,6 +10,8 @@
 // Cost: 4 M K D FLOP, M K exponentials: half as many cycles as the products at D = 128. The queue
 // comes from the second-level cache once per 128 rows.
 #include <cmath>
+#include <cstdlib>
+#include <cstring>
 
 #include <ptx/barrier.cuh>
 #include <ptx/dependent.cuh>
@@ -20,6 +22,7 @@
 #include <ptx/wgmma.cuh>
 
 #include "info_nce_sweep.h"
+#include "sm90/info_nce_softmax.cuh"
 
 namespace densecl::cuda {
 namespace {
@@ -33,10 +36,6 @@ constexpr float log2_e = 1.44269504f;
 constexpr float unshifted_bound = 60.0f * log2_e;  // 2^bound times 2^20 keys is a float
 // Float16's range is short: weights are at most 2^15, and up to this bound all are normal numbers.
 constexpr float half_bound = 14.5f;
-constexpr float half_room = 15.0f;
-
-constexpr float heavy_share = 1.0f / 16;  // of a row's sum: the weight's rounding error counts
-constexpr uint32_t golden = 40503;        // 2^16 / 1.618...
 
 constexpr int early_tiles = 2;  // of the queue, fetched while the previous kernel may still run
 
@@ -122,89 +121,6 @@ __device__ void fetch(const Part<blocks>& part, const TensorMap* query, const Te
   fetch_up_to(part.tiles);
 }
 
-// The softmax of a thread's two rows (8 apart) of 64, with what they have come to.
-template <DType type, bool online>
-struct Softmax {
-  float shift[2], sum[2] = {0.0f, 0.0f};
-  float rescale[2];  // online: what the sums so far are multiplied with
-  float peak[2];     // of the newest weights
-
-  // Scores become weights; columns from `valid` on weigh nothing.
-  template <int count>
-  __device__ void take(float (&scores)[count], float scale, int valid) {
-    if (valid < 2 * count) {
-      const int column = static_cast<int>(threadIdx.x) % 4 * 2;
-#pragma unroll
-      for (int i = 0; i < count; ++i) {
-        if (i / 4 * 8 + column + i % 2 >= valid) scores[i] = -INFINITY;
-      }
-    }
-    if constexpr (online) raise(scores, scale);
-    float total[2] = {0.0f, 0.0f};
-    peak[0] = peak[1] = 0.0f;
-#pragma unroll
-    for (int i = 0; i < count; ++i) {
-      const int h = i / 2 % 2;
-      // Beside a running maximum, huge logits must be rounded as the maximum was.
-      scores[i] = exp2_approx(online ? __fsub_rn(__fmul_rn(scores[i], scale), shift[h])
-                                     : fmaf(scores[i], scale, -shift[h]));
-      total[h] += scores[i];
-      peak[h] = fmaxf(peak[h], scores[i]);
-    }
-    sum[0] += total[0];
-    sum[1] += total[1];
-  }
-
-  // Whether one of this thread's newest weights holds more than 1/16 of its row's sum so far.
-  __device__ bool heavy() const {
-    const float first = heavy_share * over_row(sum[0]), second = heavy_share * over_row(sum[1]);
-    return peak[0] > first || peak[1] > second;
-  }
-
-  // Moves the shift to a maximum that covers these scores as well.
-  template <int count>
-  __device__ void raise(const float (&scores)[count], float scale) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      float top = -INFINITY;
-#pragma unroll
-      for (int i = 0; i < count; ++i) {
-        if (i / 2 % 2 == h) top = fmaxf(top, scores[i]);
-      }
-      top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
-      top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
-      const float room = type == DType::f16 ? half_room : 0.0f;
-      const float raised = fmaxf(shift[h], __fmul_rn(top, scale) - room);
-      rescale[h] = raised == shift[h] ? 1.0f : exp2_approx(shift[h] - raised);
-      shift[h] = raised;
-      sum[h] *= rescale[h];
-    }
-  }
-
-  // The sum over the four threads that share a row.
-  __device__ static float over_row(float x) {
-    x += __shfl_xor_sync(0xffffffffu, x, 1);
-    return x + __shfl_xor_sync(0xffffffffu, x, 2);
-  }
-};
-
-// A pair of weights for the second product. bfloat16 keeps 8 bits of a weight: rounded to nearest,
-// many equal weights would be off in the same direction, so they are rounded at a threshold that
-// walks evenly through the last place (steps of the golden ratio) and average out.
-template <DType type>
-__device__ __forceinline__ uint32_t pack(float low, float high, uint32_t threshold) {
-  if constexpr (type == DType::f16) return pack_f16(low, high);
-  const uint32_t next = threshold + golden;
-  return (__float_as_uint(low) + (threshold & 0xffffu)) >> 16 |
-         ((__float_as_uint(high) + (next & 0xffffu)) & 0xffff0000u);
-}
-
-// What pack() left out of a pair of bfloat16.
-__device__ __forceinline__ uint32_t pack_rest(float low, float high, uint32_t threshold) {
-  const uint32_t pair = pack<DType::bf16>(low, high, threshold);
-  return pack_bf16(low - __uint_as_float(pair << 16), high - __uint_as_float(pair & 0xffff0000u));
-}
-
 // Rows of the last tile that do not count may hold anything, NaN as well: zero times that would
 // stay NaN.
 template <int blocks>
@@ -219,16 +135,17 @@ __device__ void clear_rows(unsigned char* stage, int from, int thread) {
   barrier_wait(both_barrier, 2 * group_threads);
 }
 
-template <DType type, int blocks, bool gradient, bool online>
+// largest: no weight is larger, where the shift is constant.
+template <DType type, int blocks, bool gradient, bool online, SweepSteps steps>
 __device__ void multiply(const Part<blocks>& part, const InfoNceSweep& sweep, int group,
-                         const float (&shift)[2]) {
+                         const float (&shift)[2], float largest) {
   using L = Layout<blocks>;
   constexpr int keys = L::keys;
   const int thread = static_cast<int>(threadIdx.x) % group_threads;
   const int lane = thread % 32;
   const bool last_group = group == 1;
 
-  Softmax<type, online> softmax;
+  Softmax<type, online, steps> softmax;
   softmax.shift[0] = shift[0];
   softmax.shift[1] = shift[1];
   float scores[keys / 2];
@@ -239,8 +156,12 @@ __device__ void multiply(const Part<blocks>& part, const InfoNceSweep& sweep, in
   Ring<L::stages> ring;      // of the scores' tile
   Ring<L::stages> previous;  // of the weights' tile
 
+  // All lanes hold the same stage; told so, the compiler keeps descriptors in uniform registers.
+  const auto stage_at = [&](int stage) {
+    return part.stage(steps >= SweepSteps::uniform ? __shfl_sync(0xffffffffu, stage, 0) : stage);
+  };
   const auto score = [&](int stage) {
-    const uint64_t tile = along_rows(part.stage(stage));
+    const uint64_t tile = along_rows(stage_at(stage));
 #pragma unroll
     for (int step = 0; step < 4 * blocks; ++step) {
       const int block = step / 4, within = step % 4 * 32;
@@ -250,7 +171,7 @@ __device__ void multiply(const Part<blocks>& part, const InfoNceSweep& sweep, in
     commit_products();
   };
   const auto add_weighted = [&](int stage) {
-    const uint64_t tile = across_rows(part.stage(stage), keys * row_bytes);
+    const uint64_t tile = across_rows(stage_at(stage), keys * row_bytes);
 #pragma unroll
     for (int step = 0; step < keys / 16; ++step) {
       multiply_registers<type, 64 * blocks>(weighted, weights[step],
@@ -279,27 +200,30 @@ __device__ void multiply(const Part<blocks>& part, const InfoNceSweep& sweep, in
     clear_rows<blocks>(part.stage(ring.stage), valid, group * group_threads + thread);
     return valid;
   };
+  // Whether the tile has heavy weights, for the warpgroup. Float16 keeps 11 bits, enough for any.
+  bool look = type == DType::bf16;
+  const auto vote = [&](int tile) {
+    if (!look) {
+      settle(softmax.sum);
+      return false;
+    }
+    const bool any = barrier_any(heavy_barrier + group, group_threads, softmax.heavy(scores));
+    if (steps >= SweepSteps::all && !online && tile % 8 == 7) {
+      look = barrier_any(heavy_barrier + group, group_threads, softmax.may_be_heavy(largest));
+    }
+    return any;
+  };
   // Readies the ring's tile for the second product; heavy weights' rounding errors go first.
-  const auto take_weights = [&](int tile) {
-    const uint32_t threshold = static_cast<uint32_t>(tile) * 25033u;
-    // Float16 keeps 11 bits, enough for the heaviest.
-    if (type == DType::bf16 && barrier_any(heavy_barrier + group, group_threads, softmax.heavy())) {
-#pragma unroll
-      for (int i = 0; i < keys / 4; ++i) {
-        weights[i / 4][i % 4] = pack_rest(scores[2 * i], scores[2 * i + 1],
-                                          threshold + 2u * static_cast<uint32_t>(i) * golden);
-      }
+  const auto take_weights = [&](int tile, bool any_heavy) {
+    if (any_heavy) {
+      pack<type, steps, true>(scores, tile, weights);
       hold_all();
       fence_products();
       add_weighted(ring.stage);
       wait_products<0>();
       hold_all();
     }
-#pragma unroll
-    for (int i = 0; i < keys / 4; ++i) {
-      weights[i / 4][i % 4] = pack<type>(scores[2 * i], scores[2 * i + 1],
-                                         threshold + 2u * static_cast<uint32_t>(i) * golden);
-    }
+    pack<type, steps, false>(scores, tile, weights);
   };
 
   if (last_group) barrier_arrive(turn_barrier, 2 * group_threads);
@@ -328,7 +252,7 @@ __device__ void multiply(const Part<blocks>& part, const InfoNceSweep& sweep, in
     wait_products<0>();
     hold_all();
     softmax.take(scores, sweep.scale, valid);
-    take_weights(0);
+    take_weights(0, vote(0));
     ring.advance();
     for (int tile = 1; tile < part.tiles; ++tile, ring.advance(), previous.advance()) {
       valid = open_tile(tile);
@@ -341,14 +265,22 @@ __device__ void multiply(const Part<blocks>& part, const InfoNceSweep& sweep, in
       wait_products<1>();
       hold(scores);
       softmax.take(scores, sweep.scale, valid);
+      bool any_heavy = false;
+      if constexpr (steps >= SweepSteps::overlap) {
+        // Here and not after the wait: the compiler may move a wait above exponentials, not above a
+        // vote that needs them.
+        hold(scores);
+        any_heavy = vote(tile);
+      }
       wait_products<0>();
       hold_all();
+      if constexpr (steps < SweepSteps::overlap) any_heavy = vote(tile);
       free_stage(previous.stage);
       if constexpr (online) {
 #pragma unroll
         for (int i = 0; i < 32 * blocks; ++i) weighted[i] *= softmax.rescale[i / 2 % 2];
       }
-      take_weights(tile);
+      take_weights(tile, any_heavy);
     }
     hold_all();
     fence_products();
@@ -391,12 +323,22 @@ __device__ float largest(const float* values, int count, int lane) {
   return peak;
 }
 
+// DENSECL_CUDA_SWEEP; all steps where it names none.
+SweepSteps sweep_steps() {
+  const char* named = std::getenv("DENSECL_CUDA_SWEEP");
+  const char* names[] = {"base", "overlap", "uniform", "threshold"};
+  for (int i = 0; named != nullptr && i < 4; ++i) {
+    if (std::strcmp(named, names[i]) == 0) return static_cast<SweepSteps>(i);
+  }
+  return SweepSteps::all;
+}
+
 // Of the problems of a launch.
 struct SweepMaps {
   TensorMap query[2], queue[2];
 };
 
-template <DType type, int blocks, bool gradient>
+template <DType type, int blocks, bool gradient, SweepSteps steps>
 __global__ void __launch_bounds__(block_threads, 1)
     sweep_kernel(const __grid_constant__ SweepMaps maps,
                  const __grid_constant__ Batch<InfoNceSweep> sweeps) {
@@ -438,10 +380,10 @@ __global__ void __launch_bounds__(block_threads, 1)
         shift[0] = lengths[row] * longest - half_room;
         shift[1] = lengths[row + 8] * longest - half_room;
       }
-      multiply<type, blocks, gradient, false>(part, sweep, group, shift);
+      multiply<type, blocks, gradient, false, steps>(part, sweep, group, shift, exp2_approx(bound));
     } else {
       shift[0] = shift[1] = -INFINITY;
-      multiply<type, blocks, gradient, true>(part, sweep, group, shift);
+      multiply<type, blocks, gradient, true, steps>(part, sweep, group, shift, 0.0f);
     }
   }
 }
@@ -462,9 +404,24 @@ Status start(const Batch<InfoNceSweep>& sweeps, Stream stream) {
   unsigned count;
   const Batch<InfoNceSweep> batch = count_sweep_blocks(sweeps, tile_rows, &count);
   const LaunchShape shape{count, block_threads, L::shared_bytes, /*overlaps_previous=*/true};
-  return sweeps.of[0].weighted
-             ? launch(sweep_kernel<type, blocks, true>, shape, stream, maps, batch)
-             : launch(sweep_kernel<type, blocks, false>, shape, stream, maps, batch);
+  const auto run = [&](auto kernel) { return launch(kernel, shape, stream, maps, batch); };
+  if (!sweeps.of[0].weighted) return run(sweep_kernel<type, blocks, false, SweepSteps::all>);
+  // The earlier steps are there for the shape that is measured.
+  if constexpr (type == DType::bf16 && blocks == 2) {
+    switch (sweep_steps()) {
+      case SweepSteps::base:
+        return run(sweep_kernel<type, blocks, true, SweepSteps::base>);
+      case SweepSteps::overlap:
+        return run(sweep_kernel<type, blocks, true, SweepSteps::overlap>);
+      case SweepSteps::uniform:
+        return run(sweep_kernel<type, blocks, true, SweepSteps::uniform>);
+      case SweepSteps::threshold:
+        return run(sweep_kernel<type, blocks, true, SweepSteps::threshold>);
+      default:
+        break;
+    }
+  }
+  return run(sweep_kernel<type, blocks, true, SweepSteps::all>);
 }
 
 template <DType type>

@@ -177,6 +177,10 @@ void hold(float (&)[count]) {}
 template <int count>
 void hold(uint32_t (&)[count][4]) {}
 
+inline void settle(const float (&numbers)[2], DENSECL_WHERE) {
+  if (numbers[0] + numbers[1] < 0.0f) emulator::fail("settle: a negative number", where);
+}
+
 template <DType type, int n>
 void multiply_shared(float (&d)[n / 2], uint64_t a, uint64_t b, int accumulate, DENSECL_WHERE) {
   emulator::issue({type == DType::bf16, n, d, nullptr, a, b, accumulate != 0}, where);
