@@ -21,11 +21,14 @@ __device__ __forceinline__ double warp_sum(double x) {
 // The larger; NaN if either is.
 __device__ __forceinline__ float larger(float a, float b) { return a == a && !(b <= a) ? b : a; }
 
-// The longest row of the queue, from the maxima over its parts; every lane gets it.
-__device__ __forceinline__ float longest_row(const float* parts, int count) {
+// The largest of `count` lengths, found by a warp; every lane gets it. NaN if one of them is; or,
+// of the finite ones alone, those that are not left out.
+template <bool finite = false>
+__device__ __forceinline__ float longest_row(const float* lengths, int count) {
   float longest = 0.0f;
   for (int i = static_cast<int>(threadIdx.x % 32); i < count; i += 32) {
-    longest = larger(longest, parts[i]);
+    const float length = lengths[i];
+    if (!finite || length < __uint_as_float(0x7f800000u)) longest = larger(longest, length);
   }
 #pragma unroll
   for (int bits = 16; bits > 0; bits /= 2) {

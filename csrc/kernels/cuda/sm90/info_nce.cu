@@ -21,7 +21,8 @@
 #include <ptx/tma.cuh>
 #include <ptx/wgmma.cuh>
 
-#include "info_nce_sweep.h"
+#include "cuda/info_nce_rows.cuh"
+#include "cuda/info_nce_sweep.h"
 #include "sm90/info_nce_softmax.cuh"
 
 namespace densecl::cuda {
@@ -310,19 +311,6 @@ __device__ void multiply(const Part<blocks>& part, const InfoNceSweep& sweep, in
   }
 }
 
-// The largest of count values among a warp's lanes; NaN counts as infinite.
-__device__ float largest(const float* values, int count, int lane) {
-  float peak = 0.0f;
-  for (int i = lane; i < count; i += 32) {
-    const float x = values[i];
-    peak = x <= peak ? peak : (x > peak ? x : INFINITY);
-  }
-  for (int lanes = 1; lanes < 32; lanes *= 2) {
-    peak = fmaxf(peak, __shfl_xor_sync(0xffffffffu, peak, lanes));
-  }
-  return peak;
-}
-
 // DENSECL_CUDA_SWEEP; all steps where it names none.
 SweepSteps sweep_steps() {
   const char* named = std::getenv("DENSECL_CUDA_SWEEP");
@@ -371,8 +359,10 @@ __global__ void __launch_bounds__(block_threads, 1)
     wait_for_previous();
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const float* lengths = sweep.query_length + block.tile * tile_rows;
-    const float longest = largest(sweep.queue_longest, sweep.longest_count, lane) * sweep.scale;
-    const float bound = largest(lengths, tile_rows, lane) * longest;
+    const float longest = longest_row(sweep.queue_longest, sweep.longest_count) * sweep.scale;
+    // A row that is not finite ends in NaN either way and must not move the others to another
+    // rounding.
+    const float bound = longest_row</*finite=*/true>(lengths, tile_rows) * longest;
     const int row = group * 64 + static_cast<int>(threadIdx.x) % group_threads / 32 * 16 + lane / 4;
     float shift[2] = {0.0f, 0.0f};
     if (bound <= (type == DType::bf16 ? unshifted_bound : half_bound)) {
@@ -441,9 +431,13 @@ Status start(const Batch<InfoNceSweep>& sweeps, Stream stream) {
 }  // namespace
 
 bool sweep_sm90_fits(const InfoNceSweep& sweep) {
-  return sweep.dtype != DType::f32 && sweep.padded_features <= 4 * box_columns &&
-         reinterpret_cast<uintptr_t>(sweep.queue) % 16 == 0 && sweep.queue_row_stride % 8 == 0 &&
-         sweep.queue_length > 0 && sweep.queue_length < (int64_t{1} << 31);
+  const int64_t stride = sweep.queue_row_stride;
+  // What the tensor memory accelerator can describe; an expanded queue it cannot.
+  return sweep.dtype != DType::f32 && sweep.features > 0 &&
+         sweep.padded_features <= 4 * box_columns &&
+         reinterpret_cast<uintptr_t>(sweep.queue) % 16 == 0 && stride % 8 == 0 &&
+         stride >= sweep.features && stride < (int64_t{1} << 39) && sweep.queue_length > 0 &&
+         sweep.queue_length < (int64_t{1} << 31);
 }
 
 Status sweep_sm90(const Batch<InfoNceSweep>& sweeps, Stream stream) {

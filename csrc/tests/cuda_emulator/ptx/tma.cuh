@@ -8,7 +8,7 @@
 
 namespace densecl::cuda {
 
-struct TensorMap {
+struct alignas(64) TensorMap {
   const unsigned char* data;
   int64_t rows, columns, stride;
   int box_rows;
@@ -18,7 +18,11 @@ constexpr int box_columns = 64;
 
 inline Status describe_matrix(TensorMap* map, const void* data, int64_t rows, int64_t columns,
                               int64_t stride, int box_rows) {
-  if (reinterpret_cast<uintptr_t>(data) % 16 != 0 || stride % 8 != 0 || box_rows > 256) {
+  // What cuTensorMapEncodeTiled refuses.
+  const auto size_fits = [](int64_t size) { return size > 0 && size <= int64_t{1} << 32; };
+  if (reinterpret_cast<uintptr_t>(map) % 64 != 0 || reinterpret_cast<uintptr_t>(data) % 16 != 0 ||
+      !size_fits(rows) || !size_fits(columns) || stride % 8 != 0 || stride < columns ||
+      stride >= int64_t{1} << 39 || box_rows < 1 || box_rows > 256) {
     return launch_failure(1);
   }
   *map = {static_cast<const unsigned char*>(data), rows, columns, stride, box_rows};
