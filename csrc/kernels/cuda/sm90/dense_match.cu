@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(match_threads, 2)
   };
   if (threadIdx.x == 0) {
     for (int s = 0; s < match_stages; ++s) open_barrier(full + s, 1);
-    publish_barriers();
+    fence_barrier_init();
     for (int c = 0; c < match_stages - 1; ++c) fetch(c);
   }
   __syncthreads();

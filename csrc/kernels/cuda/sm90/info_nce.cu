@@ -107,7 +107,8 @@ __device__ void fetch(const Part<blocks>& part, const TensorMap* query, const Te
       arrive_expecting(part.full(ring.stage), L::stage_bytes);
       for (int b = 0; b < blocks; ++b) {
         copy_box(part.stage(ring.stage) + b * L::keys * row_bytes, queue, b * box_columns,
-                 part.begin + tile * L::keys, part.full(ring.stage), Keep::last_out, L::keys);
+                 part.begin + tile * L::keys, part.full(ring.stage), CacheHint::evict_last,
+                 L::keys);
       }
     }
   };
@@ -117,7 +118,7 @@ __device__ void fetch(const Part<blocks>& part, const TensorMap* query, const Te
   arrive_expecting(part.query_came(), L::query_bytes);
   for (int b = 0; b < blocks; ++b) {
     copy_box(part.memory + b * tile_rows * row_bytes, query, b * box_columns,
-             part.row_tile * tile_rows, part.query_came(), Keep::first_out, tile_rows);
+             part.row_tile * tile_rows, part.query_came(), CacheHint::evict_first, tile_rows);
   }
   fetch_up_to(part.tiles);
 }
@@ -132,7 +133,7 @@ __device__ void clear_rows(unsigned char* stage, int from, int thread) {
     uint4* rows = reinterpret_cast<uint4*>(stage + (b * L::keys + from) * row_bytes);
     for (int i = thread; i < pieces; i += 2 * group_threads) rows[i] = uint4{0, 0, 0, 0};
   }
-  show_writes_to_units();
+  fence_proxy_async();
   barrier_wait(both_barrier, 2 * group_threads);
 }
 
@@ -153,7 +154,7 @@ __device__ void multiply(const Part<blocks>& part, const InfoNceSweep& sweep, in
   float weighted[32 * blocks] = {};
   uint32_t weights[keys / 16][4];
 
-  const uint64_t query = along_rows(part.memory + group * 64 * row_bytes);
+  const uint64_t query = k_major_descriptor(part.memory + group * 64 * row_bytes);
   Ring<L::stages> ring;      // of the scores' tile
   Ring<L::stages> previous;  // of the weights' tile
 
@@ -162,7 +163,7 @@ __device__ void multiply(const Part<blocks>& part, const InfoNceSweep& sweep, in
     return part.stage(steps >= SweepSteps::uniform ? __shfl_sync(0xffffffffu, stage, 0) : stage);
   };
   const auto score = [&](int stage) {
-    const uint64_t tile = along_rows(stage_at(stage));
+    const uint64_t tile = k_major_descriptor(stage_at(stage));
 #pragma unroll
     for (int step = 0; step < 4 * blocks; ++step) {
       const int block = step / 4, within = step % 4 * 32;
@@ -172,7 +173,7 @@ __device__ void multiply(const Part<blocks>& part, const InfoNceSweep& sweep, in
     commit_products();
   };
   const auto add_weighted = [&](int stage) {
-    const uint64_t tile = across_rows(stage_at(stage), keys * row_bytes);
+    const uint64_t tile = mn_major_descriptor(stage_at(stage), keys * row_bytes);
 #pragma unroll
     for (int step = 0; step < keys / 16; ++step) {
       multiply_registers<type, 64 * blocks>(weighted, weights[step],
@@ -184,10 +185,10 @@ __device__ void multiply(const Part<blocks>& part, const InfoNceSweep& sweep, in
   const auto pass_turn = [&](bool last) {
     if (!(last && last_group)) barrier_arrive(turn_barrier + 1 - group, 2 * group_threads);
   };
-  const auto hold_all = [&] {
-    hold(scores);
-    hold(weighted);
-    hold(weights);
+  const auto fence_operands = [&] {
+    fence_operand(scores);
+    fence_operand(weighted);
+    fence_operand(weights);
   };
   const auto free_stage = [&](int stage) {
     if (lane == 0) arrive(part.empty(stage));
@@ -218,11 +219,11 @@ __device__ void multiply(const Part<blocks>& part, const InfoNceSweep& sweep, in
   const auto take_weights = [&](int tile, bool any_heavy) {
     if (any_heavy) {
       pack<type, steps, true>(scores, tile, weights);
-      hold_all();
+      fence_operands();
       fence_products();
       add_weighted(ring.stage);
       wait_products<0>();
-      hold_all();
+      fence_operands();
     }
     pack<type, steps, false>(scores, tile, weights);
   };
@@ -233,12 +234,12 @@ __device__ void multiply(const Part<blocks>& part, const InfoNceSweep& sweep, in
     for (int tile = 0; tile < part.tiles; ++tile, ring.advance()) {
       const int valid = open_tile(tile);
       take_turn();
-      hold(scores);
+      fence_operand(scores);
       fence_products();
       score(ring.stage);
       pass_turn(tile + 1 == part.tiles);
       wait_products<0>();
-      hold(scores);
+      fence_operand(scores);
       free_stage(ring.stage);
       softmax.take(scores, sweep.scale, valid);
     }
@@ -246,35 +247,35 @@ __device__ void multiply(const Part<blocks>& part, const InfoNceSweep& sweep, in
     // Each tile's scores are issued together with the weighted sum of the tile before.
     int valid = open_tile(0);
     take_turn();
-    hold_all();
+    fence_operands();
     fence_products();
     score(ring.stage);
     pass_turn(part.tiles == 1);
     wait_products<0>();
-    hold_all();
+    fence_operands();
     softmax.take(scores, sweep.scale, valid);
     take_weights(0, vote(0));
     ring.advance();
     for (int tile = 1; tile < part.tiles; ++tile, ring.advance(), previous.advance()) {
       valid = open_tile(tile);
       take_turn();
-      hold_all();
+      fence_operands();
       fence_products();
       score(ring.stage);
       add_weighted(previous.stage);
       pass_turn(tile + 1 == part.tiles);
       wait_products<1>();
-      hold(scores);
+      fence_operand(scores);
       softmax.take(scores, sweep.scale, valid);
       bool any_heavy = false;
       if constexpr (steps >= SweepSteps::overlap) {
         // Here and not after the wait: the compiler may move a wait above exponentials, not above a
         // vote that needs them.
-        hold(scores);
+        fence_operand(scores);
         any_heavy = vote(tile);
       }
       wait_products<0>();
-      hold_all();
+      fence_operands();
       if constexpr (steps < SweepSteps::overlap) any_heavy = vote(tile);
       free_stage(previous.stage);
       if constexpr (online) {
@@ -283,11 +284,11 @@ __device__ void multiply(const Part<blocks>& part, const InfoNceSweep& sweep, in
       }
       take_weights(tile, any_heavy);
     }
-    hold_all();
+    fence_operands();
     fence_products();
     add_weighted(previous.stage);
     wait_products<0>();
-    hold_all();
+    fence_operands();
   }
 
   const int64_t first = int64_t{part.slice} * sweep.padded_rows + part.row_tile * tile_rows +
@@ -345,7 +346,7 @@ __global__ void __launch_bounds__(block_threads, 1)
       open_barrier(part.full(i), 1);
       open_barrier(part.empty(i), 2 * group_threads / 32);  // a warp's lane 0 speaks for it
     }
-    publish_barriers();
+    fence_barrier_init();
   }
   __syncthreads();
 
