@@ -9,6 +9,7 @@ namespace densecl::cuda {
 
 constexpr uint32_t whole_warp = 0xffffffffu;
 constexpr int row_slots = static_cast<int>(info_nce_features / 32);
+constexpr double log2_e = 1.44269504088896340736;
 constexpr double shortest_row = 1e-12;  // as on the CPU: a shorter row has no direction
 
 // Any order of lanes gives the same bits: the butterfly adds equal pairs.
@@ -36,6 +37,20 @@ __device__ __forceinline__ float longest_row(const float* lengths, int count) {
   }
   return longest;
 }
+
+// How a type's weights are shifted: up to `limit`, a bound on base-2 logits, by 0 or by the bound
+// less `room`; beyond by the running maximum less `room`, so that they are at most 2^room.
+//
+// e^60 times 2^40 rows is a float, and so is e^-60.
+struct WideRule {
+  static constexpr float limit = static_cast<float>(60.0 * log2_e), room = 0.0f;
+  static constexpr bool follows_bound = false;
+};
+// Within this limit the weights, from 2^(15 - 2 bound) to 2^15, are all normal numbers of float16.
+struct HalfRule {
+  static constexpr float limit = 14.5f, room = 15.0f;
+  static constexpr bool follows_bound = true;
+};
 
 // Queue rows that count.
 __device__ __forceinline__ int64_t counted_rows(const int64_t* filled, int64_t length) {

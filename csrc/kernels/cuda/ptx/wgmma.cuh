@@ -6,10 +6,10 @@
 // m16n8k16. Matrices in shared memory are what copy_box writes: rows of 128 bytes, swizzled.
 #pragma once
 
-#include <ptx/descriptor.cuh>
 #include <ptx/device.cuh>
 
 #include "densecl/types.h"
+#include "sm90/descriptor.cuh"
 
 namespace densecl::cuda {
 

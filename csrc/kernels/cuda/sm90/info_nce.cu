@@ -33,11 +33,6 @@ constexpr int group_threads = 128;  // a warpgroup
 constexpr int block_threads = 3 * group_threads;
 constexpr int row_bytes = 128;  // of a box: 64 features
 
-constexpr float log2_e = 1.44269504f;
-constexpr float unshifted_bound = 60.0f * log2_e;  // 2^bound times 2^20 keys is a float
-// Float16's range is short: weights are at most 2^15, and up to this bound all are normal numbers.
-constexpr float half_bound = 14.5f;
-
 constexpr int early_tiles = 2;  // of the queue, fetched while the previous kernel may still run
 
 // Barriers of bar.sync: whose turn it is to issue products and who found heavy weights (one per
@@ -366,10 +361,10 @@ __global__ void __launch_bounds__(block_threads, 1)
     const float bound = longest_row</*finite=*/true>(lengths, tile_rows) * longest;
     const int row = group * 64 + static_cast<int>(threadIdx.x) % group_threads / 32 * 16 + lane / 4;
     float shift[2] = {0.0f, 0.0f};
-    if (bound <= (type == DType::bf16 ? unshifted_bound : half_bound)) {
-      if constexpr (type == DType::f16) {
-        shift[0] = lengths[row] * longest - half_room;
-        shift[1] = lengths[row + 8] * longest - half_room;
+    if (bound <= Rule<type>::limit) {
+      if constexpr (Rule<type>::follows_bound) {
+        shift[0] = lengths[row] * longest - Rule<type>::room;
+        shift[1] = lengths[row + 8] * longest - Rule<type>::room;
       }
       multiply<type, blocks, gradient, false, steps>(part, sweep, group, shift, exp2_approx(bound));
     } else {

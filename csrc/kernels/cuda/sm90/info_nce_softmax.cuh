@@ -3,9 +3,11 @@
 #pragma once
 
 #include <cmath>
+#include <type_traits>
 
 #include <ptx/math.cuh>
 
+#include "cuda/info_nce_rows.cuh"
 #include "densecl/types.h"
 
 namespace densecl::cuda {
@@ -20,11 +22,12 @@ enum class SweepSteps {
   all         // and what is heavy is looked for no longer than it can be
 };
 
+// How weights are shifted, as in the portable sweeps.
+template <DType type>
+using Rule = std::conditional_t<type == DType::bf16, WideRule, HalfRule>;
+
 constexpr float heavy_share = 1.0f / 16;  // of a row's sum: the weight's rounding error counts
 constexpr uint32_t golden = 40503;        // 2^16 / 1.618...
-
-// Float16's range is short: a running maximum leaves weights of at most 2^15.
-constexpr float half_room = 15.0f;
 
 // The softmax of a thread's two rows (8 apart) of 64, with what they have come to.
 template <DType type, bool online, SweepSteps steps>
@@ -100,8 +103,7 @@ struct Softmax {
       }
       top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
       top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
-      const float room = type == DType::f16 ? half_room : 0.0f;
-      const float raised = fmaxf(shift[h], __fmul_rn(top, scale) - room);
+      const float raised = fmaxf(shift[h], __fmul_rn(top, scale) - Rule<type>::room);
       rescale[h] = raised == shift[h] ? 1.0f : exp2_approx(shift[h] - raised);
       shift[h] = raised;
       sum[h] *= rescale[h];

@@ -8,12 +8,12 @@
 #include <map>
 #include <vector>
 
-#include <ptx/descriptor.cuh>
 #include <ptx/device.cuh>
 #include "cuda_emulator/products.h"
 #include "cuda_emulator/race.h"
 #include "densecl/half.h"
 #include "densecl/types.h"
+#include "sm90/descriptor.cuh"
 
 namespace densecl::emulator {
 
