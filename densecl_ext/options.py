@@ -53,6 +53,13 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False), is_number]
 Share = Annotated[float, Field(gt=0, le=1), is_number]
 Fraction = Annotated[float, Field(ge=0, le=1), is_number]
 Text = Annotated[str, Field(min_length=1)]
+Folders = Annotated[
+    str | list[Text],
+    BeforeValidator(
+        lambda raw: raw[0] if isinstance(raw, (list, tuple)) and len(raw) == 1 else raw
+    ),
+    Field(json_schema_extra={"expected": "a folder, or a list of folders"}),
+]
 Duration = Annotated[
     Annotated[int, Field(ge=0), is_number] | Annotated[str, Field(pattern="ep$")],
     BeforeValidator(_duration),

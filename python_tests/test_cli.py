@@ -205,6 +205,25 @@ def test_dry_run_prints_the_recipe_and_writes_nothing(
     assert cli.main([*words, "--dry-run", "--weights", "none.pth"]) == 2
 
 
+def test_several_folders(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    second = runs.image_folder(tmp_path / "second")
+    words = ["pretrain", "--dry-run", "--output", str(tmp_path / "run"), *TINY]
+    threads = torch.get_num_threads()
+    try:
+        for given in (
+            ["--data", str(data), str(second)],
+            ["--data", str(data), "--data", str(second)],
+        ):
+            assert cli.main([*words, *given]) == 0
+            captured = capsys.readouterr()
+            assert "52 images, 12 steps on cpu" in captured.err
+            (tmp_path / "both.yaml").write_text(captured.out)
+            assert load_recipe(tmp_path / "both.yaml")["data"] == [str(data), str(second)]
+        assert cli.main([*words, "--recipe", str(tmp_path / "both.yaml")]) == 0
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_torchrun_is_told_clearly(data: Path, tmp_path: Path) -> None:
     """Two processes, as torchrun starts them; neither says that another one is training."""
     pytest.importorskip("lightning")

@@ -12,6 +12,7 @@ from pydantic import Field
 from densecl_ext.options import (
     Auto,
     Duration,
+    Folders,
     Fraction,
     Natural,
     NonNegativeFloat,
@@ -46,9 +47,9 @@ class PretrainConfig:
     """
 
     # --- data
-    data: str = option(
+    data: Folders = option(
         "",
-        "folder of images, any tree, no labels; a resumed run finds the same images elsewhere",
+        "folders of images, any tree, no labels; a resumed run finds the same images elsewhere",
         group="data",
         may_change=True,
         metavar="DIR",
@@ -322,7 +323,7 @@ class PretrainConfig:
         - lr: base_lr * batch_size / 256 (linear scaling).
         - precision: bf16 if `native_bf16`, else fp32.
         - loader: `loader`, unless it is a loader of the caller's.
-        - data: the absolute path, so that the run goes on from any folder.
+        - data: absolute paths, so that the run goes on from any folder.
 
         Args:
             images: number of images in the data set.
@@ -343,7 +344,7 @@ class PretrainConfig:
         if self.loader == "auto" and loader in words(properties(PretrainConfig)["loader"]):
             values["loader"] = loader
         if self.data:
-            values["data"] = os.path.abspath(self.data)
+            values["data"] = absolute(self.data)
         if self.precision == "auto":
             values["precision"] = "bf16" if native_bf16 else "fp32"
         return dataclasses.replace(self, **values)
@@ -351,6 +352,13 @@ class PretrainConfig:
 
 # What options did before they existed, where it is not what their default does.
 BEFORE = {"dense_negatives": "pooled"}
+
+
+def absolute(folders: str | list[str]) -> str | list[str]:
+    """The folders' absolute paths; no folder stays none."""
+    if isinstance(folders, list):
+        return [os.path.abspath(folder) for folder in folders]
+    return os.path.abspath(folders) if folders else folders
 
 
 def auto_queue_length(images: int) -> int:
@@ -377,8 +385,7 @@ def merge_resumed(
     for name, schema in properties(PretrainConfig).items():
         asked, had = getattr(config, name), getattr(stored, name)
         if name == "data":  # relative to where this process is, or not given with a loader
-            asked = os.path.abspath(asked) if asked else had
-            had = os.path.abspath(had) if had else had
+            asked, had = absolute(asked or had), absolute(had)
         if asked == had or (asked == "auto" and name not in ("device", "workers", "threads")):
             continue
         if not schema["may_change"]:
