@@ -21,6 +21,7 @@ from densecl_ext.checkpoints.formats import (
     find_tensors,
     named_backbone,
 )
+from densecl_ext.checkpoints.runs import resolve_checkpoint
 from densecl_ext.checkpoints.storage import atomic_file, load_checkpoint
 
 if TYPE_CHECKING:
@@ -208,12 +209,6 @@ def import_backbone(
     _verify(read, _timm_features(read) if of_timm else _layer4(_torchvision_network(read)))
     _write(Path(output), read.tensors, read.architecture if of_timm else None)
     return dataclasses.replace(read, path=Path(output))
-
-
-def resolve_checkpoint(path: str | os.PathLike[str]) -> Path:
-    """Accepts a run folder for its checkpoints/last.pt."""
-    path = Path(path)
-    return path / "checkpoints" / "last.pt" if path.is_dir() else path
 
 
 def match_architecture(tensors: Mapping[str, Tensor]) -> str:
