@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 from collections import OrderedDict
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from densecl_ext._version import __version__
 from densecl_ext.checkpoints.digest import content_checksum
+from densecl_ext.checkpoints.schema import is_run
 
 STAMP = "densecl_ext"
 _CHECKSUM = "checksum"
@@ -19,6 +23,10 @@ NORMALISATION = {
     "std": [0.229, 0.224, 0.225],
     "channels": "RGB, values from 0 to 1 before",
 }
+LICENCE = (
+    "not stated; whoever publishes these weights states it, as the training images and any weights "
+    "it started from allow"
+)
 
 
 def stamped(tensors: Mapping[str, Tensor], provenance: Mapping[str, Any]) -> OrderedDict[str, Any]:
@@ -28,7 +36,7 @@ def stamped(tensors: Mapping[str, Tensor], provenance: Mapping[str, Any]) -> Ord
     tensors, and no key that a strict `load_state_dict` could stumble over.
     """
     state: OrderedDict[str, Any] = OrderedDict(tensors)
-    words = {**provenance, _CHECKSUM: content_checksum(dict(tensors))}
+    words = {**provenance, _CHECKSUM: _checksum(tensors)}
     state._metadata = {STAMP: words}  # type: ignore[attr-defined]
     return state
 
@@ -53,13 +61,17 @@ def check_stamp(content: Any) -> None:
         return
     has_words = isinstance(getattr(content, "_metadata", None), Mapping)
     tensors = content if has_words else content["state_dict"]
-    if content_checksum(dict(tensors)) != expected:
+    if _checksum(tensors) != expected:
         raise ValueError("its weights do not match the checksum that was written with them")
 
 
-def to_text(words: Mapping[str, Any]) -> dict[str, str]:
-    """For the metadata of .safetensors, which holds text alone."""
-    return {"format": "pt", STAMP: json.dumps(words, sort_keys=True)}
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    return content_checksum(dict(sorted(tensors.items())))  # .safetensors keeps no order
+
+
+def to_text(state: Mapping[str, Any]) -> dict[str, str]:
+    """What a `stamped` state_dict says, for the metadata of .safetensors, which is text alone."""
+    return {"format": "pt", STAMP: json.dumps(stamp(state), sort_keys=True)}
 
 
 def from_text(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> OrderedDict[str, Any]:
@@ -68,3 +80,93 @@ def from_text(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Ord
     if STAMP in metadata:
         state._metadata = {STAMP: json.loads(metadata[STAMP])}  # type: ignore[attr-defined]
     return state
+
+
+def origin(content: Any, path: Path, form: str, architecture: str) -> dict[str, Any]:
+    """What is known of weights: of a run its recipe and length, else the file they came from.
+
+    Args:
+        content: what the file holds.
+        path: the file.
+        form: whose form it has.
+        architecture: of the backbone.
+
+    Returns:
+        Plain values: program, architecture, normalisation, licence, and steps, images and recipe
+        of a run, or the source of other files. Folders of the machine are left out.
+    """
+    known = {key: value for key, value in stamp(content).items() if key != _CHECKSUM}
+    words: dict[str, Any] = {
+        "program": f"densecl_ext {__version__}",
+        "torch": str(torch.__version__),
+        "architecture": architecture,
+        "normalisation": NORMALISATION,
+        "licence": LICENCE,
+    }
+    if known:
+        return words | known
+    if not is_run(content):
+        return words | {"source": f"{path.name} ({form})"}
+    recipe = {
+        key: Path(value).name if key == "weights" else value
+        for key, value in content.get("config", {}).items()
+        if key not in ("data", "output")
+    }
+    return words | {
+        "program": f"densecl_ext {content.get('densecl_ext', __version__)}",
+        "method": "DenseCL" if recipe.get("loss_lambda", 0.5) else "MoCo v2",
+        "steps": content.get("step"),
+        "images": content.get("data", {}).get("images"),
+        "recipe": recipe,
+    }
+
+
+def summary(words: Mapping[str, Any]) -> str:
+    """The provenance in one line."""
+    if "source" in words:
+        return f"from {words['source']}"
+    parts = [str(words.get("method", words.get("program", "")))]
+    for name in ("steps", "images"):
+        if words.get(name) is not None:
+            parts.append(f"{words[name]} {name}")
+    return ", ".join(parts)
+
+
+def normalisation_line(words: Mapping[str, Any]) -> str:
+    """How images must be prepared, in one line."""
+    values = words.get("normalisation", NORMALISATION)
+    mean, std = (", ".join(f"{v:g}" for v in values[key]) for key in ("mean", "std"))
+    return f"{values['channels']}; mean {mean}; standard deviation {std}"
+
+
+def model_card(title: str, words: Mapping[str, Any], usage: str) -> str:
+    """A page about the weights, in Markdown with the front matter of model hubs."""
+    rows = [
+        f"| {name} | {value} |"
+        for name, value in words.items()
+        if isinstance(value, (str, int, float)) and name not in ("licence", "architecture")
+    ]
+    recipe = words.get("recipe", {})
+    lines = [
+        "---",
+        "library_name: timm",
+        "tags: [image-feature-extraction, self-supervised-learning]",
+        "---",
+        f"# Model card: {title}",
+        "",
+        f"A backbone ({words['architecture']}) without classifier, {summary(words)}.",
+        "",
+        f"Images: {normalisation_line(words)}.",
+        "",
+        f"Licence: {words.get('licence', LICENCE)}.",
+        "",
+        "| | |",
+        "|---|---|",
+        *rows,
+    ]
+    if usage:
+        lines += ["", "## Use it", "", "```python", usage, "```"]
+    if recipe:
+        lines += ["", "## Recipe", "", "```yaml"]
+        lines += [f"{name}: {json.dumps(value)}" for name, value in recipe.items()] + ["```"]
+    return "\n".join(lines) + "\n"

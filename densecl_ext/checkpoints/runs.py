@@ -51,10 +51,13 @@ def read_newest(last: Path, *, complete: bool = False) -> tuple[dict[str, Any], 
 
 
 def resolve_checkpoint(path: str | os.PathLike[str]) -> Path:
-    """Accepts a run folder for its newest checkpoint that is whole."""
+    """Accepts a run folder for its newest whole checkpoint, a model hub's for its weights."""
     path = Path(path)
     if not path.is_dir():
         return path
+    for weights in (path / "model.safetensors", path / "transformers.safetensors"):
+        if weights.is_file():  # a folder for a model hub
+            return weights
     last = path / "checkpoints" / "last.pt"
     if not previous_of(last).is_file():
         return last

@@ -167,11 +167,12 @@ def load_checkpoint(path: str | os.PathLike[str], *, trusted: bool = False) -> A
         ValueError: not a checkpoint, damaged, or it holds Python objects and `trusted` is False.
         ImportError: it is a .safetensors file, and safetensors is not installed.
     """
-    return _load(Path(path), str(path), trusted)
+    return load_file(Path(path), path, trusted)
 
 
-def _load(path: Path, name: str, trusted: bool = False) -> Any:
-    """`load_checkpoint` of a file that messages call `name`."""
+def load_file(path: Path, called: str | os.PathLike[str], trusted: bool = False) -> Any:
+    """`load_checkpoint` of a file, temporary perhaps, that has another name in messages."""
+    name = os.fspath(called)
     if not path.exists():
         raise FileNotFoundError(f"load_checkpoint: no such file: {name}")
     if not path.is_file():
