@@ -57,7 +57,7 @@ def export_backbone(
             takes strictly. "timm": one that `timm.create_model(<architecture>, num_classes=0)`
             takes strictly, of a ResNet too. "backbone": what `load_backbone` takes (of a ResNet
             torchvision's without `fc`). "huggingface": a folder for
-            `timm.create_model("local-dir:...")` and, of a ResNet, `transformers.AutoBackbone`.
+            `timm.create_model("local-dir:...")` and, of a ResNet, `transformers.ResNetBackbone`.
             "detectron2": a .pkl (or .pth) for MODEL.WEIGHTS. "mmengine": a .pth for
             `init_cfg=dict(type="Pretrained", ...)`. "onnx": a .onnx program from images to the
             feature map, of any batch and image size.
@@ -223,7 +223,7 @@ def _huggingface(source: BackboneFile, output: Path, fc: bool) -> BackboneFile:
     usage = f'model = timm.create_model("local-dir:{output}", num_classes=0)'
     note = ""
     if "transformers" in loads:
-        usage += f"\nmodel = transformers.AutoBackbone.from_pretrained({str(output)!r})"
+        usage += f"\nmodel = transformers.ResNetBackbone.from_pretrained({str(output)!r})"
     if loads.get("transformers") == "names":
         note = "transformers is not installed: its names were checked, not its loading"
     return _written(source, output, usage, note)

@@ -17,11 +17,10 @@ from torch import Tensor
 
 from densecl_ext.backbones.timm import TIMM, create_timm
 from densecl_ext.checkpoints.exchange import BackboneFile
-from densecl_ext.checkpoints.formats import find_tensors
 from densecl_ext.checkpoints.names import from_huggingface, to_huggingface
-from densecl_ext.checkpoints.storage import TEMPORARY_PREFIX, load_file
+from densecl_ext.checkpoints.storage import TEMPORARY_PREFIX
 from densecl_ext.checkpoints.verify import Features, check_features
-from densecl_ext.checkpoints.writing import write_file, write_weights
+from densecl_ext.checkpoints.writing import require_equal, write_file, write_weights
 
 TIMM_WEIGHTS = "model.safetensors"
 TRANSFORMERS_WEIGHTS = "transformers.safetensors"
@@ -94,11 +93,7 @@ def write_detectron2(output: Path, tensors: Mapping[str, Tensor], words: Mapping
     data = pickle.dumps({"model": arrays, **around}, protocol=4)
 
     def verify(temporary: Path) -> None:
-        read = find_tensors(load_file(temporary, output))
-        if read.keys() != tensors.keys() or not all(
-            torch.equal(read[key], value) for key, value in tensors.items()
-        ):
-            raise RuntimeError(f"{output}: reading the file back gave other weights")
+        require_equal(temporary, output, tensors)
 
     write_file(output, lambda file: file.write(data), verify)
 
@@ -173,7 +168,8 @@ def _transformers_folder(folder: Path) -> Features:
     import transformers
 
     with torch.random.fork_rng(devices=[]):
-        network, told = transformers.AutoBackbone.from_pretrained(
+        # Not AutoBackbone, which asks the hub for a repository of the folder's name (5.24).
+        network, told = transformers.ResNetBackbone.from_pretrained(
             str(folder), output_loading_info=True, local_files_only=True
         )
     wrong = {kind: list(names)[:3] for kind, names in told.items() if names}

@@ -61,10 +61,7 @@ def resolve_checkpoint(path: str | os.PathLike[str]) -> Path:
     last = path / "checkpoints" / "last.pt"
     if not previous_of(last).is_file():
         return last
-    try:
-        return read_newest(last)[1]
-    except ValueError:
-        return last
+    return read_newest(last)[1]
 
 
 def _read(path: Path, complete: bool) -> dict[str, Any]:

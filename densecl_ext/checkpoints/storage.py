@@ -184,8 +184,8 @@ def load_file(path: Path, called: str | os.PathLike[str], trusted: bool = False)
     except UnknownGlobal as error:
         raise ValueError(
             f"load_checkpoint: {name} holds Python objects beyond tensors ({error}), which could "
-            "run code when read; if you trust its origin, allow that (trusted=True, on the command "
-            "line --trusted)"
+            "run code when read; if you trust its origin, allow that (trusted=True; densecl import "
+            "--trusted)"
         ) from error
     except (OSError, ImportError) as error:
         # A wrong offset in a file makes the system refuse to go there.

@@ -74,12 +74,21 @@ def write_weights(
             torch.save(content, file)
 
     def verify(temporary: Path) -> None:
-        read = find_tensors(load_file(temporary, output))
-        same = read.keys() == plain.keys()
-        if not same or not all(torch.equal(read[key], value) for key, value in plain.items()):
-            raise RuntimeError(f"{output}: reading the file back gave other weights")
+        require_equal(temporary, output, plain)
 
     write_file(output, write, verify)
+
+
+def require_equal(written: Path, output: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raises RuntimeError unless a file, which messages call `output`, holds these tensors."""
+    try:
+        read = find_tensors(load_file(written, output))
+    except ValueError as error:
+        raise RuntimeError(f"{output}: reading the file back gave other weights: {error}") from None
+    if read.keys() != tensors.keys() or not all(
+        torch.equal(read[key], value) for key, value in tensors.items()
+    ):
+        raise RuntimeError(f"{output}: reading the file back gave other weights")
 
 
 def write_file(
