@@ -169,9 +169,10 @@ def _transformers_folder(folder: Path) -> Features:
 
     with torch.random.fork_rng(devices=[]):
         # Not AutoBackbone, which asks the hub for a repository of the folder's name (5.24).
-        network, told = transformers.ResNetBackbone.from_pretrained(
+        loaded: Any = transformers.ResNetBackbone.from_pretrained(
             str(folder), output_loading_info=True, local_files_only=True
         )
+    network, told = loaded
     wrong = {kind: list(names)[:3] for kind, names in told.items() if names}
     if wrong:
         raise RuntimeError(f"transformers does not load it exactly: {wrong}")
