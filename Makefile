@@ -3,6 +3,7 @@
 #   make test     the whole Python test suite
 #   make bench    measure the ops against PyTorch, torch.compile, attention kernels and lightly; OUT=folder
 #   make gpu      on a machine with a GPU: build for it, test, sanitize, measure; PART=build|test|bench|step|sanitize OUT=folder
+#   make schema   after a change of the options: densecl_ext/recipes/schema.json anew
 #   make lint     formatting, lint and types, of Python and C++
 # Needs Python 3.10+ (with its headers), a C++20 compiler and make.
 
@@ -17,10 +18,10 @@ BUILD_INPUTS := $(CPP) setup.py pyproject.toml $(wildcard build_backend/*.py) de
 comma := ,
 CPP_BUILD := build/cpp-$(subst $(comma),-,$(SANITIZE))
 
-.PHONY: help build demo test bench gpu lint format cpp-test cuda-check clean
+.PHONY: help build demo test bench gpu schema lint format cpp-test cuda-check clean
 
 help:
-	@sed -n '2,6s/^# *//p' Makefile
+	@sed -n '2,7s/^# *//p' Makefile
 
 # The environment with the pinned packages.
 $(VENV)/.packages: requirements-dev.txt
@@ -64,6 +65,9 @@ gpu:
 # The CUDA kernels' machine code: no spills, and Hopper's instructions where they belong.
 cuda-check: $(VENV)/.built
 	$(BIN)/python csrc/tests/machine_code.py densecl_ext/_C_cuda*.so
+
+schema: $(VENV)/.built
+	$(BIN)/python -c "from densecl_ext.train import recipes; recipes.SCHEMA.write_text(recipes.recipe_schema())"
 
 lint: $(VENV)/.packages
 	$(BIN)/ruff check .

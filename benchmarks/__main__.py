@@ -1,73 +1,329 @@
-"""`python -m benchmarks --out DIR`: measure, then write results.json, table.md and the charts.
+"""`python -m benchmarks --out DIR`: measure, then write the results, a table and the charts.
 
-Where there is a GPU, its rows go to DIR/gpu. Of a folder that gpu_rows.py wrote, --report-only
-rewrites table and charts.
+Rows run in a process of their own, one after the other. A row that fails, hangs or takes the
+process along leaves its reason in the results; the next one gets a new process. The files are
+rewritten after every row, so that a run may end at any time. Where there is a GPU, `--suite cpu`
+measures its rows too, into DIR/gpu.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
+import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from benchmarks import gpu_report, report
+from benchmarks.processes import ROOT, Lost, Worker, end_on_termination
+from benchmarks.rows import Row, rows
+from benchmarks.step import COMPARED, StepCase, largest_batch
+from benchmarks.timing import CAPTURE_FAILED
+from benchmarks.worker import OUT_OF_MEMORY
+from densecl_ext import _native
 
-ROOT = Path(__file__).resolve().parent.parent
+# Seconds without an answer.
+LIMITS = {"cpu": 900.0, "gpu": 60.0, "step": 110.0}
+COMPILE_LIMIT, MEMORY_LIMIT, TRY_LIMIT = 240.0, 120.0, 45.0
+NAMES = {"cpu": ("results.json", "table.md"), "gpu": ("results.json", "table.md"),
+         "step": ("step.json", "step.md")}  # fmt: skip
+SWITCHES = ("DENSECL_CUDA_KERNEL", "DENSECL_CUDA_SWEEP", "DENSECL_CUDA_PDL")
+# The ops that have kernels of Hopper's own, by the cases that run them.
+OPS = {
+    "InfoNceCase": ("info_nce",),
+    "MatchCase": ("dense_match",),
+    "StepLossCase": ("info_nce", "dense_match"),
+    "StepCase": ("info_nce", "dense_match"),
+}
+WORKER = "benchmarks.worker"
+BROKEN = "left the device unable to work"
+LARGEST = 4096
 
 
-def main() -> int:
-    """Exit status: pytest's. A wrong result or a crash fails the run, a missed demand does not."""
+class Run:
+    """A measurement and what is known so far."""
+
+    def __init__(self, out: Path, options: argparse.Namespace) -> None:
+        self._out, self._options = out, options
+        self._end = time.monotonic() + options.seconds
+        arguments = [options.device, "--suite", options.suite]
+        arguments += ["--quick"] if options.quick else []
+        # Tiny sizes, on a machine that does other things.
+        arguments += ["--threads", "1"] if options.quick and options.device == "cpu" else []
+        self._worker = Worker(WORKER, *arguments)
+        self._memory = Worker(WORKER, *arguments)
+        self.results: dict[str, Any] = {
+            "suite": options.suite,
+            "machine_info": None,
+            "datetime": datetime.datetime.now(datetime.timezone.utc).isoformat(),
+            "commit": commit(),
+            "quick": options.quick,
+            "benchmarks": [],
+            "skipped": {},
+        }
+        # Ops that run by their portable kernels, and why.
+        self._portable = dict.fromkeys(options.portable, "since their check failed")
+        self._note_kernels()
+
+    def everything(self) -> None:
+        """The machine, the rows, the loaders."""
+        words = self._options.k.split()
+        try:
+            found = self.ask({"do": "machine"}, 60.0 + LIMITS[self._options.suite])
+            self.results["machine_info"] = found.get("info")
+            self._skip("machine", found)
+            for row in rows(self._options.suite):
+                if all(word in row.id for word in words):
+                    self._tell(row.id, self.row(row))
+            for backend in ("dali", "torchvision") if self._options.suite == "cpu" else ():
+                if all(word in f"views-{backend}" for word in words):
+                    self._tell(f"views-{backend}", self._views(backend))
+        finally:
+            self._worker.close()
+            self._memory.close()
+            self.write()
+
+    def ask(self, request: dict[str, Any], limit: float) -> dict[str, Any]:
+        """The worker's answer, or {"error": why there is none}; "broken" where it was ended.
+
+        It is ended where it hangs, and where the device takes no more work from it.
+        """
+        left = self._end - time.monotonic()
+        if left <= 0:
+            return {"skipped": f"not run: the {self._options.seconds:.0f} s were over"}
+        try:
+            found = self._worker.ask(request, min(limit, max(left, 15.0)))
+        except Lost as error:
+            return {"error": f"failed: {error}", "broken": True}
+        if "error" in found:
+            found["error"] = f"failed: {found['error']}"
+        if not found.pop("works"):
+            self._worker.close()
+            found |= {"broken": True}
+        return found
+
+    def _note_kernels(self) -> None:
+        told = [f"{op} portable, {why}" for op, why in self._portable.items()]
+        told += [f"{name}={os.environ[name]}" for name in SWITCHES if os.environ.get(name)]
+        if told:
+            self.results["kernel"] = "; ".join(told)
+
+    def _settings(self, row: Row) -> dict[str, str]:
+        """What holds while a row is measured: its instruction set, or the portable kernels."""
+        ops = OPS.get(type(row.case).__name__, ())
+        portable = {SWITCHES[0]: "portable"} if set(ops) & set(self._portable) else {}
+        return portable | ({"DENSECL_CPU_ISA": row.isa} if row.isa else {})
+
+    def row(self, row: Row) -> dict[str, Any]:
+        """A row's answer. Where ours takes the process along, its portable kernels run again.
+
+        From there on, for the rest of the run: Hopper's kernels may hang or fault.
+        """
+        if row.id == "step-largest":
+            return self._largest()
+        found = self._row(row)
+        ops = OPS.get(type(row.case).__name__, ())
+        switched = os.environ.get(SWITCHES[0]) or set(ops) & set(self._portable)
+        if found.get("broken") and self._options.suite != "cpu" and ops and not switched:
+            self._portable |= dict.fromkeys(ops, f"since {row.id} {found.get('error', BROKEN)}")
+            self._note_kernels()
+            found = self._row(row)
+        if "info" in found:
+            self._add_memory(row, found["info"])
+        return found
+
+    def _row(self, row: Row) -> dict[str, Any]:
+        """The worker's answer about a row.
+
+        A capture that fails keeps the candidates behind it from theirs: the row is then measured
+        once more by a new process that does not try it.
+        """
+        compiles = any("compile" in name for name in row.baselines)
+        waits: dict[str, str] = {}
+        request: dict[str, Any] = {"do": "row", "row": row.id, "waits": waits}
+        request["settings"] = self._settings(row)
+        if row.id.startswith("nce") and self._options.suite == "gpu":
+            request["variants"] = [f"ours [{variant}]" for variant in self._options.variant]
+        while True:
+            limit = COMPILE_LIMIT if compiles else LIMITS[self._options.suite]
+            found = self.ask(request, max(limit, LIMITS[self._options.suite]))
+            candidates = found.get("info", {}).get("candidates", {})
+            failed = {
+                name: candidate["missing"]["graph"]
+                for name, candidate in candidates.items()
+                if candidate["missing"].get("graph", "").startswith(CAPTURE_FAILED)
+            }
+            if not failed:
+                return found
+            self._worker.close()
+            found.pop("broken", None)
+            waits |= {name: why.removeprefix(CAPTURE_FAILED) for name, why in failed.items()}
+            if list(candidates)[-1] in failed:  # nobody stands behind it
+                return found
+
+    def _add_memory(self, row: Row, info: dict[str, Any]) -> None:
+        """Peak extra bytes of the candidates that ran and are asked for."""
+        for name in row.memory:
+            if name not in info["candidates"]:
+                continue
+            case = row.beside.get(name, row.case)
+            case = case.shrunk() if self._options.quick else case
+            request = {"do": "memory", "case": case.message()}
+            request["settings"] = self._settings(row)
+            request["name"] = "ours" if name in row.beside else name
+            try:
+                found = self._memory.ask(request, MEMORY_LIMIT)
+            except Lost:
+                found = {}
+            info["candidates"][name]["peak_bytes"] = found.get("bytes")
+
+    def _views(self, backend: str) -> dict[str, Any]:
+        photos = os.environ.get("DENSECL_BENCH_PHOTOS", "")
+        if not photos:
+            return {"skipped": "DENSECL_BENCH_PHOTOS names no folder of photographs"}
+        self._worker.close()  # loaders start processes and threads: in a fresh one
+        return self.ask({"do": "views", "backend": backend, "photos": photos}, 300.0)
+
+    def _largest(self) -> dict[str, Any]:
+        """Bisect the largest batch of ours and of the reference, each try in a new process."""
+        total = (self.results["machine_info"] or {}).get("device", {}).get("memory_gb", 0.0) * 1e9
+        self.results["largest"] = {}
+        for name in COMPARED:
+            tries: dict[int, str] = {}
+
+            def fits(batch: int, name: str = name, tries: dict[int, str] = tries) -> bool:
+                case = StepCase(batch)
+                if self._options.quick:
+                    case = StepCase(**{**StepCase.small, "batch": batch})
+                found = self.ask({"do": "fits", "case": case.message(), "name": name}, TRY_LIMIT)
+                self._worker.close()
+                tries[batch] = found.get("error") or found.get("skipped") or "fits"
+                if tries[batch] != "fits" and OUT_OF_MEMORY not in tries[batch]:
+                    raise RuntimeError(tries[batch])
+                return tries[batch] == "fits"
+
+            result: dict[str, Any] = {"tries": tries}
+            guess = 16 if self._options.quick else first_guess(self.results, name, total)
+            try:
+                result["batch"] = largest_batch(fits, guess, 16, 1 if self._options.quick else 5)
+            except RuntimeError as error:
+                result["reason"] = str(error)
+            if self._options.quick:
+                result.setdefault("reason", "a quick run tries one batch")
+            self.results["largest"][name] = result
+        return {}
+
+    def _skip(self, name: str, found: dict[str, Any]) -> None:
+        reason = found.get("error") or found.get("skipped")
+        if reason:
+            self.results["skipped"][name] = reason
+
+    def _tell(self, name: str, found: dict[str, Any]) -> None:
+        """Keep an answer, and say it in a line."""
+        self._skip(name, found)
+        if "info" in found:
+            self.results["benchmarks"].append({"extra_info": found["info"]})
+        self.write()
+        told = self.results["skipped"].get(name, "measured")
+        for who, made in found.get("info", {}).get("candidates", {}).items():
+            told += f", {who} {1e6 * sorted(made['seconds'])[len(made['seconds']) // 2]:,.1f} us"
+        print(f"{name}: {told}", flush=True)
+
+    def write(self) -> None:
+        """The files, each whole at any time."""
+        write(self._out, self.results)
+
+
+def first_guess(results: dict[str, Any], name: str, total: float) -> int:
+    """Where memory ends by a straight line through the peaks at batches 32 and 256."""
+    infos = {b["extra_info"]["row"]: b["extra_info"] for b in results["benchmarks"]}
+    peaks = [
+        infos.get(f"step-{n}", {}).get("candidates", {}).get(name, {}).get("peak_bytes")
+        for n in (32, 256)
+    ]
+    if not all(peaks):
+        return 512
+    slope = (peaks[1] - peaks[0]) / (256 - 32)
+    return min(LARGEST, int((0.95 * total - peaks[0]) / max(slope, 1.0)) + 32)
+
+
+def commit() -> str:
+    """Which commit was measured, with "+" where files differ from it; "" outside of git."""
+    command = ["git", "describe", "--always", "--abbrev=40", "--dirty=+"]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return ran.stdout.strip()
+
+
+def write(out: Path, results: dict[str, Any], *, last: bool = False) -> None:
+    """Results and table; the charts too at the end. What a package is missing for is left out."""
+    texts = {NAMES[results.get("suite", "cpu")][0]: json.dumps(results, indent=1) + "\n"}
+    written = list(texts)
+    try:
+        from benchmarks import report
+
+        texts[NAMES[results.get("suite", "cpu")][1]] = report.markdown(results)
+        if last:
+            print(report.asked_table(results, measured_alone=True))
+            from benchmarks import charts
+
+            written += charts.draw(report.entries(results), results, out)
+    except ImportError as error:
+        if last:
+            print(f"no tables or charts: {error}")
+    if last and "--report-only" in sys.argv:
+        texts.pop(written[0])
+    for name, text in texts.items():
+        partial = out / f".{name}"
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(out / name)
+    if last:
+        print(f"wrote {', '.join([*texts, *written[1:]])} in {out}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status: 0 where no row failed and no result was wrong; a missed demand is no failure."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--suite", choices=list(NAMES), default="cpu")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: the suite's")
     parser.add_argument("--out", type=Path, default=Path("build/bench"), help="folder to write")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does everything run?")
-    parser.add_argument("-k", metavar="WORDS", help="only rows whose name has them, as in pytest")
+    parser.add_argument("-k", metavar="WORDS", default="", help="only rows whose id has them all")
+    parser.add_argument("--seconds", type=float, default=1e5, help="nothing starts after these")
+    parser.add_argument("--variant", nargs="+", default=[], metavar="NAME=VALUE",
+                        help="also measure ours under these settings, side by side")  # fmt: skip
+    parser.add_argument("--portable", nargs="+", default=[], choices=OPS["StepCase"],
+                        help="ops that run by their portable kernels")  # fmt: skip
     parser.add_argument("--report-only", action="store_true", help="rewrite from results.json")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    on_gpu = options.suite != "cpu"
+    options.device = options.device or ("cuda" if on_gpu else "cpu")
+    if on_gpu and options.device == "cpu" and not options.quick:
+        parser.error("--device cpu measures nothing: only with --quick")
+    end_on_termination()
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    status = 0 if options.report_only else measure(out, options.quick, options.k)
-    if not (out / "results.json").is_file():
-        print(f"no results in {out}", file=sys.stderr)
-        return status or 1
-    write_report(out)
-    if not options.report_only and not options.k and torch.cuda.is_available():
-        command = [sys.executable, "-m", "benchmarks.gpu_rows", "--out", str(out / "gpu")]
-        command += ["--quick"] if options.quick else []
-        status = status or subprocess.run(command, cwd=ROOT).returncode
+    if options.report_only:
+        for name in dict.fromkeys(names[0] for names in NAMES.values()):
+            if (out / name).is_file():
+                write(out, json.loads((out / name).read_text(encoding="utf-8")), last=True)
+        return 0
+    run = Run(out, options)
+    run.everything()
+    write(out, run.results, last=True)
+    from benchmarks.report import failures
+
+    failed = failures(run.results)
+    print("\n".join(failed))
+    status = int(bool(failed))
+    if not on_gpu and not options.k and torch.cuda.is_available() and not _native.missing_cuda:
+        again = ["--suite", "gpu", "--out", str(out / "gpu"), "--seconds", str(options.seconds)]
+        status |= main([*again, *(["--quick"] if options.quick else [])])
     return status
-
-
-def measure(out: Path, quick: bool, words: str | None) -> int:
-    """Run pytest-benchmark in a process of its own; returns its exit status."""
-    (out / "results.json").unlink(missing_ok=True)
-    command = [sys.executable, "-m", "pytest", str(ROOT / "benchmarks"), "-p", "no:cacheprovider"]
-    command += ["-q", f"--benchmark-json={out / 'results.json'}", "--benchmark-disable-gc"]
-    command += ["--benchmark-quiet"]
-    command += ["--quick"] if quick else []
-    command += ["-k", words] if words else []
-    return subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONUNBUFFERED": "1"}).returncode
-
-
-def write_report(out: Path) -> None:
-    """table.md and the charts beside results.json, and the demands on the terminal."""
-    results = report.load(out / "results.json")
-    if results.get("suite") == "gpu":
-        text, asked = gpu_report.markdown(results), gpu_report.asked_table(results)
-    else:
-        text = report.markdown(results)
-        found = report.verdicts(report.entries(results), results["skipped"])
-        ran = [verdict for verdict in found if verdict.ratio != report.NOT_RUN]
-        asked = report.table(report.HEADER, report.verdict_lines(ran))
-    (out / "table.md").write_text(text, encoding="utf-8")
-    from benchmarks import charts
-
-    written = charts.draw(report.entries(results), results, out)
-    print(asked)
-    print(f"wrote {', '.join(['results.json', 'table.md', *written])} in {out}")
 
 
 if __name__ == "__main__":

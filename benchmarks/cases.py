@@ -1,7 +1,7 @@
 """What is measured: a case is one size of one op, with every way to compute its result.
 
-A case is plain data, so that it can be sent to the process that measures memory; it builds its
-inputs, and from these its candidates. The loss has a file of its own, loss_cases.py.
+A case is plain data, so that it can be sent to another process; it builds its inputs, and from
+these its candidates. The losses have a file of their own, losses.py, the training step step.py.
 """
 
 from __future__ import annotations
@@ -42,6 +42,9 @@ class Case(ABC):
     """One size of one op. `names` are its candidates, ours first."""
 
     names: ClassVar[tuple[str, ...]]
+    small: ClassVar[dict[str, Any]]  # a size that takes no time
+    images: ClassVar[Any] = 0  # of one call, where images/s are what counts
+    whole_memory: ClassVar[bool] = False  # peak memory counts all that a candidate is made of
 
     @abstractmethod
     def inputs(self, device: torch.device) -> Any: ...
@@ -58,12 +61,12 @@ class Case(ABC):
         """Errors against the expected results; AssertionError where they are too large."""
 
     def message(self) -> dict[str, Any]:
-        """The case as JSON."""
+        """The case as JSON, read by rows.from_message."""
         return {"kind": type(self).__name__, **asdict(self)}
 
-    @abstractmethod
     def shrunk(self) -> Case:
-        """The same at a size that takes no time: for tests, and to warm a process up."""
+        """At a size that takes no time: for tests, and to warm a process up."""
+        return replace(self, **self.small)
 
     @property
     def work(self) -> float:
@@ -74,6 +77,50 @@ class Case(ABC):
     def traffic(self) -> float:
         """Bytes that one call must at least read and write, 0 where operations are what counts."""
         return 0.0
+
+    @property
+    def eager_bytes(self) -> float:
+        """What the published formula holds at its peak, 0 where that is no concern."""
+        return 0.0
+
+
+def candidate_of(case: Case, name: str, inputs: Any) -> Candidate:
+    """By name; "ours [NAME=value ...]" runs under those environment settings.
+
+    Raises:
+        NotAvailable: it cannot run here.
+    """
+    base, _, settings = name.partition(" [")
+    made = case.candidate(base, inputs)
+    if not settings:
+        return made
+    if "DENSECL_CUDA" in settings and not torch.cuda.is_available():
+        raise NotAvailable("on a GPU only")
+    values = dict(setting.split("=", 1) for setting in settings.rstrip("]").split())
+
+    def under(function: Callable[[], Any]) -> Callable[[], Any]:
+        def call() -> Any:
+            with environment(values):
+                return function()
+
+        return call
+
+    return Candidate(under(made.run), under(made.results), made.waits)
+
+
+@contextmanager
+def environment(settings: dict[str, str]) -> Iterator[None]:
+    """The variables have these values inside."""
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def relative(got: Tensor, expected: Tensor, floor: float = 1e-30) -> float:
@@ -90,24 +137,16 @@ def within(errors: dict[str, float], bound: float, name: str) -> dict[str, float
     return errors
 
 
-@contextmanager
-def forced(variable: str, value: str | None) -> Iterator[None]:
-    """DENSECL_CPU_ISA or DENSECL_CUDA_KERNEL has this value inside; None changes nothing."""
-    before = os.environ.get(variable)
-    if value is not None:
-        os.environ[variable] = value
-    try:
-        yield
-    finally:
-        if value is not None:
-            os.environ.pop(variable)
-            if before is not None:
-                os.environ[variable] = before
+def normal_numbers(device: torch.device) -> Callable[..., Tensor]:
+    """Seeded draws, made where they are wanted: a GPU draws gigabytes in no time."""
+    generator = torch.Generator(device.type).manual_seed(0)
+    return lambda *shape: torch.randn(shape, generator=generator, device=device)
 
 
-def generator_on(device: torch.device) -> torch.Generator:
-    """Seeded, where the numbers are wanted: a GPU draws gigabytes in no time."""
-    return torch.Generator(device if device.type == "cuda" else "cpu").manual_seed(0)
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function under torch.compile, one graph for these very shapes."""
+    torch._dynamo.reset()
+    return torch.compile(function, fullgraph=True, dynamic=False)
 
 
 @dataclass(frozen=True)
@@ -115,34 +154,30 @@ class MatchCase(Case):
     """dense_match of N image pairs with `positions` positions each."""
 
     names = ("ours", "normalise + matmul + max", "torch.compile")
-    images: int
+    small = {"pairs": 2, "channels": 64, "positions": 25}
+    pairs: int
     channels: int
     positions: int
     dtype: str = "float32"
     channels_last: bool = False
 
     def inputs(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        generator = generator_on(device)
-        shape = self.images, self.channels, self.positions
-        query = torch.randn(shape, generator=generator, device=generator.device)
-        noise = torch.randn(shape, generator=generator, device=generator.device)
-        order = torch.randperm(self.positions, generator=generator, device=generator.device)
-        return self._laid_out(query, device), self._laid_out(query[:, :, order] + noise, device)
+        draw, shape = normal_numbers(device), (self.pairs, self.channels, self.positions)
+        query, noise = draw(*shape), draw(*shape)
+        order = draw(self.positions).argsort()
+        return self._laid_out(query), self._laid_out(query[:, :, order] + noise)
 
-    def _laid_out(self, features: Tensor, device: torch.device) -> Tensor:
-        features = features.to(device, getattr(torch, self.dtype))  # (N, C, S)
+    def _laid_out(self, features: Tensor) -> Tensor:
+        features = features.to(getattr(torch, self.dtype))  # (N, C, S)
         if self.channels_last:
             return features.transpose(1, 2).contiguous().transpose(1, 2)
         return features.contiguous()
 
     def candidate(self, name: str, inputs: tuple[Tensor, Tensor]) -> Candidate:
-        query, key = inputs
-        function: Callable[[Tensor, Tensor], Tensor] = match_as_published
-        if name == "ours":
-            function = ops.dense_match
-        elif name == "torch.compile":
+        function = ops.dense_match if name == "ours" else match_as_published
+        if name == "torch.compile":
             function = compiled(match_as_published)
-        return Candidate(lambda: function(query, key), lambda: (function(query, key),))
+        return Candidate(lambda: function(*inputs), lambda: (function(*inputs),))
 
     def expected(self, inputs: tuple[Tensor, Tensor]) -> Results:
         return (reference.dense_match(*inputs),)
@@ -152,17 +187,14 @@ class MatchCase(Case):
         wrong = (got[0] != expected[0]).double().mean()
         return within({"share of different matches": float(wrong)}, 1e-3, name)
 
-    def shrunk(self) -> MatchCase:
-        return replace(self, images=2, channels=64, positions=25)
-
     @property
     def work(self) -> float:
-        return 2.0 * self.images * self.channels * self.positions**2
+        return 2.0 * self.pairs * self.channels * self.positions**2
 
     @property
     def traffic(self) -> float:
         size = getattr(torch, self.dtype).itemsize
-        return 2.0 * self.images * self.channels * self.positions * size
+        return 2.0 * self.pairs * self.channels * self.positions * size
 
 
 def match_as_published(query: Tensor, key: Tensor) -> Tensor:
@@ -176,25 +208,20 @@ class EmaCase(Case):
     """Momentum update of ResNet-50's parameters, or of the first `count` of them."""
 
     names = ("ours", "loop", "_foreach_mul_ + _foreach_add_", "_foreach_lerp_")
+    small = {"count": 8}
     count: int = 161
 
     def inputs(self, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
-        generator = generator_on(device)
-
-        def draw() -> list[Tensor]:
-            shapes = resnet50_shapes()[: self.count]
-            drawn = [torch.randn(s, generator=generator, device=generator.device) for s in shapes]
-            return [parameter.to(device) for parameter in drawn]
-
-        return draw(), draw()
+        draw, shapes = normal_numbers(device), resnet50_shapes()[: self.count]
+        return [draw(*shape) for shape in shapes], [draw(*shape) for shape in shapes]
 
     def candidate(self, name: str, inputs: tuple[list[Tensor], list[Tensor]]) -> Candidate:
         targets, sources = inputs
         waits = ""
         if name == "loop":
-            targets = [target.clone() for target in targets]  # it gives them other storage
+            targets = [target.clone() for target in targets]
             waits = "gives every parameter new storage"
-        update = {
+        update: Callable[[list[Tensor]], Any] = {
             "ours": lambda targets: ops.ema_update_(targets, sources, MOMENTUM),
             "loop": lambda targets: ema_loop(targets, sources),
             "_foreach_mul_ + _foreach_add_": lambda targets: ema_mul_add(targets, sources),
@@ -217,19 +244,18 @@ class EmaCase(Case):
         worst = max(relative(a, b) for a, b in zip(got, expected, strict=True))
         return within({"relative error": worst}, 1e-6, name)
 
-    def shrunk(self) -> EmaCase:
-        return EmaCase(count=8)
-
     @property
     def traffic(self) -> float:  # both are read, the target is written
         return 12.0 * sum(math.prod(shape) for shape in resnet50_shapes()[: self.count])
 
 
 @torch.no_grad()
-def ema_loop(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+def ema_loop(
+    targets: Sequence[Tensor], sources: Sequence[Tensor], momentum: float = MOMENTUM
+) -> None:
     """MoCo's and DenseCL's published code, parameter by parameter."""
     for target, source in zip(targets, sources, strict=True):
-        target.data = target.data * MOMENTUM + source.data * (1.0 - MOMENTUM)
+        target.data = target.data * momentum + source.data * (1.0 - momentum)
 
 
 @torch.no_grad()
@@ -260,21 +286,26 @@ def resnet50_shapes() -> list[tuple[int, ...]]:
 class EnqueueCase(Case):
     """Writing B new keys of D numbers into a queue of K."""
 
-    names = ("ours", "clone + slice assignment")
+    names = ("ours", "clone + slice assignment", "index_copy_", "index_copy_, device pointer")
+    small = {"batch": 4, "queue_length": 64, "features": 16}
     batch: int
     queue_length: int
     features: int = 128
 
     def inputs(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        generator = torch.Generator().manual_seed(0)
-        queue = torch.randn(self.queue_length, self.features, generator=generator)
-        keys = torch.randn(self.batch, self.features, generator=generator)
-        return F.normalize(queue, dim=1).to(device), keys.to(device)
+        draw = normal_numbers(device)
+        queue = F.normalize(draw(self.queue_length, self.features), dim=1)
+        return queue, draw(self.batch, self.features)
 
     def candidate(self, name: str, inputs: tuple[Tensor, Tensor]) -> Candidate:
         queue, keys = inputs
-        published = name != "ours"
-        step = enqueue_as_published if published else ops.enqueue_
+        step = {
+            "ours": ops.enqueue_,
+            "clone + slice assignment": enqueue_as_published,
+            "index_copy_": lambda *state: enqueue_by_index(*state, int(state[1])),
+            "index_copy_, device pointer": lambda *state: enqueue_by_index(*state, state[1]),
+        }[name]
+        published = name == "clone + slice assignment"
 
         def state() -> tuple[Tensor, Tensor]:
             rows = queue.T.contiguous() if published else queue.clone()  # published: (D, K)
@@ -287,12 +318,12 @@ class EnqueueCase(Case):
             step(rows, pointer, keys)
             return (rows.T if published else rows), pointer
 
-        waits = "reads the pointer on the host" if published else ""
+        waits = "reads the pointer on the host" if name in self.names[1:3] else ""
         return Candidate(lambda: step(*own, keys), results, waits)
 
     def expected(self, inputs: tuple[Tensor, Tensor]) -> Results:
-        queue, pointer = inputs[0].clone(), torch.zeros(1, dtype=torch.int64)
-        pointer = pointer.to(queue.device)
+        queue = inputs[0].clone()
+        pointer = torch.zeros(1, dtype=torch.int64, device=queue.device)
         reference.enqueue_(queue, pointer, inputs[1])
         return queue, pointer
 
@@ -300,9 +331,6 @@ class EnqueueCase(Case):
         errors = {"relative error": relative(got[0], expected[0])}
         errors["pointer"] = float((got[1] - expected[1]).abs().max())
         return within(errors, 1e-6, name)
-
-    def shrunk(self) -> EnqueueCase:
-        return EnqueueCase(batch=4, queue_length=64, features=16)
 
 
 @torch.no_grad()
@@ -319,7 +347,9 @@ def enqueue_as_published(queue: Tensor, pointer: Tensor, keys: Tensor) -> Tensor
     return negatives
 
 
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function under torch.compile, one graph for these very shapes."""
-    torch._dynamo.reset()
-    return torch.compile(function, fullgraph=True, dynamic=False)
+@torch.no_grad()
+def enqueue_by_index(queue: Tensor, pointer: Tensor, keys: Tensor, start: int | Tensor) -> None:
+    """What PyTorch alone can do for a (K, D) queue that wraps round anywhere."""
+    rows = (start + torch.arange(len(keys), device=queue.device)) % len(queue)
+    queue.index_copy_(0, rows, F.normalize(keys, dim=1))
+    pointer.copy_((pointer + len(keys)) % len(queue))

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks import gpu_report
-from benchmarks.report import ISA_NAMES, Entry, duration, size, threads, times
+from benchmarks.report import ISA_NAMES, Entry, duration, size, suite_of, times
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -73,14 +72,17 @@ def draw(rows: Sequence[Entry], results: dict[str, Any], out: Path) -> list[str]
     from matplotlib import pyplot
 
     info = results["machine_info"]
-    on_gpu = results.get("suite") == "gpu"
+    if info is None or suite_of(results) == "step":
+        return []
+    on_gpu = suite_of(results) == "gpu"
     if on_gpu:
         machine, prefix, bars, rows_kept = info["device"]["name"], "cuda_", GPU_BARS, 12544
     else:
         isa = ISA_NAMES.get(info["selected"], info["selected"])
-        machine = f"{info['processor']}, {threads(info['threads'])}, {isa}"
+        threads = f"{info['threads']} thread{'' if info['threads'] == 1 else 's'}"
+        machine = f"{info['processor']}, {threads}, {isa}"
         prefix, bars, rows_kept = "", BARS, 1568
-    own = [row for row in rows if "ours" in row.seconds and (on_gpu or row.device == "cpu")]
+    own = [row for row in rows if "ours" in row.modes]
     written = []
     with pyplot.rc_context(STYLE):
         written += speedups(own, bars, str(machine), out / f"{prefix}speedup.png")
@@ -107,12 +109,12 @@ def speedups(
     y, ratios = 0.0, [1.0]
     for row in chosen:
         label = row.title.replace("info_nce, ", "info_nce  ")
-        heading = f" {label}: {duration(row.seconds['ours'])}"
+        heading = f" {label}: {duration(row.seconds('ours'))}"
         axes.text(1.0, y - 0.15, heading, weight="bold", va="center", ha="left", fontsize=9.5)
         y += 0.8
         others = baselines(row)
         for i, name in enumerate(others):
-            ours, theirs = alike(row, name)
+            ours, theirs, _ = row.pair("ours", name)
             ratio = theirs / ours
             ratios.append(ratio)
             colour = COLOURS.get(name, OTHERS[i % len(OTHERS)])
@@ -145,14 +147,7 @@ def speedups(
 
 def baselines(row: Entry) -> list[str]:
     """The candidates that are not ours."""
-    return [name for name in row.seconds if not name.startswith("ours")]
-
-
-def alike(row: Entry, name: str) -> tuple[float, float]:
-    """Seconds of ours and of a candidate, timed in the same way."""
-    if row.modes.get(name):
-        return gpu_report.pair(row, name)[:2]
-    return row.seconds["ours"], row.seconds[name]
+    return [name for name in row.modes if not name.startswith("ours")]
 
 
 def side(axes: Axes) -> Any:
@@ -174,7 +169,7 @@ def scaling(
         x, dtype = row.case[varied], row.case["dtype"]
         line = lines.setdefault(f"ours, {dtype} queue", {})
         add_point(line, x, row, "ours")
-        if "eager" in row.seconds and (dtype == "float32" or row.modes):
+        if "eager" in row.modes and (dtype == "float32" or "graph" in row.modes["eager"]):
             # in float32 whatever the queue's dtype; on a CPU a float32 row tells as much
             eager = lines.setdefault("eager PyTorch, float32", {})
             add_point(eager, x, row, "eager")
@@ -218,7 +213,7 @@ def scaling(
 def add_point(line: dict[int, tuple[float, float | None]], x: int, row: Entry, name: str) -> None:
     """A row's time and memory; of two rows of one size, that which has both."""
     if x not in line or row.peaks[name] is not None:
-        line[x] = (row.seconds[name], row.peaks[name])
+        line[x] = (row.seconds(name), row.peaks[name])
 
 
 def on_axis(row: Entry, fixed: tuple[str, int]) -> bool:

@@ -6,42 +6,46 @@ import ctypes
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy
+import torch
+
+import densecl_ext
+from benchmarks.losses import tf32_products
+from benchmarks.timing import Clock, HostClock, first_line
+from densecl_ext import _host
+
 HERE = Path(__file__).resolve().parent
-measured_ceilings: dict[str, Any] = {}
+QUERIED = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.draw",
+           "power.limit", "temperature.gpu", "clocks_event_reasons.active")  # fmt: skip
 
 
-def describe() -> dict[str, Any]:
+def describe(device: torch.device) -> dict[str, Any]:
     """Processor, instruction sets, threads and versions; nothing that names owner or host."""
-    import numpy
-    import torch
-
-    import densecl_ext
-    from densecl_ext import _host
-
+    on_linux = hasattr(os, "sched_getaffinity")
     found: dict[str, Any] = {
-        "processor": processor(),
-        "cores": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
+        "processor": first_entry("/proc/cpuinfo", "model name") or platform.machine(),
+        "cores": len(os.sched_getaffinity(0)) if on_linux else os.cpu_count(),
         "instruction_sets": list(_host.available_isas()),
         "selected": _host.selected_isa(),
         "threads": torch.get_num_threads(),
-        "memory_gb": round(entry("/proc/meminfo", "MemTotal", 0.0) / 1e6, 1),
+        "memory_gb": round(kilobytes("/proc/meminfo", "MemTotal") / 1e6, 1),
         "system": f"{platform.system()} {platform.machine()}",
         "python_version": platform.python_version(),
         "torch": torch.__version__,
         "numpy": numpy.__version__,
         "densecl_ext": densecl_ext.__version__,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "device": describe_gpu(device),
+        "state": state(),
     }
     info = Path(densecl_ext.__file__).with_name("_build_info.json")
     if info.is_file():
@@ -49,73 +53,127 @@ def describe() -> dict[str, Any]:
     return found
 
 
-def processor() -> str:
-    """Its name as the system knows it."""
+def first_entry(path: str, key: str) -> str:
+    """What stands behind the first `key: ` of a file of the system's, or nothing."""
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        text = Path(path).read_text(encoding="utf-8")
     except OSError:
-        lines = []
-    for line in lines:
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+        return ""
+    found = re.search(rf"^{key}\s*: *(.+)$", text, re.MULTILINE)
+    return found[1].strip() if found else ""
 
 
-def entry(path: str, key: str, default: float) -> float:
-    """The first number of a line `key: number ...`."""
+def kilobytes(path: str, key: str) -> float:
+    """A size of the system's, 0 where it is not told."""
+    return float((first_entry(path, key) or "0").split()[0])
+
+
+def describe_gpu(device: torch.device) -> dict[str, Any]:
+    """Name, size and versions, for a GPU; for a CPU only that it is one."""
+    if device.type != "cuda":
+        return {"name": "no GPU: the CPU in its place", "kind": device.type}
+    found = torch.cuda.get_device_properties(device)
+    return {
+        "name": found.name,
+        "kind": device.type,
+        "capability": f"{found.major}.{found.minor}",
+        "multiprocessors": found.multi_processor_count,
+        "memory_gb": round(found.total_memory / 1e9, 1),
+        "l2_mb": round(found.L2_cache_size / 1e6, 1),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "tf32_products": torch.backends.cuda.matmul.allow_tf32,
+    }
+
+
+def state() -> dict[str, str]:
+    """Driver, clocks and power as nvidia-smi tells them now; or why it does not."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return {"nvidia-smi": "not there"}
+    command = [program, f"--query-gpu={','.join(QUERIED)}", "--format=csv,noheader", "--id=0"]
     try:
-        lines = Path(path).read_text(encoding="ascii").splitlines()
-    except OSError:
-        return default
-    for line in lines:
-        if line.startswith(f"{key}:"):
-            return float(line.split()[1])
-    return default
+        run = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        return {"nvidia-smi": first_line(error)}
+    values = [value.strip() for value in run.stdout.strip().split(",")]
+    return dict(zip(QUERIED, values, strict=False))
 
 
-def ceilings(*, quick: bool) -> dict[str, Any]:
-    """Limits that the numbers can be held against, best of several tries, on torch's threads.
+def ceilings(clock: Clock, device: torch.device, *, quick: bool) -> dict[str, Any]:
+    """Limits that the rows can be held against: the best of several tries, in this very run.
 
-    FMA: register-only multiply-add chains (ceiling.cpp), FLOP/s by instruction set. GEMM: torch's
-    matrix product. Copy: torch's copy of 256 MB, bytes read and written per second.
+    Returns:
+        "gemm_...": FLOP/s of a large product of random numbers. "copy": bytes/s, read and written,
+        between two buffers far larger than the cache. Of a CPU "fma": FLOP/s of multiply-add
+        chains in registers (ceiling.cpp), by instruction set. Of a GPU "launch": seconds of the
+        smallest kernel in a graph of fifty; "launch_alone": of a graph with nothing else;
+        "launch_from_python": of one plain call. Text: why it is not known.
     """
-    import torch
+    gpu = len(clock.modes) > 1
+    size, megabytes, tries = (8192, 2048, 9) if gpu else (2048, 256, 7)
+    if quick:
+        size, megabytes, tries = 128, 8, 2
 
-    size, megabytes, tries = (256, 16, 2) if quick else (2048, 256, 7)
-    found: dict[str, Any] = {"fma": fma_ceilings(torch.get_num_threads(), quick=quick)}
-    for dtype in (torch.float32, torch.bfloat16):
-        a = torch.randn(size, size).to(dtype)
-        name = str(dtype).removeprefix("torch.")
-        found[f"gemm_{name}"] = 2.0 * size**3 / best(lambda a=a: a @ a, tries)
-    source = torch.ones(megabytes * 2**20 // 4)
-    target = torch.empty_like(source).fill_(0.0)
-    found["copy"] = 2.0 * source.numel() * 4 / best(lambda: target.copy_(source), tries)
+    def gemm(dtype: torch.dtype, tf32: bool = False) -> float:
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        out = torch.empty_like(a)
+        with tf32_products(tf32):
+            return 2.0 * size**3 / best(clock, lambda: torch.mm(a, b, out=out), tries)
+
+    def copy() -> float:
+        source = torch.ones(megabytes << 18, device=device)
+        target = torch.empty_like(source).fill_(0.0)
+        return 2.0 * 4 * source.numel() / best(clock, lambda: target.copy_(source), tries)
+
+    def launch(calls: int) -> float:
+        one = torch.zeros(1, device=device)
+        replay = clock.capture(one.zero_, calls)
+        samples = []
+        for _ in range(9):
+            clock.flush()  # the host gets ahead of the device
+            samples.append(clock.seconds(replay, 1) / calls)
+        return sorted(samples)[4]
+
+    probes: dict[str, Callable[[], Any]] = {
+        "gemm_bfloat16": lambda: gemm(torch.bfloat16),
+        "gemm_float32": lambda: gemm(torch.float32),
+        "copy": copy,
+    }
+    if gpu:
+        one = torch.zeros(1, device=device)
+        probes["gemm_tf32"] = lambda: gemm(torch.float32, True)
+        probes["launch"], probes["launch_alone"] = lambda: launch(50), lambda: launch(1)
+        probes["launch_from_python"] = lambda: best(clock, one.zero_, 9, 200)
+    else:
+        probes["fma"] = lambda: fma_ceilings(torch.get_num_threads(), quick=quick)
+    found: dict[str, Any] = {}
+    for name, probe in probes.items():
+        try:
+            found[name] = probe()
+        except Exception as error:
+            found[name] = f"not measured: {first_line(error)}"
     return found
 
 
-def best(run: Callable[[], Any], tries: int) -> float:
-    """Seconds of the fastest try, after one that does not count."""
-    run()
-    seconds = []
-    for _ in range(tries):
-        start = time.perf_counter()
+def best(clock: Clock, run: Callable[[], Any], tries: int, calls: int = 1) -> float:
+    """Seconds of one call in the fastest try, after two that do not count."""
+    for _ in range(2):
         run()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
+    return min(clock.seconds(run, calls) for _ in range(tries)) / calls
 
 
-def fma_ceilings(threads: int, *, quick: bool) -> dict[str, float] | str:
-    """FLOP/s of multiply-add chains on so many threads, or why that is not known."""
+def fma_ceilings(threads: int, *, quick: bool) -> dict[str, float]:
+    """FLOP/s of multiply-add chains on so many threads."""
     compiler = os.environ.get("CXX") or shutil.which("c++")
     if compiler is None:
-        return "not measured: no C++ compiler"
+        raise RuntimeError("no C++ compiler")
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "ceiling.so"
         command = [*compiler.split(), "-std=c++17", "-O2", "-shared", "-fPIC"]
         command += [str(HERE / "ceiling.cpp"), "-o", str(library)]
-        built = subprocess.run(command, capture_output=True, text=True, check=False)
-        if built.returncode != 0:
-            return "not measured: the C++ compiler refuses ceiling.cpp"
+        if subprocess.run(command, capture_output=True, check=False).returncode != 0:
+            raise RuntimeError("the C++ compiler refuses ceiling.cpp")
         loaded = ctypes.CDLL(str(library))
     # Some 10 ms a try: short enough that one of many is not interrupted.
     steps, tries = (20_000, 2) if quick else (3_000_000, 25)
@@ -124,9 +182,10 @@ def fma_ceilings(threads: int, *, quick: bool) -> dict[str, float] | str:
         for name in ("serial", "avx2", "avx512", "avx512bf16"):
             probe = getattr(loaded, f"densecl_fma_{name}")
             probe.argtypes, probe.restype = [ctypes.c_int64], ctypes.c_double
-            if probe(1) == 0.0:
-                continue
-            operations = threads * probe(1) * steps
-            seconds = best(lambda p=probe: list(pool.map(p, [steps] * threads)), tries)
-            found[name] = operations / seconds
+            if operations := threads * probe(1) * steps:
+
+                def all_threads(probe: Any = probe) -> None:
+                    list(pool.map(probe, [steps] * threads))
+
+                found[name] = operations / best(HostClock(), all_threads, tries)
     return found

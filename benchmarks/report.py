@@ -1,19 +1,20 @@
-"""From results.json to what people read: the table of demands, all baselines, the machine.
+"""From results.json to what people read: what is asked and what came of it, every row, the machine.
 
-Reads pytest-benchmark's JSON alone; imports neither torch nor matplotlib.
+One report for the ops on a CPU and on a GPU and for the training step.
 """
 
 from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.thresholds import ASKED, Asked
+from benchmarks.rows import Asked, rows
 
+NOT_RUN = "not run"
 ISA_NAMES = {
     "serial": "plain C++",
     "neon": "NEON",
@@ -21,30 +22,81 @@ ISA_NAMES = {
     "avx512": "AVX-512",
     "avx512bf16": "AVX-512 BF16",
 }
-
-
-NOT_RUN = "not run"
+TITLES = {
+    "cpu": "Benchmarks",
+    "gpu": "Benchmarks on a GPU",
+    "step": "The training step",
+}
+HOW = {
+    "cpu": "Medians of interleaved rounds: every candidate takes its turn in each round, on the "
+    "same threads. Before that, all results were compared. Memory is the peak beyond the inputs.",
+    "gpu": "Medians of interleaved rounds, 10th and 90th percentile behind; all results were "
+    "compared first. *graph*: several calls in one CUDA graph, everything that fits in the L2 "
+    "cached. *cold*: one call in a graph after the L2 was overwritten; holds one graph's launch. "
+    "*calls*: called from Python, in a row. Ratios compare *graph* where both have it, else "
+    "*calls*. Memory is the peak beyond the inputs, by torch's allocator. Demands were set for an "
+    "H200.",
+    "step": "Whole pre-training steps at 224 px in bfloat16 autocast, channels-last, fused SGD, "
+    "queues of 65,536. The views lie on the device already: no loader takes part. *Reference*: the "
+    "same trainer with reference.py's ops, the matrix of logits in memory, the published update "
+    "loop and the published queues. Medians of interleaved rounds; memory is the peak of "
+    "everything, by torch's allocator. Demands were set for an H200.",
+}
+CEILINGS = (
+    ("gemm_float32", "torch's matrix product, float32"),
+    ("gemm_tf32", "the same, TF32"),
+    ("gemm_bfloat16", "torch's matrix product, bfloat16"),
+    ("copy", "copy, read + written"),
+    ("launch", "smallest kernel, one of fifty in a graph"),
+    ("launch_alone", "smallest kernel, alone in a graph"),
+    ("launch_from_python", "smallest kernel, called from Python"),
+)
+HEADER = ["what", "ours", "baseline", "ratio", "asked", ""]
+PARTS = ("momentum", "query_forward", "key_forward", "matching", "losses", "enqueue", "backward",
+         "optimizer")  # fmt: skip
+OUR_PARTS = ("momentum", "matching", "losses", "enqueue")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One measured row: medians, peaks, and why a candidate is missing."""
+    """One measured row, and why a candidate is missing."""
 
     id: str
     title: str
-    device: str
     case: dict[str, Any]
     isa: str | None
-    seconds: dict[str, float]  # median of one call, by candidate, ours first
+    device: str
+    modes: dict[str, dict[str, list[float]]]  # seconds of one call by candidate and mode
     peaks: dict[str, int | None]  # bytes
     work: dict[str, float]  # FLOP of one call
     absent: dict[str, str]
     beside: tuple[str, ...] = ()  # candidates that are ours at another size
-    # Of a GPU's row alone, see gpu_timing.py:
-    modes: dict[str, dict[str, list[float]]] = field(default_factory=dict)  # samples
     traffic: dict[str, float] = field(default_factory=dict)  # bytes of one call
     missing: dict[str, str] = field(default_factory=dict)  # why a candidate is not in a graph
     host_waits: str | None = None  # what makes the host wait in ours; "" for nothing
+    images: int = 0
+    parts: dict[str, dict[str, float]] = field(default_factory=dict)  # seconds of a step's parts
+
+    def median(self, name: str, mode: str = "") -> float | None:
+        """Seconds of one call; in a graph where it can, or None where it did not run so."""
+        modes = self.modes.get(name, {})
+        samples = modes.get(mode) if mode else modes.get("graph") or modes.get("calls")
+        return statistics.median(samples) if samples else None
+
+    def seconds(self, name: str) -> float:
+        """Seconds of one call of a candidate that ran."""
+        found = self.median(name)
+        assert found is not None
+        return found
+
+    def pair(self, one: str, other: str) -> tuple[float, float, str]:
+        """Seconds of two, timed in the same way: in a graph where both can, and how if not."""
+        for mode in ("graph", "calls"):
+            mine, its = self.median(one, mode), self.median(other, mode)
+            if mine is not None and its is not None:
+                called = mode == "calls" and "graph" in {**self.modes[one], **self.modes[other]}
+                return mine, its, ", called from Python" if called else ""
+        raise KeyError(other)
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -52,33 +104,36 @@ def load(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def suite_of(results: dict[str, Any]) -> str:
+    """Which of rows.py's tables was measured; a CPU's where the file says nothing."""
+    return results.get("suite", "cpu")
+
+
 def entries(results: dict[str, Any]) -> list[Entry]:
-    """The measured rows of the ops, in the order they ran."""
-    found = []
-    for benchmark in results["benchmarks"]:
-        info = benchmark["extra_info"]
-        if "candidates" not in info:
-            continue
-        candidates = info["candidates"]
-        found.append(
-            Entry(
-                id=info["row"],
-                title=info["title"],
-                device=info["device"],
-                case=info["case"],
-                isa=info["isa"],
-                seconds={n: statistics.median(c["seconds"]) for n, c in candidates.items()},
-                peaks={n: c["peak_bytes"] for n, c in candidates.items()},
-                work={n: c["work"] for n, c in candidates.items()},
-                absent=info["absent"],
-                beside=tuple(info["beside"]),
-                modes={n: c.get("modes", {}) for n, c in candidates.items()},
-                traffic={n: c.get("traffic", 0.0) for n, c in candidates.items()},
-                missing={n: c.get("missing", {}).get("graph", "") for n, c in candidates.items()},
-                host_waits=info.get("host_waits"),
-            )
-        )
-    return found
+    """The measured rows, in the order they ran."""
+    infos = [benchmark["extra_info"] for benchmark in results["benchmarks"]]
+    return [entry(info) for info in infos if "candidates" in info]
+
+
+def entry(info: dict[str, Any]) -> Entry:
+    found: dict[str, Any] = info["candidates"]
+    return Entry(
+        id=info["row"],
+        title=info["title"],
+        case=info["case"],
+        isa=info["isa"],
+        device=info["device"],
+        modes={n: c.get("modes") or {"calls": c["seconds"]} for n, c in found.items()},
+        peaks={n: c["peak_bytes"] for n, c in found.items()},
+        work={n: c["work"] for n, c in found.items()},
+        absent=info["absent"],
+        beside=tuple(info["beside"]),
+        traffic={n: c.get("traffic", 0.0) for n, c in found.items()},
+        missing={n: c.get("missing", {}).get("graph", "") for n, c in found.items()},
+        host_waits=info.get("host_waits"),
+        images=max((c.get("images", 0) for c in found.values()), default=0),
+        parts={n: parts for n, parts in info.get("parts", {}).items() if parts},
+    )
 
 
 @dataclass(frozen=True)
@@ -93,174 +148,294 @@ class Verdict:
     met: bool | None  # None: not measured
 
 
-def verdicts(rows: Sequence[Entry], skipped: dict[str, str]) -> list[Verdict]:
-    """Every demand, in the order of thresholds.py."""
-    by_id = {row.id: row for row in rows if row.device == "cpu"}
-    return [judge(asked, by_id.get(asked.row), skipped) for asked in ASKED]
+def verdicts(results: dict[str, Any]) -> list[Verdict]:
+    """Every demand, in the order of rows.py."""
+    by_id = {row.id: row for row in entries(results)}
+    return [
+        judge(asked, by_id.get(row.id), row.id, results)
+        for row in rows(suite_of(results))
+        for asked in row.asked
+    ]
 
 
-def judge(asked: Asked, row: Entry | None, skipped: dict[str, str]) -> Verdict:
+class Missing(Exception):
+    """A number that a demand needs is not there; the message says why."""
+
+
+def judge(asked: Asked, row: Entry | None, row_id: str, results: dict[str, Any]) -> Verdict:
     """One demand against the row it is about."""
-    limit = bound(asked)
-    if row is None:
-        reason = next(
-            (why for node, why in skipped.items() if f"cpu-{asked.row}]" in node), NOT_RUN
-        )
-        return Verdict(asked.row, "", asked.against, reason, limit, None)
-    if asked.measure == "memory":
-        return judge_memory(asked, row, limit)
-    other = asked.against
-    if other not in row.seconds:
-        return Verdict(row.title, "", other, row.absent.get(other, NOT_RUN), limit, None)
-    ours, theirs = row.seconds["ours"], row.seconds[other]
-    if asked.measure == "rate":
-        mine, its = row.work["ours"] / ours, row.work[other] / theirs
-        value, left, right = mine / its, rate(mine), f"{other}: {rate(its)}"
-    else:
-        value = theirs / ours if asked.measure == "speed-up" else ours / theirs
-        left, right = duration(ours), f"{other}: {duration(theirs)}"
-    return Verdict(row.title, left, right, times(value), limit, asked.met(value))
+    title = row.title if row else row_id
+    try:
+        if row is None and asked.measure != "largest":
+            raise Missing(results.get("skipped", {}).get(row_id, NOT_RUN))
+        ours, other, value = value_of(asked, row, results)  # type: ignore[arg-type]
+    except Missing as reason:
+        return Verdict(title, "", asked.against, str(reason), bound(asked), None)
+    absolute = not asked.against and asked.measure in ("seconds", "memory", "syncs")
+    text = size(value) if asked.measure in ("memory", "saved") else ""
+    if not absolute:
+        text = text if asked.measure == "saved" else times(value)
+    if asked.measure in ("copy", "parts"):
+        text = percent(value)
+    return Verdict(title, ours, other, text, bound(asked), asked.met(value))
 
 
-def judge_memory(asked: Asked, row: Entry, limit: str) -> Verdict:
-    """A demand on peak memory: in bytes, or beside another candidate's."""
-    other = asked.against
+def value_of(asked: Asked, row: Entry, results: dict[str, Any]) -> tuple[str, str, float]:
+    """Ours and the other in words, and the value that is asked about; raises Missing."""
+    who, measure = asked.who, asked.measure
+    if measure == "largest":
+        return largest(results)
+    if who not in row.modes:
+        raise Missing(row.absent.get(who, NOT_RUN))
+    if measure == "syncs":
+        if row.host_waits is None:
+            raise Missing("not measured")
+        return row.host_waits or "the host never waits", "", float(bool(row.host_waits))
+    if measure in ("memory", "saved"):
+        return memory(row, asked.against, measure)
+    if measure == "parts":
+        parts = row.parts.get(who)
+        if not parts:
+            raise Missing("not measured")
+        ours = sum(parts.get(name, 0.0) for name in OUR_PARTS)
+        return duration(ours), f"step: {duration(parts['step'])}", ours / parts["step"]
+    if measure == "seconds":
+        return duration(row.seconds(who)), "", row.seconds(who)
+    if measure == "copy":
+        mine, copied = row.traffic[who] / row.seconds(who), ceilings(results).get("copy", NOT_RUN)
+        if isinstance(copied, str):
+            raise Missing(copied)
+        return bandwidth(mine), f"copy: {bandwidth(copied)}", mine / copied
+    names = asked.against.split(" | ")
+    others = [name for name in names if name in row.modes]
+    if not others:
+        reasons = [row.absent[name] for name in names if name in row.absent]
+        raise Missing("; ".join(reasons) or NOT_RUN)
+    other = min(others, key=lambda name: row.pair(who, name)[1])
+    ours, theirs, how = row.pair(who, other)
+    if measure == "rate":
+        mine, its = row.work[who] / ours, row.work[other] / theirs
+        return rate(mine), f"{other}: {rate(its)}", mine / its
+    value = theirs / ours if measure == "speed-up" else ours / theirs
+    left = duration(ours) + how if who == "ours" else f"{who}: {duration(ours)}{how}"
+    return left, f"{other}: {duration(theirs)}", value
+
+
+def memory(row: Entry, other: str, measure: str) -> tuple[str, str, float]:
+    """Peak memory in bytes, beside another candidate's, or less than another's."""
     ours, theirs = row.peaks.get("ours"), row.peaks.get(other)
     if ours is None or (other and theirs is None):
-        return Verdict(row.title, "", other, "not measured", limit, None)
-    left = f"{size(ours)} extra"
+        raise Missing("not measured")
     if theirs is None:
-        return Verdict(row.title, left, "", size(ours), limit, asked.met(float(ours)))
-    ratio = ours / max(theirs, 1)
-    return Verdict(
-        row.title, left, f"{other}: {size(theirs)} extra", times(ratio), limit, asked.met(ratio)
-    )
+        return f"{size(ours)} extra", "", float(ours)
+    value = float(theirs - ours) if measure == "saved" else ours / max(theirs, 1)
+    return f"{size(ours)} extra", f"{other}: {size(theirs)} extra", value
+
+
+def largest(results: dict[str, Any]) -> tuple[str, str, float]:
+    """Ratio of the largest batches."""
+    found = [results.get("largest", {}).get(name, {}) for name in ("ours", "reference")]
+    for one in found:
+        if one.get("reason") or not one.get("batch"):
+            raise Missing(one.get("reason") or str(one.get("tries") or NOT_RUN))
+    ours, other = (one["batch"] for one in found)
+    return str(ours), f"reference: {other}", ours / other
 
 
 def bound(asked: Asked) -> str:
     """The demand in words."""
-    low = asked.at_least is not None
-    value = asked.at_least if asked.at_least is not None else asked.at_most
-    assert value is not None
-    absolute = asked.measure == "memory" and not asked.against
-    text = size(value) if absolute else f"{value:g}x"
-    what = {"speed-up": "faster", "time": "the time", "rate": "the FLOP/s", "memory": "the memory"}
-    tail = "extra" if absolute else what[asked.measure]
-    return f"at {'least' if low else 'most'} {text} {tail}"
+    value, against = asked.bound, asked.against
+    text = {
+        "speed-up": f"{value:g}x faster",
+        "time": f"{value:g}x the time",
+        "rate": f"{value:g}x the FLOP/s",
+        "memory": f"{value:g}x the memory" if against else f"{size(value)} extra",
+        "saved": f"{size(value)} less",
+        "seconds": duration(value),
+        "copy": f"{percent(value)} of a copy's bandwidth",
+        "parts": f"{percent(value)} of the step",
+        "largest": f"{value:g}x the batch",
+        "syncs": "no wait",
+    }[asked.measure]
+    if asked.measure == "syncs":
+        return text
+    return f"at {'least' if asked.least else 'most'} {text}"
 
 
-def verdict_lines(found: Iterable[Verdict]) -> list[list[str]]:
-    """Cells of the table of demands."""
+def asked_table(results: dict[str, Any], *, measured_alone: bool = False) -> str:
+    """The table of demands."""
     marks = {True: "met", False: "**missed**", None: "not measured"}
-    return [[v.what, v.ours, v.baseline, v.ratio, v.asked, marks[v.met]] for v in found]
-
-
-HEADER = ["what", "ours", "baseline", "ratio", "asked", ""]
+    found = [v for v in verdicts(results) if not measured_alone or v.ratio != NOT_RUN]
+    cells = [[v.what, v.ours, v.baseline, v.ratio, v.asked, marks[v.met]] for v in found]
+    return table(HEADER, cells)
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """table.md."""
-    rows = entries(results)
-    found = verdicts(rows, results.get("skipped", {}))
+    """table.md, step.md."""
+    found, suite, ran = verdicts(results), suite_of(results), entries(results)
     met = sum(v.met is True for v in found)
     measured = sum(v.met is not None for v in found)
-    parts = ["# Benchmarks", *machine_lines(results)]
+    parts = [f"# {TITLES[suite]}", *machine_lines(results)]
+    if "kernel" in results:
+        parts.append(f"**Kernels: {results['kernel']}.**")
     if results.get("quick"):
         parts.append("**A quick run: tiny sizes, so that the ratios mean nothing.**")
     parts += [
-        "Medians of interleaved rounds: every candidate takes its turn in each round, on the same "
-        "threads. Before that, all results were compared. Memory is the peak beyond the inputs.",
+        HOW[suite],
         "## What is asked",
         f"{met} of {measured} measured demands are met; {len(found) - measured} were not measured.",
-        table(HEADER, verdict_lines(found)),
-        "## Against each baseline",
+        asked_table(results),
+        "## Every row" if suite != "cpu" else "## Against each baseline",
     ]
-    if any(row.id.startswith("nce") for row in rows):
-        parts.append("![speed-up against each baseline](speedup.png)")
-    for row in rows:
-        others = len(row.seconds) + len(row.absent) - 1 - len(row.beside)
-        if others > 0 and not row.id.startswith("scale"):
-            parts += [f"### {row.title} ({row.device})", candidate_table(row)]
-    losses = [row for row in rows if row.case["kind"] == "InfoNceCase"]
-    scaling = [row for row in losses if row.isa is None]
-    if scaling:
+    prefix = {"cpu": "", "gpu": "cuda_"}.get(suite)
+    if prefix is not None and any(row.id.startswith("nce") for row in ran):
+        parts.append(f"![speed-up against each baseline]({prefix}speedup.png)")
+    limits = ceilings(results)
+    for row in ran:
+        others = len(row.modes) + len(row.absent) - 1 - len(row.beside)
+        if suite != "cpu" or (others > 0 and not row.id.startswith("scale")):
+            of = f" ({row.device})" if suite == "cpu" else ""
+            parts += [f"### {row.title}{of}", candidate_table(row, limits), *notes(row)]
+    if results.get("largest"):
+        lines = [f"- {name}: {one}" for name, one in results["largest"].items()]
+        parts += ["## Batches that were tried", "\n".join(lines)]
+    losses = [row for row in ran if row.case["kind"] == "InfoNceCase" and "ours" in row.modes]
+    losses = [row for row in losses if row.isa is None]
+    if losses:
         parts += [
             "## Growth",
-            "![time and memory against M](scaling_m.png)",
-            "![time and memory against K](scaling_k.png)",
+            f"![time and memory against M]({prefix}scaling_m.png)",
+            f"![time and memory against K]({prefix}scaling_k.png)",
             "Loss and gradient:",
-            scaling_table(scaling),
+            scaling_table(losses),
         ]
-    features = [row for row in losses if row.case["features"] != 128]
-    if features:
-        parts += ["## Feature sizes", feature_table(features)]
-    parts += ["## Data loading", data_table(results)]
+        if features := [row for row in losses if row.case["features"] != 128]:
+            parts += ["## Feature sizes", feature_table(features)]
+    if suite == "cpu":
+        parts += ["## Data loading", data_table(results)]
     if results.get("skipped"):
         parts += ["## Skipped", "\n".join(skipped_lines(results["skipped"]))]
     return "\n\n".join(parts) + "\n"
 
 
+def ceilings(results: dict[str, Any]) -> dict[str, Any]:
+    """What the machine reached at most, where it is known."""
+    return (results["machine_info"] or {}).get("ceilings") or {}
+
+
 def machine_lines(results: dict[str, Any]) -> list[str]:
-    """The machine and its ceilings."""
+    """The machine, its state, its ceilings."""
     info = results["machine_info"]
-    lines = [
-        f"{info['processor']}, {info['cores']} cores, {threads(info['threads'])}, "
-        f"{info['memory_gb']:g} GB; kernels: {ISA_NAMES.get(info['selected'], info['selected'])}; "
+    if info is None:
+        return [f"The machine is not known: {results['skipped'].get('machine', NOT_RUN)}."]
+    described, lines = [], []
+    if suite_of(results) != "cpu":
+        gpu = info["device"]
+        told = ", ".join(f"{k} {v}" for k, v in gpu.items() if k not in ("name", "kind"))
+        described.append(f"{gpu['name']} ({told})")
+        for when in ("state", "state_after"):
+            told = ", ".join(f"{key} {value}" for key, value in info.get(when, {}).items())
+            lines.append(f"nvidia-smi, {when.replace('_', ' ')}: {told}.")
+    isa = ISA_NAMES.get(info["selected"], info["selected"])
+    threads = f"{info['threads']} thread{'' if info['threads'] == 1 else 's'}"
+    described += [
+        f"{info['processor']}, {info['cores']} cores, {threads}, {info['memory_gb']:g} GB",
+        f"kernels: {isa}",
         f"torch {info['torch']}, Python {info['python_version']}, densecl_ext "
-        f"{info['densecl_ext']}; GPU: {info['gpu'] or 'none'}; {results['datetime'][:16]}."
+        f"{info['densecl_ext']}",
+        f"GPU: {info['gpu'] or 'none'}",
+        results["datetime"][:16],
     ]
-    limits = info.get("ceilings") or {}
-    cells = []
+    limits, cells = ceilings(results), []
     fma = limits.get("fma", {})
     if isinstance(fma, str):
         cells.append(["multiply-add units", fma])
     else:
         cells += [[f"multiply-add units, {ISA_NAMES[isa]}", rate(v)] for isa, v in fma.items()]
-    for key, name in (
-        ("gemm_float32", "torch's matrix product, float32"),
-        ("gemm_bfloat16", "torch's matrix product, bfloat16"),
-    ):
-        if key in limits:
-            cells.append([name, rate(limits[key])])
-    if "copy" in limits:
-        cells.append(["copy, read + written", f"{limits['copy'] / 1e9:.1f} GB/s"])
-    return [
-        *lines,
-        "Ceilings, measured in the same run, best of several tries:",
-        table(["", ""], cells),
-    ]
+    for key, name in CEILINGS:
+        if (value := limits.get(key)) is not None:
+            words = {"g": rate, "c": bandwidth, "l": duration}[key[0]]
+            cells.append([name, value if isinstance(value, str) else words(value)])
+    if not cells:
+        return ["; ".join(described) + ".", *lines]
+    what = "Ceilings, measured in the same run, best of several tries:"
+    return ["; ".join(described) + ".", *lines, what, table(["", ""], cells)]
 
 
-def candidate_table(row: Entry) -> str:
-    """All candidates of a row, ours first."""
+def candidate_table(row: Entry, limits: dict[str, Any]) -> str:
+    """All candidates of a row, ours first; columns that say nothing are left out."""
+    on_gpu = any("graph" in modes for modes in row.modes.values()) or row.device == "cuda"
+    modes = ("graph", "cold", "calls") if on_gpu else ("calls",)
+    times_of = list(modes) if on_gpu else ["time"]
+    header = ["", *times_of, "time / ours", "rate", "of the limit", "extra memory"]
     cells = []
-    for name, seconds in row.seconds.items():
-        against = "" if name == "ours" else times(seconds / row.seconds["ours"])
-        speed = rate(row.work[name] / seconds) if row.work[name] else ""
-        cells.append([name, duration(seconds), against, speed, size(row.peaks[name])])
-    cells += [[name, reason, "", "", ""] for name, reason in row.absent.items()]
-    return table(["", "time", "time / ours", "rate", "extra memory"], cells)
+    for name in row.modes:
+        measured = [interval(row.modes[name].get(mode), spread=on_gpu) for mode in modes]
+        against = ""
+        if name != "ours" and "ours" in row.modes:
+            ours, theirs, _ = row.pair("ours", name)
+            against = times(theirs / ours)
+        seconds = row.seconds(name)
+        speed = f"{row.images / seconds:,.0f} images/s" if row.images else ""
+        speed = rate(row.work[name] / seconds) if row.work[name] else speed
+        share = share_of_limit(row, name, seconds, limits) if on_gpu else ""
+        cells.append([name, *measured, against, speed, share, size(row.peaks[name])])
+    cells += [[name, reason, *[""] * (len(header) - 2)] for name, reason in row.absent.items()]
+    if not on_gpu:
+        header = ["", "time", "time / ours", "rate", "extra memory"]
+        cells = [[*cell[:4], cell[5]] for cell in cells]
+    return table(header, cells)
 
 
-def scaling_table(rows: Sequence[Entry]) -> str:
+def share_of_limit(row: Entry, name: str, seconds: float, limits: dict[str, Any]) -> str:
+    """The time that operations or bytes need at the ceilings' rates, over the time taken.
+
+    The ceiling of 16-bit products for 16-bit inputs, that of float32 for others: not said for
+    baselines, which choose for themselves.
+    """
+    exact = row.case.get("dtype", "float32") == "float32"
+    gemm, copy = limits.get("gemm_float32" if exact else "gemm_bfloat16"), limits.get("copy")
+    known = isinstance(gemm, float) and isinstance(copy, float)
+    if known and (name == "ours" or name in row.beside):
+        least = max(row.work[name] / gemm, row.traffic[name] / copy)
+        return f"{100 * least / seconds:.0f} %" if least else ""
+    return ""
+
+
+def notes(row: Entry) -> list[str]:
+    """What a table's reader must know besides."""
+    found = []
+    if row.host_waits:
+        found.append(f"**Ours makes the host wait**: {row.host_waits}.")
+    missing = [f"{name}: {why}" for name, why in row.missing.items() if why]
+    if missing and not row.images:
+        found.append("Not in a graph: " + "; ".join(missing) + ".")
+    if row.parts:
+        names = [name for name in PARTS if any(name in parts for parts in row.parts.values())]
+        cells = [
+            [who, duration(parts["step"])]
+            + [f"{duration(parts[n])}, {percent(parts[n] / parts['step'])}" if n in parts else ""
+               for n in names]
+            for who, parts in row.parts.items()
+        ]  # fmt: skip
+        found.append(table(["", "step", *names], cells))
+    return found
+
+
+def scaling_table(found: Sequence[Entry]) -> str:
     """Ours and eager at every M and K with D = 128."""
     cells = []
     for row in sorted(
-        rows, key=lambda r: (r.case["dtype"], r.case["queue_length"], r.case["rows"])
+        found, key=lambda r: (r.case["dtype"], r.case["queue_length"], r.case["rows"])
     ):
-        if row.case["features"] != 128 or not row.case["gradient"] or row.device != "cpu":
+        case, ours = row.case, row.seconds("ours")
+        if case["features"] != 128 or not case["gradient"]:
             continue
-        m, k, ours = row.case["rows"], row.case["queue_length"], row.seconds["ours"]
-        line = [
-            row.case["dtype"],
-            f"{m:,}",
-            f"{k:,}",
-            duration(ours),
-            rate(row.work["ours"] / ours),
-        ]
-        line.append(size(row.peaks["ours"]))
-        if "eager" in row.seconds:
-            line += [duration(row.seconds["eager"]), size(row.peaks["eager"])]
+        speed = rate(row.work["ours"] / ours)
+        line = [case["dtype"], f"{case['rows']:,}", f"{case['queue_length']:,}", duration(ours)]
+        line += [speed, size(row.peaks["ours"])]
+        if "eager" in row.modes:
+            line += [duration(row.seconds("eager")), size(row.peaks["eager"])]
         else:
             line += [row.absent.get("eager", ""), ""]
         cells.append(line)
@@ -268,47 +443,64 @@ def scaling_table(rows: Sequence[Entry]) -> str:
     return table(header, cells)
 
 
-def feature_table(rows: Sequence[Entry]) -> str:
+def feature_table(found: Sequence[Entry]) -> str:
     """Ours at feature sizes other than 128."""
-    header = ["queue", "D", "time", "rate"]
     cells = []
-    for row in rows:
-        ours = row.seconds["ours"]
+    for row in found:
+        ours = row.seconds("ours")
         speed = rate(row.work["ours"] / ours)
         cells.append([row.case["dtype"], str(row.case["features"]), duration(ours), speed])
-    return table(header, cells)
+    return table(["queue", "D", "time", "rate"], cells)
 
 
 def data_table(results: dict[str, Any]) -> str:
     """Images per second of the loaders."""
+    infos = [benchmark["extra_info"] for benchmark in results["benchmarks"]]
     cells = [
         [info["title"], info["device"], f"{info['images_per_second']:.0f} images/s"]
-        for info in (benchmark["extra_info"] for benchmark in results["benchmarks"])
+        for info in infos
         if "images_per_second" in info
     ]
-    if not cells:
-        return "Not measured: see below."
-    return table(["loader", "device", "rate"], cells)
+    return table(["loader", "device", "rate"], cells) if cells else "Not measured: see below."
 
 
 def skipped_lines(skipped: dict[str, str]) -> list[str]:
     """Reasons, each with how many rows it kept from running."""
     reasons: dict[str, list[str]] = {}
-    for node, reason in skipped.items():
-        reasons.setdefault(reason, []).append(node)
+    for name, reason in skipped.items():
+        reasons.setdefault(reason, []).append(name)
     return [
-        f"- {reason}: {', '.join(nodes) if len(nodes) < 5 else f'{len(nodes)} rows'}"
-        for reason, nodes in reasons.items()
+        f"- {reason}: {', '.join(names) if len(names) < 5 else f'{len(names)} rows'}"
+        for reason, names in reasons.items()
     ]
 
 
+def failures(results: dict[str, Any]) -> list[str]:
+    """Rows that failed, and candidates that computed something else or failed where ours did."""
+    found = [f"{name}: {why}" for name, why in results["skipped"].items() if "failed" in why]
+    for benchmark in results["benchmarks"]:
+        info = benchmark["extra_info"]
+        for name, why in info.get("absent", {}).items():
+            if why.startswith("wrong") or (name == "ours" and why.startswith("failed")):
+                found.append(f"{info['row']}: {name}: {why}")
+    return found
+
+
 def table(header: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, padded so that it reads well as text too."""
-    lines = [list(header), *[list(line) for line in cells]]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    padded = [" | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in lines]
-    padded.insert(1, " | ".join("-" * max(width, 3) for width in widths))
-    return "\n".join(f"| {line} |" for line in padded)
+    """A Markdown table."""
+    from tabulate import tabulate  # a machine without it still gets results.json
+
+    return tabulate(cells, header, tablefmt="github", disable_numparse=True)
+
+
+def interval(samples: Sequence[float] | None, *, spread: bool) -> str:
+    """Median and percentiles in words."""
+    if not samples:
+        return ""
+    ordered, last = sorted(samples), len(samples) - 1
+    low, high = ordered[round(0.1 * last)], ordered[round(0.9 * last)]
+    text = duration(statistics.median(samples))
+    return f"{text} ({duration(low)} to {duration(high)})" if spread else text
 
 
 def duration(seconds: float) -> str:
@@ -321,7 +513,15 @@ def duration(seconds: float) -> str:
 
 def rate(flops: float) -> str:
     """FLOP/s."""
+    if flops >= 5e12:
+        return f"{flops / 1e12:.3g} TFLOP/s"
     return f"{flops / 1e9:,.0f} GFLOP/s" if flops >= 1e10 else f"{flops / 1e9:.2g} GFLOP/s"
+
+
+def bandwidth(bytes_per_second: float) -> str:
+    """GB/s."""
+    rate = bytes_per_second / 1e9
+    return f"{rate:.3g} GB/s" if rate < 100 else f"{rate:,.0f} GB/s"
 
 
 def size(count: float | None) -> str:
@@ -329,16 +529,16 @@ def size(count: float | None) -> str:
     if count is None:
         return ""
     for scale, unit in ((1e9, "GB"), (1e6, "MB")):
-        if count >= scale:
+        if abs(count) >= scale:
             return f"{count / scale:.3g} {unit}"
     return f"{count / 1e3:.0f} kB"
+
+
+def percent(share: float) -> str:
+    """A share."""
+    return f"{100 * share:.3g} %"
 
 
 def times(ratio: float) -> str:
     """A factor."""
     return f"{ratio:.2f}x" if ratio < 10 else f"{ratio:.1f}x" if ratio < 100 else f"{ratio:.0f}x"
-
-
-def threads(count: int) -> str:
-    """In words."""
-    return f"{count} thread{'' if count == 1 else 's'}"

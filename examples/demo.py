@@ -1,8 +1,10 @@
 """`make demo`: pre-train a small network on rendered scenes and show what it learned.
 
-Renders the embedded data set, pre-trains a ResNet-18 with DenseCL on the CPU (images only), exports
-it to torchvision's format, and trains the same linear segmentation probe on the frozen features
-of the network before and after. Writes pictures and all results to demo_output/.
+Renders the embedded data set, then pre-trains a ResNet-18 up to its second stage (stride 8) on the
+images alone, once by MoCo v2 and once by this package's defaults: same weights to start from, same
+images, views and steps. Both, and the network before, are measured by the same linear segmentation
+of frozen features and by how often a position of one view finds its own place in another. Writes
+pictures and all results to demo_output/.
 
     python examples/demo.py [--seed 0] [--seeds 3] [--output DIR]
 """
@@ -10,46 +12,45 @@ of the network before and after. Writes pictures and all results to demo_output/
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from pathlib import Path
 
 import torch
-from scenes import CLASS_NAMES, NUM_CLASSES, write_scenes
+from scenes import CLASS_NAMES, write_scenes
 from torch import nn
 
 from densecl_ext.backbones import build_backbone
 from densecl_ext.checkpoints import export_backbone, load_backbone
-from densecl_ext.evaluate import (
-    SegmentationFolder,
-    SegmentationResult,
-    linear_segmentation,
-    recalibrate_batch_norm,
-)
-from densecl_ext.evaluate.features import prepare_images
-from densecl_ext.evaluate.metrics import results_table
+from densecl_ext.evaluate import SegmentationFolder
+from densecl_ext.evaluate.correspondence import CorrespondenceOptions, Views, correspondence
+from densecl_ext.evaluate.dense import DenseData, evaluate_dense, read_all
+from densecl_ext.evaluate.segmentation import Linear, SegmentationOptions
 from densecl_ext.train import PretrainConfig, pretrain
 from densecl_ext.train.progress import ConsoleProgress
 from densecl_ext.visualize import plot_losses, plot_matches
 
-BACKBONE = "resnet18"
+NETWORK = {"output_stride": 8, "truncate": True}
 PRETRAINING = {
-    "backbone": BACKBONE,
+    "backbone": "resnet18",
+    **NETWORK,
     "image_size": 64,
+    "loader": "memory",
     "epochs": 8,
     "batch_size": 64,
-    "lr": 0.1,
+    "lr": 0.2,
     "key_momentum": 0.99,
-    "queue_length": 256,
     "key_bn_groups": 4,
     "hidden_dim": 512,
     "tensorboard": False,
     "checkpoint_every": "100ep",
     "log_every": 5,
 }
-PROBE = {"scale": 4 / 3, "epochs": 15, "label_stride": 2}
+# What each arm is: the options that it does not share with the other.
+ARMS = {"MoCo v2": {"loss_lambda": 0.0}, "ours": {"loss_lambda": 0.7, "positions_per_image": 4}}
+BEFORE = "random"
 DATA_SEED = 0
-FEATURES = ("colour", "random", "pre-trained")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -63,38 +64,32 @@ def main(arguments: list[str] | None = None) -> int:
     scenes = output / "scenes"
     render(scenes / "train", options.scenes, DATA_SEED, val=0)
     render(scenes / "val", options.val, DATA_SEED + 1, val=options.val)
-    train = SegmentationFolder(scenes / "train", "train", limit=options.labelled)
-    val = SegmentationFolder(scenes / "val", "val")  # pre-training never sees these images
+    exam = Exam(scenes, options.labelled)  # pre-training never sees the images of scenes/val
 
-    results: list[dict[str, SegmentationResult]] = []
+    results = []
     for seed in range(options.seed, options.seed + options.seeds):
-        run = output / f"seed_{seed}"
-        results.append(one_seed(run, scenes / "train", train, val, seed, options))
-        print(results_table(results[-1]), flush=True)
+        results.append(one_seed(output / f"seed_{seed}", scenes / "train", exam, seed, options))
+        (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
 
-    say("5. pictures")
-    first = output / f"seed_{options.seed}"
-    images = [val[i][0] for i in range(min(4, len(val)))]
-    pictures = [
-        plot_losses(first / "run", output / "demo_losses.png"),
-        output / "demo_matches.png",
-    ]
+    say("4. pictures")
+    first = output / f"seed_{options.seed}" / "ours"
+    pictures = [plot_losses(first, output / "demo_losses.png"), output / "demo_matches.png"]
     plot_matches(
-        load_backbone(first / "resnet18.pth"),
-        images,
+        load_backbone(first / "backbone.pth"),
+        exam.pictures,
         pictures[1],
         title="Mutual nearest neighbours of the pre-trained features",
     )
     for picture in pictures:
         print(f"   {picture}")
 
-    say("Linear segmentation of frozen features, mIoU in percent")
+    say("Linear segmentation of frozen features (mIoU) and exact correspondence, in percent")
     for number, result in enumerate(results):
-        colour, before, after = (result[name].miou * 100 for name in FEATURES)
-        print(
-            f"   seed {options.seed + number}: random initialisation {before:.1f}, "
-            f"pre-trained {after:.1f} ({after - before:+.1f}); colours alone {colour:.1f}"
+        told = ", ".join(
+            f"{name} {100 * found['miou']:.1f} / {100 * found['correspondence']:.1f}"
+            for name, found in result.items()
         )
+        print(f"   seed {options.seed + number}: {told}")
     print(f"   all of it in {time.perf_counter() - started:.0f} s")
     return 0
 
@@ -127,68 +122,59 @@ def render(folder: Path, count: int, seed: int, val: int) -> None:
     print(f"   {folder} in {time.perf_counter() - start:.0f} s", flush=True)
 
 
+class Exam:
+    """The same two measurements for every network: labels of scenes, and crops of others."""
+
+    def __init__(self, scenes: Path, labelled: int) -> None:
+        train = SegmentationFolder(scenes / "train", "train", limit=labelled)
+        val = SegmentationFolder(scenes / "val", "val")
+        self.pictures = [val[i][0] for i in range(min(4, len(val)))]
+        self.data = DenseData(read_all(train), read_all(val), CLASS_NAMES)
+        self.linear = Linear(SegmentationOptions(solver="lbfgs", recalibrate=min(320, len(train))))
+        self.crops = CorrespondenceOptions(data=str(scenes / "val" / "images"), images=128)
+        self.views = Views.load(self.crops)
+
+    def __call__(self, name: str, network: nn.Module) -> dict[str, float]:
+        linear = evaluate_dense(network, self.data, [self.linear])["segmentation"]
+        found = correspondence(network, self.crops, views=self.views).numbers
+        result = {
+            "miou": linear.value,
+            "correspondence": found["exact"],
+            "same_index": found["same_index"],
+            "same_index_base": found["same_index_base"],
+        }
+        print(f"   {name}: " + ", ".join(f"{key} {100 * v:.1f} %" for key, v in result.items()))
+        return result
+
+
 def one_seed(
-    run: Path,
-    scenes: Path,
-    train: SegmentationFolder,
-    val: SegmentationFolder,
-    seed: int,
-    options: argparse.Namespace,
-) -> dict[str, SegmentationResult]:
-    """Pre-train, export, and probe the network before and after."""
-    say(f"2. pre-training {BACKBONE} on the images alone, seed {seed}")
-    values = PRETRAINING | {
-        "data": str(scenes / "images"),
-        "output": str(run / "run"),
-        "epochs": options.epochs,
-        "seed": seed,
-    }
-    torch.manual_seed(seed)
-    random_network = build_backbone(BACKBONE)
-    values["weights"] = str(run / "initial.pth")
-    run.mkdir(parents=True, exist_ok=True)
-    torch.save(random_network.state_dict(), values["weights"])
-    start = time.perf_counter()
-    config = PretrainConfig.from_mapping(values)
-    result = pretrain(config, overwrite=True, progress=ConsoleProgress(sys.stdout))
-    if result.interrupted:
-        raise SystemExit(f"stopped at step {result.step} of {result.total_steps}: no result")
-    print(f"   {result.step} steps in {time.perf_counter() - start:.0f} s", flush=True)
+    folder: Path, scenes: Path, exam: Exam, seed: int, options: argparse.Namespace
+) -> dict[str, dict[str, float]]:
+    """Pre-train and export every arm; measure them and the network before."""
+    torch.manual_seed(seed)  # as pre-training does: the weights that every arm starts from
+    networks = {BEFORE: build_backbone(PRETRAINING["backbone"], **NETWORK)}
+    for name, own in ARMS.items():
+        say(f"2. {name}: pre-training on the images alone, seed {seed}")
+        run = folder / name.lower().replace(" ", "_")
+        values = {
+            **PRETRAINING,
+            **own,
+            "data": str(scenes / "images"),
+            "output": str(run),
+            "epochs": options.epochs,
+            "seed": seed,
+        }
+        start = time.perf_counter()
+        config = PretrainConfig.from_mapping(values)
+        result = pretrain(config, overwrite=True, progress=ConsoleProgress(sys.stdout))
+        if result.interrupted:
+            raise SystemExit(f"stopped at step {result.step} of {result.total_steps}: no result")
+        print(f"   {result.step} steps in {time.perf_counter() - start:.0f} s", flush=True)
+        export_backbone(result.checkpoint, run / "backbone.pth", to="backbone")
+        networks[name] = load_backbone(run / "backbone.pth")
 
-    say("3. export to torchvision")
-    exported = run / "resnet18.pth"
-    export_backbone(result.checkpoint, exported, to="torchvision")
-    print(f"   {exported}: torchvision.models.resnet18() loads it strictly", flush=True)
-
-    say(f"4. linear segmentation: {len(train)} labelled scenes to learn, {len(val)} to measure")
-    networks = (
-        nn.AvgPool2d(32),  # what mean colours tell on the same grid
-        random_network,  # the very weights that pre-training started from
-        load_backbone(exported),
-    )
-    pairs = zip(FEATURES, networks, strict=True)
-    return {name: probe(name, network, train, val) for name, network in pairs}
-
-
-def probe(
-    name: str, network: nn.Module, train: SegmentationFolder, val: SegmentationFolder
-) -> SegmentationResult:
-    """The same for all features: batch-norm statistics of the scenes, then the linear layer."""
-    size = round(train[0][0].shape[-1] * PROBE["scale"])
-    chosen = torch.stack([train[i][0] for i in range(min(len(train), 320))])
-    inputs = prepare_images(chosen, (size, size))
-    recalibrate_batch_norm(network, inputs.split(64))
-    result = linear_segmentation(
-        network,
-        train,
-        val,
-        num_classes=NUM_CLASSES,
-        class_names=CLASS_NAMES,
-        report=lambda line: print(f"   {name}: {line}", flush=True),
-        **PROBE,
-    )
-    print(f"   {name}: mIoU {100 * result.miou:.1f} % in {result.seconds:.0f} s", flush=True)
-    return result
+    say(f"3. measuring, seed {seed}")
+    return {name: exam(name, network) for name, network in networks.items()}
 
 
 if __name__ == "__main__":

@@ -17,8 +17,9 @@ import train_runs as runs
 
 from densecl_ext import cli, info
 from densecl_ext.checkpoints import load_checkpoint
-from densecl_ext.cli.pretraining import pretrain_config
+from densecl_ext.cli.pretraining import pretrain, pretrain_config
 
+ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = ("pretrain", "export", "import", "evaluate", "visualize", "info")
 TINY = [
     *("--backbone", "resnet18", "--image-size", "32", "--batch-size", "8", "--epochs", "2"),
@@ -45,31 +46,113 @@ def test_help_shows_every_option_with_its_default(capsys: pytest.CaptureFixture[
     with pytest.raises(SystemExit):
         cli.main(["pretrain", "--help"])
     out = " ".join(capsys.readouterr().out.split())
-    for name in vars(runs.PretrainConfig()):
+    for name in runs.PretrainConfig().to_mapping():
         assert f"--{name.replace('_', '-')} " in out
     assert "weight of the dense loss; 0 is MoCo v2 (default: 0.5)" in out
     assert "densecl_coco_800ep" in out
 
 
-def test_help_imports_nothing_heavy() -> None:
-    code = (
-        "import sys; from densecl_ext import cli\n"
-        "try: cli.main(['pretrain', '--help'])\n"
-        "except SystemExit: pass\n"
-        "heavy = {'lightning', 'torchvision', 'nvidia', 'PIL', 'yaml', 'tensorboard'}\n"
-        "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
+@pytest.mark.parametrize(
+    "words", [["--help"], ["pretrain", "--help"], ["evaluate", "--help"], ["--version"]]
+)
+def test_help_imports_nothing_heavy(words: list[str]) -> None:
+    """Not even torch, which takes most of the time until a help or a completion stands there."""
+    result = subprocess.run(
+        [sys.executable, "-m", "densecl_ext", *words],
+        env={**os.environ, "PYTHONPROFILEIMPORTTIME": "1"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     )
-    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+    imported = {line.split("|")[-1].strip() for line in result.stderr.splitlines()}
+    assert "densecl_ext.cli" in imported
+    heavy = {"torch", "numpy", "lightning", "torchvision", "nvidia", "PIL", "matplotlib"}
+    assert not heavy & imported
+
+
+def test_the_command_still_has_the_packages_names() -> None:
+    """It imports them on first use; everyone else at once, which registers the ops."""
+    code = (
+        "import sys; sys.orig_argv = ['python', '/x/bin/densecl', 'info']\n"
+        "import densecl_ext; assert 'torch' not in sys.modules\n"
+        "for name in densecl_ext.__all__: getattr(densecl_ext, name)\n"
+        "assert not hasattr(densecl_ext, 'nonsense')"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion(
+    shell: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--print-completion", shell])
+    assert stop.value.code == 0 and "_DENSECL_COMPLETE" in capsys.readouterr().out
+    # What the shell then asks for.
+    monkeypatch.setenv("_DENSECL_COMPLETE", f"{shell}_complete")
+    for typed, wanted in (
+        ("densecl pretrain --loa", "--loader"),
+        ("densecl pretrain --loader to", "torchvision"),
+        ("densecl pretrain --recipe sm", "small_data"),
+    ):
+        words = typed.split()
+        monkeypatch.setenv("COMP_WORDS", typed)
+        monkeypatch.setenv("COMP_CWORD", words[-1] if shell == "fish" else str(len(words) - 1))
+        assert cli.main([]) == 0
+        assert wanted in capsys.readouterr().out
+
+
+def test_a_reader_that_has_gone_is_no_error() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "densecl_ext", "info"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=ROOT,
+    )
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 141
+
+
+def test_a_missing_package_is_told_with_how_to_get_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for missing in ("pydantic", "yaml"):
+        code = (
+            f"import sys; sys.modules[{missing!r}] = None\n"
+            "from densecl_ext import cli; sys.exit(cli.main(['pretrain', '--data', 'x']))"
+        )
+        result = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT
+        )
+        assert result.returncode == 2
+        assert result.stderr == (
+            f"densecl pretrain: error: needs {missing}, which is not installed: "
+            "pip install 'densecl_ext[train]'\n"
+        )
+    monkeypatch.delitem(sys.modules, "densecl_ext.train.loop", raising=False)
+    monkeypatch.setitem(sys.modules, "lightning.fabric", None)
+    monkeypatch.setitem(sys.modules, "lightning", None)
+    assert cli.main(["pretrain", "--data", "x"]) == 2
+    error = capsys.readouterr().err
+    assert "needs lightning" in error and "pip install 'densecl_ext[train]'" in error
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["pretrain", "--bach-size", "3"], "unknown '--bach-size'; did you mean --batch-size"),
-        (["pretrain", "--epoch=3"], "unknown '--epoch=3'; did you mean --epochs"),
-        (["train"], "invalid choice: 'train'"),
-        ([], "required: COMMAND"),
-        (["export", "run"], "required: --output"),
+        (
+            ["pretrain", "--bach-size", "3"],
+            "No such option '--bach-size'. (Did you mean one of: '--batch",
+        ),
+        (["pretrain", "--epoch=3"], "No such option '--epoch'. Did you mean '--epochs'?"),
+        (["pretrain", "--epochs"], "densecl pretrain: error: Option '--epochs' requires"),
+        (["train"], "No such command 'train'; did you mean pretrain?"),
+        (["visualize", "loses"], "did you mean losses?"),
+        ([], "Missing command"),
+        (["export", "run"], "Missing option '--output'"),
     ],
 )
 def test_usage_errors(
@@ -80,6 +163,7 @@ def test_usage_errors(
     assert stop.value.code == 2
     error = capsys.readouterr().err
     assert message in error and "--help" in error and error.count("\n") == 2
+    assert "bach" not in error or "'--batch-size'" in error
 
 
 @pytest.mark.parametrize(
@@ -109,8 +193,9 @@ def test_library_errors_are_one_line(
 def test_options_override_the_recipe(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("batch_size: 32\nepochs: 7\ntensorboard: true\n")
     words = ["pretrain", "--recipe", str(tmp_path / "mine.yaml"), "--epochs", "9"]
-    options = cli.build_parser().parse_args([*words, "--no-tensorboard"])
-    config = pretrain_config(options)
+    with pretrain.make_context("pretrain", [*words[1:], "--no-tensorboard"]) as context:
+        options = {name: context.params[name] for name in runs.PretrainConfig().to_mapping()}
+    config = pretrain_config(context.params["recipe"], False, options)
     assert (config.batch_size, config.epochs, config.tensorboard) == (32, 9, False)
 
 

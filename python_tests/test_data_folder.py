@@ -13,7 +13,7 @@ from data_images import encode, scene  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from densecl_ext.data import find_images  # noqa: E402
-from densecl_ext.data.folder import decode_rgb  # noqa: E402
+from densecl_ext.data.images import decode_rgb  # noqa: E402
 
 
 def test_find_images_takes_any_tree_in_sorted_order(tmp_path):
@@ -35,11 +35,15 @@ def test_find_images_follows_links_and_survives_loops(tmp_path):
     root.mkdir()
     elsewhere.mkdir()
     (elsewhere / "a.png").write_bytes(b"")
+    (elsewhere / "c.png").write_bytes(b"")
     (root / "b.png").symlink_to(elsewhere / "a.png")
     (root / "linked").symlink_to(elsewhere, target_is_directory=True)
     (elsewhere / "back").symlink_to(root, target_is_directory=True)
 
-    assert find_images(root) == [root / "b.png", root / "linked" / "a.png"]
+    found = find_images(root)
+    assert found == [root / "b.png", root / "linked" / "c.png"]
+    # linked/a.png is b.png, and linked/back is the root.
+    assert found.summary() == "2 second links to one file or folder"
 
 
 def test_find_images_says_what_is_wrong(tmp_path):

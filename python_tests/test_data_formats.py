@@ -18,7 +18,7 @@ from densecl_ext.data import Augmentation, build_loader
 SIZE = 40
 
 
-@pytest.fixture(params=["torchvision", "dali"])
+@pytest.fixture(params=["torchvision", "dali", "memory"])
 def backend(request):
     if request.param == "dali":
         pytest.importorskip("nvidia.dali")

@@ -24,7 +24,7 @@ from data_images import encode, photo_folder, scene  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from densecl_ext.data import Augmentation, UnreadableImageWarning, build_loader  # noqa: E402
-from densecl_ext.data.folder import decode_rgb  # noqa: E402
+from densecl_ext.data.images import decode_rgb, header_size  # noqa: E402
 
 SIZE = 32
 STILL = Augmentation(
@@ -37,7 +37,7 @@ STILL = Augmentation(
 )
 
 
-@pytest.fixture(params=["torchvision", "dali"])
+@pytest.fixture(params=["torchvision", "dali", "memory"])
 def backend(request):
     if request.param == "dali":
         pytest.importorskip("nvidia.dali")
@@ -51,6 +51,7 @@ def photos(tmp_path_factory):
 
 def build(root, backend, **changes):
     settings = {"batch_size": 5, "size": SIZE, "workers": 0, "seed": 3, **changes}
+    settings.setdefault("cache_size", 1000)  # nothing is reduced
     return build_loader(root, backend=backend, **settings)
 
 
@@ -239,7 +240,7 @@ def damaged(tmp_path):
     bad["bad_middle.png"] = data[:half] + bytes(20) + data[half + 20 :]
     for name, data in bad.items():
         (tmp_path / name).write_bytes(data)
-    (tmp_path / "bad_link.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    (tmp_path / "bad_eps.jpg").write_bytes(encode(scene(20), "EPS"))
     return tmp_path
 
 
@@ -299,16 +300,14 @@ def test_dali_hands_what_it_cannot_decode_to_pillow(tmp_path, monkeypatch):
     with build(tmp_path, "dali", batch_size=8) as loader:
         expected = list(loader)
 
-    native_size = dali_loader._native_size
+    def deluded(file, max_pixels):
+        if file.kind == "BMP":
+            return file.data, 1000, 1000  # crops will lie outside
+        return file.data, *header_size(file)[:2]  # DALI has no decoder for GIF
 
-    def deluded(header, data):
-        if header.format == "GIF":
-            return header.size  # DALI has no decoder for it
-        if header.format == "BMP":
-            return 1000, 1000  # crops will lie outside
-        return native_size(header, data)
-
-    monkeypatch.setattr(dali_loader, "_native_size", deluded)
+    # As on a GPU, where files go to DALI as they are.
+    monkeypatch.setattr(dali_loader.DaliLoader, "_decodes", True)
+    monkeypatch.setattr(dali_loader, "_native", deluded)
     with build(tmp_path, "dali", batch_size=8) as loader:
         assert_equal(list(loader), expected)
         assert loader._through_pillow == {6, 7}
@@ -350,11 +349,17 @@ def test_values_out_of_range_are_named(photos, changes, message):
         build(photos, **{"backend": "torchvision", **changes})
 
 
-def test_auto_takes_dali_where_it_works(photos, monkeypatch):
+def test_auto_takes_torchvision_on_a_cpu(photos):
+    with build(photos, "auto") as loader:
+        assert loader.backend == "torchvision"
+
+
+@pytest.mark.gpu
+def test_auto_takes_dali_on_a_gpu_where_it_works(photos, monkeypatch):
     pytest.importorskip("nvidia.dali")
     from densecl_ext.data import dali_loader
 
-    with build(photos, "auto") as loader:
+    with build(photos, "auto", device="cuda") as loader:
         assert loader.backend == "dali"
 
     def broken(self):
@@ -363,9 +368,19 @@ def test_auto_takes_dali_where_it_works(photos, monkeypatch):
     monkeypatch.setattr(dali_loader.DaliLoader, "_build", broken)
     with (
         pytest.warns(UserWarning, match="DALI does not work here.*no such driver"),
-        build(photos, "auto") as loader,
+        build(photos, "auto", device="cuda") as loader,
     ):
         assert loader.backend == "torchvision"
+
+
+def test_dali_that_was_asked_for_is_not_replaced(photos, monkeypatch):
+    pytest.importorskip("nvidia.dali")
+    from densecl_ext.data import dali_loader
+
+    def broken(self):
+        raise RuntimeError("no such driver")
+
+    monkeypatch.setattr(dali_loader.DaliLoader, "_build", broken)
     with pytest.raises(RuntimeError, match="no such driver"):
         build(photos, "dali")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -34,16 +35,28 @@ def test_demo_runs_to_the_end(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    tiny = {"image_size": 32, "batch_size": 8, "hidden_dim": 32, "loader": "torchvision",
-            "workers": 0, "queue_length": 16}  # fmt: skip
+    tiny = {"image_size": 32, "batch_size": 8, "hidden_dim": 32, "queue_length": 16}
     monkeypatch.setattr(demo, "PRETRAINING", demo.PRETRAINING | tiny)
-    monkeypatch.setattr(demo, "PROBE", demo.PROBE | {"epochs": 1})
     words = f"--scenes 16 --val 4 --labelled 8 --epochs 1 --output {tmp_path} --seed 3".split()
     assert demo.main(words) == 0
     printed = capsys.readouterr().out
-    assert "seed 3: random initialisation" in printed and "pre-trained" in printed
+    (line,) = [line for line in printed.splitlines() if line.startswith("   seed 3: random ")]
+    assert "MoCo v2" in line and "ours" in line
     for picture in ("demo_losses.png", "demo_matches.png"):
         assert (tmp_path / picture).stat().st_size > 5000
-    from torchvision.models import resnet18
+    (result,) = json.loads((tmp_path / "results.json").read_text())
+    assert list(result) == ["random", "MoCo v2", "ours"]
+    weights = torch.load(tmp_path / "seed_3" / "ours" / "backbone.pth")
+    assert any("layer2" in name for name in weights["state_dict"])
 
-    resnet18().load_state_dict(torch.load(tmp_path / "seed_3" / "resnet18.pth"), strict=True)
+
+def test_the_network_before_is_what_pre_training_starts_from(demo: ModuleType) -> None:
+    from densecl_ext.train.build import starting_backbone
+    from densecl_ext.train.state import seed_everything
+
+    config = demo.PretrainConfig.from_mapping({**demo.PRETRAINING, "seed": 5})
+    seed_everything(config.seed)
+    started = starting_backbone(config).state_dict()
+    torch.manual_seed(5)
+    before = demo.build_backbone("resnet18", **demo.NETWORK).state_dict()
+    assert all(torch.equal(started[name], value) for name, value in before.items())

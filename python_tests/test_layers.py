@@ -18,7 +18,7 @@ PACKAGE = ROOT / "densecl_ext"
 
 # A module imports from its own level or from below. Names are the first part after densecl_ext.
 LEVELS = [
-    {"_version"},
+    {"_version", "options"},
     {"_native", "reference"},
     {"ops"},
     {"backbones"},

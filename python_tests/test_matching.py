@@ -6,7 +6,13 @@ from tiny_models import crops
 from torch import Tensor
 
 from densecl_ext import reference
-from densecl_ext.nn.matching import feature_match, geometric_match, random_match
+from densecl_ext.nn.matching import (
+    feature_match,
+    geometric_match,
+    overlap_weight,
+    random_match,
+    similarity_weight,
+)
 
 
 def brute_force(
@@ -110,3 +116,33 @@ def test_errors() -> None:
         geometric_match(torch.zeros(2, 5), torch.zeros(3, 5), (3, 3))
     with pytest.raises(ValueError, match="height, width"):
         geometric_match(torch.zeros(2, 5), torch.zeros(2, 5), (3,))
+
+
+def test_overlap_weight_is_the_cells_intersection_over_union() -> None:
+    crop_q = torch.tensor([[0.0, 0.0, 4.0, 4.0, 0.0], [0.0, 0.0, 4.0, 4.0, 1.0]])
+    crop_k = torch.tensor([[1.0, 0.0, 5.0, 4.0, 0.0], [0.0, 0.0, 8.0, 8.0, 0.0]])
+    match = torch.tensor([[0, -1, 2, 3], [0, 0, 0, 0]])
+    weight = overlap_weight(crop_q, crop_k, match, (2, 2))
+    # cells of 2 x 2 pixels: shifted by one pixel they share 2 of 6, those of another row nothing
+    expected = torch.tensor([[2 / 6, 0.0, 2 / 6, 2 / 6], [4 / 16, 4 / 16, 4 / 16, 4 / 16]])
+    torch.testing.assert_close(weight, expected)
+    # mirrored, the first column lies on the right: cells (2, 0)..(4, 2) of the image
+    right = overlap_weight(crop_q[1:], crop_q[:1], torch.tensor([[1, 0, 3, 2]]), (2, 2))
+    torch.testing.assert_close(right, torch.ones(1, 4))
+    other = overlap_weight(crop_q[1:], crop_q[:1], torch.tensor([[0, 1, 2, 3]]), (2, 2))
+    torch.testing.assert_close(other, torch.zeros(1, 4))
+
+
+def test_similarity_weight_is_the_cosine_to_a_power() -> None:
+    query, key = torch.randn(2, 5, 3, 3), torch.randn(2, 5, 2, 2)
+    match = torch.randint(-1, 4, (2, 9))
+    weight = similarity_weight(query, key, match, power=3.0)
+    for image in range(2):
+        for position in range(9):
+            at = int(match[image, position])
+            if at < 0:
+                assert weight[image, position] == 0
+                continue
+            a, b = query[image].flatten(1)[:, position], key[image].flatten(1)[:, at]
+            cosine = torch.nn.functional.cosine_similarity(a, b, dim=0)
+            torch.testing.assert_close(weight[image, position], cosine.clamp(min=0) ** 3)

@@ -352,7 +352,7 @@ def test_inputs_that_do_not_fit() -> None:
 
 @pytest.mark.parametrize("name", ["queue", "losses", "momentum", "necks", "model"])
 def test_examples_run(name: str) -> None:
-    result = doctest.testmod(importlib.import_module(f"densecl_ext.{name}"))
+    result = doctest.testmod(importlib.import_module(f"densecl_ext.nn.{name}"))
     assert result.attempted > 0 and result.failed == 0
 
 

@@ -54,6 +54,11 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(*shape, dtype=dtype, device="meta")
 
 
+def negated(*shape: int) -> Tensor:
+    """Ones that lie in memory as -1, as torch has it after conj().imag."""
+    return torch.complex(torch.zeros(shape), torch.full(shape, -1.0)).conj().imag
+
+
 def expanded(*shape: int) -> Tensor:
     return torch.ones(()).expand(*shape)
 
@@ -76,6 +81,12 @@ LOSSES = [
     ("temperature", -0.2, V, r"temperature must be positive and finite, got -0\.2"),
     ("temperature", math.nan, V, r"temperature must be positive and finite, got nan"),
     ("temperature", math.inf, V, r"temperature must be positive and finite, got inf"),
+    ("temperature", 1e-300, V, r"temperature must lie in \[1e-30, 1e30\].*got 1e-300"),
+    ("temperature", 1e300, V, r"temperature must lie in \[1e-30, 1e30\].*got 1e\+300"),
+    ("temperature", torch.tensor(0.0), V, r"temperature must be positive and finite, got 0\.0"),
+    ("temperature", torch.tensor(1), T, r"temperature must be floating point, got int64"),
+    ("temperature", torch.ones(2), V, r"temperature must have one element, got \(2,\)"),
+    ("temperature", meta(1), R, r"temperature must be on query's device cpu, got meta"),
     ("filled", -1, V, r"filled must lie in \[0, 5\], got -1"),
     ("filled", 6, V, r"filled must lie in \[0, 5\], got 6"),
     ("filled", torch.tensor(6), V, r"filled must lie in \[0, 5\], got 6"),
@@ -95,7 +106,7 @@ TABLE: list[tuple[Callable[[], Arguments], str, Any, type[Exception], str]] = [
     *((info_nce, *case) for case in LOSSES),
     *((dense_info_nce, *case) for case in LOSSES),
     (info_nce, "query", torch.ones(8), V, r"query must be \(M, D\), got \(8,\)"),
-    (info_nce, "query", torch.ones(3, 8, 1), V, r"query must be \(M, D\), got \(3, 8, 1\)"),
+    (info_nce, "query", torch.ones(3, 8, 1), V, r"query must be \(M, D\), got \(3, 8, 1\); tokens"),
     (info_nce, "query", torch.ones(3, 8).double(), T, r"query must be float32.*float64; cast"),
     (info_nce, "query", torch.ones(3, 8).long(), T, r"query must be float32.*got int64"),
     (info_nce, "query", None, T, r"query must be a tensor, got NoneType"),
@@ -151,6 +162,17 @@ TABLE: list[tuple[Callable[[], Arguments], str, Any, type[Exception], str]] = [
      r"sources\[1\] must be on targets\[1\]'s device cpu, got meta"),
     (ema_update_, "targets", [torch.ones(3), expanded(2, 2)], V,
      r"targets\[1\] must have a place of its own for every element"),
+    (ema_update_, "targets", [negated(3), torch.ones(2, 2)], V,
+     r"targets\[0\] must hold its values as they read.*resolve_neg"),
+    (ema_update_, "targets", [torch.ones(3), torch.ones(20).as_strided((2, 2), (1, 1))], V,
+     r"targets\[1\] must have a place of its own.*strides \(1, 1\)"),
+    (ema_update_, "targets", [torch.empty(0, dtype=torch.int64), torch.ones(2, 2)], T,
+     r"targets\[0\] must be float32.*got int64"),
+    (ema_update_, "targets", torch.nn.Linear(2, 2), T, r"targets must be a list.*two modules"),
+    (enqueue_, "queue", negated(5, 8), V, r"queue must hold its values as they read"),
+    (enqueue_, "queue", torch.ones(40).as_strided((5, 8), (2, 1)), V,
+     r"queue must have a place of its own.*strides \(2, 1\)"),
+    (enqueue_, "keys", torch.ones(0, 8).long(), T, r"keys must be float32.*got int64"),
     (enqueue_, "keys", torch.ones(8), V, r"keys must be \(B, D\), got \(8,\)"),
     (enqueue_, "keys", torch.ones(2, 7), V, r"queue must be \(K, 7\) to match keys, got \(5, 8\)"),
     (enqueue_, "keys", torch.ones(2, 5), V, r"to match keys, got \(5, 8\); did you mean queue\.T"),
@@ -228,21 +250,3 @@ def test_the_native_op_guards_its_memory(good: Callable[[], Arguments], match: i
             native(*call, 0.2, True, False, False)
     with pytest.raises(RuntimeError, match="temperature"):
         native(query, query, None, queue, None, 0.0, True, False, False)
-
-
-def test_the_native_writers_guard_their_memory() -> None:
-    queue, keys = torch.ones(5, 8), torch.zeros(2, 8)
-    native = torch.ops.densecl_ext._enqueue_
-    for pointer, rows in ((5, keys), (-1, keys), (0, torch.zeros(2, 7))):
-        with pytest.raises(RuntimeError):
-            native(queue, torch.tensor([pointer]), rows, None, True)
-    assert (queue == 1.0).all()
-    target = torch.ones(3)
-    for sources in ([], [torch.zeros(4)], [torch.zeros(3).double()]):
-        with pytest.raises(RuntimeError):
-            torch.ops.densecl_ext._ema_update_([target], sources, 0.5)
-    assert (target == 1.0).all()
-    with pytest.raises(RuntimeError):
-        torch.ops.densecl_ext._dense_match(torch.ones(1, 2, 3), torch.ones(1, 3, 3), False)
-    with pytest.raises(RuntimeError):
-        torch.ops.densecl_ext._dense_match(torch.ones(1, 2, 3), torch.ones(1, 2, 0), False)

@@ -71,6 +71,21 @@ OPCHECK: dict[str, Callable[[], tuple[Any, tuple, dict[str, Any]]]] = {
         {"filled": torch.tensor(4), "row_weight": torch.rand(2, 6), "reduction": "none"},
     ),
     "joint_info_nce": lambda: (namespace.joint_info_nce, (*_rows(), *_grids()), {}),
+    "info_nce.tensor_temperature": lambda: (
+        namespace.info_nce.tensor_temperature,
+        tuple(_rows()),
+        {"temperature": torch.tensor(0.3, requires_grad=True)},
+    ),
+    "dense_info_nce.tensor_temperature": lambda: (
+        namespace.dense_info_nce.tensor_temperature,
+        tuple(_grids()),
+        {"temperature": torch.tensor(0.3, requires_grad=True), "filled": torch.tensor(4)},
+    ),
+    "joint_info_nce.tensor_temperature": lambda: (
+        namespace.joint_info_nce.tensor_temperature,
+        (*_rows(), *_grids()),
+        {"temperature": torch.tensor([0.3])},
+    ),
     "dense_match": lambda: (namespace.dense_match, (randn(2, 8, 3, 2), randn(2, 8, 5)), {}),
     "dense_match-mutual": lambda: (
         namespace.dense_match,

@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("torchvision")
 
 from benchmarks import scale
-from benchmarks import scale_model as model
+from benchmarks import scale as model
 from densecl_ext import DenseCL
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,43 +43,43 @@ def ring(size, peers, speed):
 
 def test_all_reduce_adds_up_round_by_round():
     size = 130e6
-    assert model.all_reduce(size, 8, H100, EXACT) == pytest.approx(ring(size, 8, H100.local))
-    assert model.all_reduce(size, 4, H100, EXACT) == pytest.approx(ring(size, 4, H100.local))
+    assert model.exchange(size, 8, H100, EXACT, "sum") == pytest.approx(ring(size, 8, H100.local))
+    assert model.exchange(size, 4, H100, EXACT, "sum") == pytest.approx(ring(size, 4, H100.local))
     # Eight nodes: every GPU sums an eighth with its seven twins.
     expected = ring(size, 8, H100.local) + ring(size / 8, 8, H100.remote)
-    assert model.all_reduce(size, 64, H100, EXACT) == pytest.approx(expected)
+    assert model.exchange(size, 64, H100, EXACT, "sum") == pytest.approx(expected)
     one_a_node = replace(H100, per_node=1)
-    assert model.all_reduce(size, 16, one_a_node, EXACT) == pytest.approx(
+    assert model.exchange(size, 16, one_a_node, EXACT, "sum") == pytest.approx(
         ring(size, 16, H100.remote)
     )
 
 
 def test_all_gather_delivers_every_byte():
     size = 1e6
-    inside = model.all_gather(size, 8, H100, EXACT)
+    inside = model.exchange(size, 8, H100, EXACT, "gather")
     assert inside * H100.local == pytest.approx(7 * size)
     fast = replace(H100, remote=1e30)
-    assert model.all_gather(size, 64, fast, EXACT) * H100.local == pytest.approx(56 * size)
+    assert model.exchange(size, 64, fast, EXACT, "gather") * H100.local == pytest.approx(56 * size)
     fast = replace(H100, local=1e30)
-    assert model.all_gather(size, 64, fast, EXACT) * H100.remote == pytest.approx(7 * size)
+    assert model.exchange(size, 64, fast, EXACT, "gather") * H100.remote == pytest.approx(7 * size)
     slow = model.Assumptions(link=0.5, latency=1e-3)
-    assert model.all_gather(size, 8, H100, slow) == pytest.approx(2 * inside + 3e-3)
+    assert model.exchange(size, 8, H100, slow, "gather") == pytest.approx(2 * inside + 3e-3)
 
 
 def test_a_step(network):
     rate, a = 2000.0, model.Assumptions()
-    alone = model.step(1, 32, rate, network, H100, a)
+    alone = model.step_of(1, 32, rate, network, H100, a)
     fixed = 32 * network.parameters / H100.memory
     assert alone.seconds == alone.compute == pytest.approx(32 / rate + fixed)
     assert alone.efficiency == 1.0 and alone.gradients == alone.keys == alone.shuffle == 0.0
-    many = model.step(64, 32, rate, network, H100, a)
-    assert many.gradients == model.all_reduce(4 * network.parameters, 64, H100, a)
-    assert many.keys == model.all_gather(32 * 256 * 4, 64, H100, a)
-    assert many.shuffle == model.all_gather(32 * 3 * 224 * 224 * 4, 64, H100, a)
-    assert many.gradients_shown == 0.0  # behind the backward pass
+    many = model.step_of(64, 32, rate, network, H100, a)
+    assert many.gradients == model.exchange(4 * network.parameters, 64, H100, a, "sum")
+    assert many.keys == model.exchange(32 * 256 * 4, 64, H100, a, "gather")
+    assert many.shuffle == model.exchange(32 * 3 * 224 * 224 * 4, 64, H100, a, "gather")
+    assert many.shown == 0.0  # behind the backward pass
     assert many.seconds == many.compute + many.keys
     assert many.images_per_second == pytest.approx(64 * 32 / many.seconds)
-    bare = model.step(64, 32, rate, network, H100, replace(a, hidden=0.0))
+    bare = model.step_of(64, 32, rate, network, H100, replace(a, hidden=0.0))
     assert bare.seconds == pytest.approx(many.seconds + many.gradients)
     assert bare.shuffled_images_per_second < bare.images_per_second
 
@@ -89,7 +89,6 @@ def test_roofline(network):
     flop = 8 * network.macs + 4 * 50 * 65536 * 128
     assert arithmetic == pytest.approx(flop / 989e12)
     assert traffic == pytest.approx(26 * 2 * network.activations / 3.35e12)
-    assert model.estimated_rate(network, H100, 0.5) == pytest.approx(0.5 / traffic)
 
 
 def test_the_papers_own_hours():
@@ -101,22 +100,26 @@ def test_the_papers_own_hours():
 
 
 def test_a_measured_step_is_read(tmp_path):
-    configs = {
-        "ours": {"batch": 32, "images_per_second": [90.0, 110.0, 100.0]},
-        "ours, graph": {"batch": 256, "images_per_second": [120.0]},
-        "failed": {"batch": 32, "reason": "out of memory"},
-    }
+    def info(row, **rates):
+        candidates = {
+            who: {"images": 32, "seconds": [32 / rate for rate in found]}
+            for who, found in rates.items()
+        }
+        return {"extra_info": {"row": row, "candidates": candidates}}
+
+    rows = [info("step-32", ours=[90.0, 110.0, 100.0], reference=[900.0]),
+            info("step-256", graph=[120.0])]  # fmt: skip
     path = tmp_path / "step.json"
-    path.write_text(json.dumps({"configs": configs}))
-    assert scale.measured(path, None) == (120.0, 256, "ours, graph")
-    assert scale.measured(path, "ours") == (100.0, 32, "ours")
+    path.write_text(json.dumps({"benchmarks": rows}))
+    assert scale.measured(path, None) == (pytest.approx(120.0), 32, "step-256, graph")
+    assert scale.measured(path, "step-32, ours")[:2] == (pytest.approx(100.0), 32)
     with pytest.raises(ValueError, match="no measured configuration failed"):
         scale.measured(path, "failed")
     arguments = ["--machine", "h100", "--step", str(path), "--out", str(tmp_path / "out")]
     pytest.importorskip("matplotlib")
     assert scale.main(arguments) == 0
     text = (tmp_path / "out" / "scale.md").read_text()
-    assert "measured: ours, graph" in text and "estimate" not in text
+    assert "measured: step-256, graph" in text and "estimate" not in text
     assert (tmp_path / "out" / "scale.png").is_file()
     with pytest.raises(SystemExit):
         scale.main(["--step", str(path)])  # whose rate?

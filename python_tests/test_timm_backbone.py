@@ -306,14 +306,13 @@ def test_the_command_line(
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the resident set from /proc")
 def test_the_step_stores_no_logits() -> None:
-    from benchmarks import memory, vit_memory
+    from benchmarks import vit_memory, worker
+    from benchmarks.step import StepCase
 
-    if not memory.supported():
+    if not worker.memory_supported():
         pytest.skip("no /proc/self/clear_refs")
-    arguments = ["--backbone", SMALL, "--batch", "4", "--size", "160", "--threads", "1"]
-    ours, formula = (vit_memory.measure(name, arguments) for name in ("ours", "formula"))
-    assert ours is not None and formula is not None
-    assert ours["grid"] == [10, 10] and ours["rows"] == 400
-    assert ours["loss"] == pytest.approx(formula["loss"], rel=1e-5)
-    copy = ours["rows"] * 65537 * 4
+    case = StepCase(4, SMALL, 160, 65536, "fp32")
+    ours, formula = (vit_memory.measure(name, case, 1) for name in ("ours", "formula"))
+    assert ours["value"] == pytest.approx(formula["value"], rel=1e-5)
+    copy = 4 * 10 * 10 * 65537 * 4  # of the logits
     assert ours["bytes"] < copy < formula["bytes"] / 2

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
 
 from densecl_ext.train import PretrainConfig, load_recipe, recipe_names
 from densecl_ext.train.config import auto_queue_length, merge_resumed
-from densecl_ext.train.options import duration_in_steps
-from densecl_ext.train.schedule import cosine_lr, cosine_momentum
+from densecl_ext.train.recipes import RECIPES, SCHEMA, dump_recipe, recipe_schema
+from densecl_ext.train.schedule import cosine_lr, cosine_momentum, duration_in_steps
+
+DATA = Path(__file__).parent / "data"
 
 
 def test_strings_become_values() -> None:
@@ -42,7 +45,17 @@ def test_strings_become_values() -> None:
         ("lambda_warmup", "-1ep", "epochs"),
         ("precision", "fp16", "fp32, bf16"),
         ("data", None, "text"),
+        ("checkpoint_every", "ep", "epochs"),
+        ("checkpoint_every", "1.5", "steps"),
         ("tensorboard", 3, "true or false"),
+        ("output", "", "text that is not empty"),
+        ("epochs", "010", "integer >= 1"),
+        ("epochs", "1:30", "integer >= 1"),
+        (
+            "matching",
+            "densee",
+            "geometric, random, got 'densee'; did you mean dense",
+        ),
     ],
 )
 def test_bad_value_names_option_and_what_fits(name: str, value: object, expected: str) -> None:
@@ -65,7 +78,9 @@ def test_defaults_are_the_papers_where_size_does_not_matter() -> None:
         128,
         2048,
     )
-    assert (config.temperature, config.loss_lambda, config.matching) == (0.2, 0.5, "backbone")
+    assert (config.temperature, config.loss_lambda) == (0.2, 0.5)
+    # where the paper's own choice learns positions at most sizes (docs/training.md)
+    assert (config.matching, config.dense_negatives) == ("geometric", "position")
     assert (config.base_lr, config.batch_size, config.weight_decay) == (0.3, 256, 1e-4)
     assert config.sgd_momentum == 0.9
 
@@ -107,21 +122,59 @@ def test_shipped_recipes() -> None:
     assert PretrainConfig(**load_recipe("mocov2_imagenet_200ep")).loss_lambda == 0
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("bach_size: 32\n", "unknown option 'bach_size'; did you mean batch_size"),
+        ("- 3\n", "expected lines `option: value`, got a list"),
+        ("words\n", "expected lines `option: value`, got a text"),
+        ("a: [\n", "not valid YAML"),
+        ("epochs: 3\nseed: 1\nepochs: 4\n", "line 3: epochs is given twice"),
+        ("batch-size: 3\nbatch_size: 4\n", "option batch_size is given twice"),
+        ("epochs: 010\n", "epochs: expected an integer >= 1, got '010'"),
+        ("epochs: 1:30\n", "epochs: expected an integer >= 1, got '1:30'"),
+        ("epochs: [3]\n", "epochs: expected an integer >= 1, got \\['3'\\]"),
+        ("epochs:\n", "epochs: expected an integer >= 1, got None"),
+        ("tensorboard: maybe\n", "tensorboard: expected true or false, got 'maybe'"),
+    ],
+)
+def test_a_bad_recipe_is_named_in_one_line(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=f"mine.yaml: .*{message}") as error:
+        load_recipe(file)
+    assert "\n" not in str(error.value)
+
+
 def test_recipe_files(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
-    file.write_text("batch_size: 32\nweight_decay: 1e-4\n")
-    assert PretrainConfig(**load_recipe(file)).weight_decay == 1e-4
-    file.write_text("bach_size: 32\n")
-    with pytest.raises(ValueError, match=r"mine.yaml: unknown option.*did you mean batch_size"):
-        load_recipe(file)
-    file.write_text("- 3\n")
-    with pytest.raises(ValueError, match="expected lines `option: value`, got a list"):
-        load_recipe(file)
-    file.write_text("a: [\n")
-    with pytest.raises(ValueError, match="not valid YAML"):
-        load_recipe(file)
+    file.write_text("batch_size: 32\nweight_decay: 1e-4\ndata: 0123\nmax_steps: ~\n")
+    config = PretrainConfig(**load_recipe(file))
+    assert (config.weight_decay, config.data, config.max_steps) == (1e-4, "0123", "none")
+    file.write_text("# nothing\n")
+    assert load_recipe(file) == {}
+    file.write_text(dump_recipe(config))
+    assert PretrainConfig(**load_recipe(file)) == config
     with pytest.raises(ValueError, match="did you mean small_data"):
         load_recipe("smal_data")
+
+
+def test_a_recipe_of_version_0_1_0_means_what_it_meant() -> None:
+    config = PretrainConfig(**load_recipe(DATA / "old_recipe.yaml"))
+    assert (config.backbone, config.image_size, config.epochs) == ("resnet18", 96, 100)
+    assert (config.weight_decay, config.key_momentum, config.loss_lambda) == (1e-4, 0.99, 1.0)
+    assert (config.lambda_warmup, config.checkpoint_every) == ("0.5ep", 100)
+    assert (config.max_steps, config.tensorboard, config.queue_length) == ("none", False, "auto")
+    assert PretrainConfig(**load_recipe(DATA / "old_run" / "config.yaml")).lr == 0.09375
+
+
+def test_the_schema_for_editors_is_current() -> None:
+    assert SCHEMA.read_text() == recipe_schema(), "make schema"
+    known = json.loads(recipe_schema())["properties"]
+    assert known["loader"]["enum"] == ["auto", "dali", "torchvision", "memory"]
+    assert known["image_size"]["minimum"] == 16 and known["image_size"]["description"]
+    for name in recipe_names():
+        assert "$schema=schema.json" in (RECIPES / f"{name}.yaml").read_text().splitlines()[0]
 
 
 def test_resumed_run_keeps_its_values() -> None:
@@ -148,3 +201,17 @@ def test_key_momentum_schedule() -> None:
     assert momenta[0] == pytest.approx(0.99) and momenta[5] == pytest.approx(0.995)
     assert all(a < b < 1 for a, b in zip(momenta, momenta[1:], strict=False))
     assert cosine_momentum(0.99, 10, 10) == 1.0
+
+
+def test_a_run_from_before_the_options_goes_on_as_it_was() -> None:
+    stored = PretrainConfig(data="x", matching="backbone").to_mapping()
+    del stored["dense_negatives"]
+    assert PretrainConfig.of_run(stored).dense_negatives == "pooled"
+    assert PretrainConfig(data="x").dense_negatives == "position"
+
+
+@pytest.mark.parametrize("name", ["densecl_coco_800ep", "densecl_imagenet_200ep"])
+def test_the_papers_recipes_stay_the_papers(name: str) -> None:
+    config = PretrainConfig.from_mapping(load_recipe(name))
+    assert (config.matching, config.dense_negatives) == ("backbone", "pooled")
+    assert (config.loss_lambda, config.temperature, config.smallest_crop) == (0.5, 0.2, 0.2)

@@ -225,7 +225,7 @@ def test_bf16_keeps_crop_boxes_exact(data: Path, tmp_path: Path) -> None:
 
     class Look(Progress):
         def start(self, **_: object) -> None:
-            import densecl_ext.nn.model as module
+            import densecl_ext.nn.matcher as module
 
             original = module.geometric_match
 

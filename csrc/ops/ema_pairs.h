@@ -2,41 +2,26 @@
 #pragma once
 
 #include <algorithm>
+#include <optional>
+#include <string>
 #include <utility>
 #include <vector>
 
 #include "densecl/ema.h"
-#include "ops/common.h"
+#include "ops/overlap.h"
 
 namespace densecl::binding {
-
-// Whether the elements fill one stretch of memory without gaps or overlaps.
-inline bool is_dense(const Tensor& tensor) {
-  std::vector<std::pair<int64_t, int64_t>> dims;  // (stride, size)
-  for (int64_t d = 0; d < tensor.dim(); ++d) {
-    if (tensor.size(d) != 1) dims.emplace_back(tensor.stride(d), tensor.size(d));
-  }
-  std::sort(dims.begin(), dims.end());
-  int64_t expected = 1;
-  for (const auto& [stride, size] : dims) {
-    if (stride != expected) return false;
-    expected *= size;
-  }
-  return true;
-}
-
-inline bool is_expanded(const Tensor& tensor) {
-  for (int64_t d = 0; d < tensor.dim(); ++d) {
-    if (tensor.size(d) > 1 && tensor.stride(d) == 0) return true;
-  }
-  return false;
-}
 
 inline bool same_layout(const Tensor& a, const Tensor& b) {
   for (int64_t d = 0; d < a.dim(); ++d) {
     if (a.size(d) != 1 && a.stride(d) != b.stride(d)) return false;
   }
   return true;
+}
+
+inline void check_momentum(double momentum, const char* op) {
+  STD_TORCH_CHECK(momentum >= 0.0 && momentum <= 1.0, op, ": momentum must lie in [0, 1], got ",
+                  momentum);
 }
 
 // A momentum that lies on the device, to be read there.
@@ -50,16 +35,25 @@ inline const double* scheduled_momentum(const Tensor& momentum, const char* op) 
 // contiguous stand-ins, which copy_back() writes to the targets after the update.
 class EmaPairs {
  public:
-  EmaPairs(const std::vector<Tensor>& targets, const std::vector<Tensor>& sources, const char* op) {
+  EmaPairs(const std::vector<Tensor>& targets, const std::vector<Tensor>& sources,
+           const std::optional<Tensor>& scheduled, const char* op) {
     STD_TORCH_CHECK(targets.size() == sources.size(), op, ": targets and sources differ in length");
     pairs_.reserve(targets.size());
+    kept_alive_.reserve(2 * targets.size());
+    uses_.reserve(2 * targets.size() + 1);
     for (size_t i = 0; i < targets.size(); ++i) {
       Tensor target = targets[i], source = sources[i];
+      const DType target_dtype = dtype_of(target, op, "every target");
+      const DType source_dtype = dtype_of(source, op, "every source");
       STD_TORCH_CHECK(std::ranges::equal(target.sizes(), source.sizes()), op, ": targets[", i,
                       "] and sources[", i, "] differ in shape");
-      if (target.numel() == 0) continue;
-      if (!is_dense(target) || !same_layout(target, source)) {
-        STD_TORCH_CHECK(!is_expanded(target), op, ": targets[", i,
+      const int64_t count = target.numel();
+      if (count == 0) continue;
+      uses_.push_back({extent(target), &targets[i], i, true});
+      uses_.push_back({extent(source), &sources[i], i, false});
+      const bool contiguous = target.is_contiguous() && source.is_contiguous();
+      if (!contiguous && (!is_dense(target) || !same_layout(target, source))) {
+        STD_TORCH_CHECK(has_own_places(target), op, ": targets[", i,
                         "] keeps several elements in one place");
         Tensor stand_in = torch::stable::contiguous(target);
         source = torch::stable::contiguous(source);
@@ -68,11 +62,13 @@ class EmaPairs {
         }
         target = stand_in;
       }
-      kept_alive_.push_back(target);
-      kept_alive_.push_back(source);
-      pairs_.push_back({target.data_ptr(), source.const_data_ptr(), dtype_of(target, op, "targets"),
-                        dtype_of(source, op, "sources"), target.numel()});
+      pairs_.push_back(
+          {target.data_ptr(), source.const_data_ptr(), target_dtype, source_dtype, count});
+      kept_alive_.push_back(std::move(target));
+      kept_alive_.push_back(std::move(source));
     }
+    if (scheduled.has_value()) uses_.push_back({extent(*scheduled), &*scheduled, 0, false, true});
+    check_aliases(op);
   }
 
   const EmaPair* data() const { return pairs_.data(); }
@@ -82,8 +78,46 @@ class EmaPairs {
   }
 
  private:
+  struct Use {
+    Extent bytes;
+    const Tensor* tensor;
+    size_t pair;
+    bool is_target;
+    bool is_momentum = false;
+
+    std::string name() const {
+      if (is_momentum) return "momentum";
+      return (is_target ? "targets[" : "sources[") + std::to_string(pair) + "]";
+    }
+  };
+
+  // Elements are updated in any order and by many threads: what is written must be nobody else's.
+  // A target that is its own source is none the worse for it.
+  void check_aliases(const char* op) {
+    const auto earlier = [](const Use& a, const Use& b) { return a.bytes.begin < b.bytes.begin; };
+    std::sort(uses_.begin(), uses_.end(), earlier);
+    for (size_t i = 0; i < uses_.size(); ++i) {
+      for (size_t k = i + 1; k < uses_.size() && uses_[k].bytes.begin < uses_[i].bytes.end; ++k) {
+        const Use &a = uses_[i], &b = uses_[k];
+        if (!a.is_target && !b.is_target) continue;
+        const bool own_source = a.pair == b.pair && !a.is_momentum && !b.is_momentum;
+        if (own_source && a.bytes.begin == b.bytes.begin && a.bytes.end == b.bytes.end &&
+            a.tensor->scalar_type() == b.tensor->scalar_type() &&
+            same_layout(*a.tensor, *b.tensor)) {
+          continue;
+        }
+        const Use &target = a.is_target ? a : b, &other = a.is_target ? b : a;
+        STD_TORCH_CHECK(!share_memory(*a.tensor, *b.tensor), op, ": ", target.name(),
+                        " must not share memory with ", other.name(),
+                        "; pass each tensor once, or "
+                        "a clone");
+      }
+    }
+  }
+
   std::vector<EmaPair> pairs_;
   std::vector<Tensor> kept_alive_;
+  std::vector<Use> uses_;
   std::vector<std::pair<Tensor, Tensor>> to_copy_back_;  // (target, its contiguous stand-in)
 };
 

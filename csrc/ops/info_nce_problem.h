@@ -36,7 +36,9 @@ inline InfoNceTensors info_nce_tensors(const Tensor& query, const Tensor& positi
                   ": positive must match query in images and features");
   STD_TORCH_CHECK(queue.size(1) == problem.features, op, ": queue must be (K, ", problem.features,
                   "), got (", queue.size(0), ", ", queue.size(1), ")");
-  STD_TORCH_CHECK(temperature > 0.0, op, ": temperature must be positive, got ", temperature);
+  // So that float32 holds it, its reciprocal, and what both make of numbers near 1.
+  STD_TORCH_CHECK(temperature >= 1e-30 && temperature <= 1e30, op,
+                  ": temperature must lie in [1e-30, 1e30], got ", temperature);
 
   if (match.has_value()) {
     made.match = torch::stable::contiguous(*match);

@@ -8,6 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from densecl_ext.backbones.convolutions import (
+    explain_reflection,
+    left_out_parts,
+    set_padding,
+    warn_truncated,
+)
+
 TIMM = "timm/"
 
 # How timm's networks are told to take images of other sizes than their own: vision transformers by
@@ -31,6 +38,10 @@ class TimmBackbone(nn.Module):
 
     Args:
         name: timm's name of the network, with ``timm/`` before it or not.
+        output_stride: 8, 16 or 32, or None for the network's own. By timm's ``output_stride``
+            (dilation) where the network has it; else its last stages are left out, with a warning.
+        padding: "zeros", "reflect" or "replicate", of all convolutions.
+        truncate: leave the last stages out even where timm could dilate them.
 
     Attributes:
         name: "timm/..." .
@@ -38,9 +49,13 @@ class TimmBackbone(nn.Module):
         out_channels: C of the feature map.
         stride: pixels between neighbouring positions of the grid.
         native_size: height and width of the images that timm made the network for.
+        padding: as given.
+        left_out: names of the modules that a truncated network does not have.
+        last_index: which of timm's intermediate features a truncated network ends with, or None.
 
     Raises:
-        ValueError: timm has no such network, or its features are no grid.
+        ValueError: timm has no such network, its features are no grid, or it has no way to the
+            output stride or the padding.
         ImportError: timm is not installed.
 
     Shape:
@@ -48,21 +63,39 @@ class TimmBackbone(nn.Module):
         ``timm/vit_small_patch16_224`` at 224 pixels.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(
+        self,
+        name: str,
+        *,
+        output_stride: int | None = None,
+        padding: str = "zeros",
+        truncate: bool = False,
+    ) -> None:
         super().__init__()
-        self.name = TIMM + name.removeprefix(TIMM)
-        self.network = create_timm(name, any_size=True)
-        self.prefix_tokens = int(getattr(self.network, "num_prefix_tokens", 0))
-        self.native_size = tuple(self.network.default_cfg["input_size"][1:])
+        self.name, self.padding = TIMM + name.removeprefix(TIMM), padding
+        self.last_index: int | None = None
+        self.left_out: tuple[str, ...] = ()
+        self._take(create_timm(name, any_size=True))
+        if output_stride is not None and output_stride != self.stride:
+            self._reach(output_stride, truncate)
+        set_padding(self.network, padding, self.name)
+
+    def _take(self, network: Any) -> None:
+        self.network = network
+        self.prefix_tokens = int(getattr(network, "num_prefix_tokens", 0))
+        self.native_size = tuple(network.default_cfg["input_size"][1:])
         self.stride = 1
         self._settle_grid()
 
     def forward(self, images: Tensor) -> Tensor:
         """The last features, after the network's own final norm where it has one."""
         try:
-            features = self.network.forward_features(images)
+            features = self._features(images)
         except AssertionError as error:  # what timm raises for an image size it cannot take
             raise self._unfit(images) from error
+        except RuntimeError as error:
+            explain_reflection(error, self.name, self.padding, images)
+            raise
         if features.dim() == 3:  # (N, prefix + h * w, C)
             height, width = (side // self.stride for side in images.shape[2:])
             tokens = features[:, self.prefix_tokens :]
@@ -72,6 +105,42 @@ class TimmBackbone(nn.Module):
         if self._channels_last:
             return features.permute(0, 3, 1, 2)
         return features
+
+    def _features(self, images: Tensor) -> Any:
+        if self.last_index is None:
+            return self.network.forward_features(images)
+        return intermediate_features(self.network, self.last_index, images)
+
+    def _reach(self, output_stride: int, truncate: bool) -> None:
+        """Get to an output stride other than the network's own, by dilation or truncation."""
+        own = self.stride
+        if output_stride < own and not truncate:
+            try:
+                dilated = create_timm(self.name, output_stride=output_stride)
+            except (
+                TypeError,
+                AssertionError,
+                NotImplementedError,
+            ):  # timm has no such option there
+                pass
+            else:
+                dilated.load_state_dict(self.network.state_dict())
+                self._take(dilated)
+        if self.stride == output_stride:
+            return
+        stages = [stage["reduction"] for stage in getattr(self.network, "feature_info", ())]
+        if output_stride > own or output_stride not in stages:
+            raise ValueError(
+                f"build_backbone: {self.name} has no features of output_stride {output_stride}; "
+                f"its stages have {', '.join(str(stride) for stride in sorted({own, *stages}))}"
+            )
+        before = list(self.network.state_dict())
+        self.last_index = len(stages) - 1 - stages[::-1].index(output_stride)
+        self.network.prune_intermediate_layers([self.last_index], prune_norm=True, prune_head=True)
+        self.left_out = left_out_parts(before, self.network.state_dict())
+        self._settle_grid()
+        if not truncate:
+            warn_truncated(self.name, output_stride, self.left_out)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The network's, by timm's own names."""
@@ -104,12 +173,12 @@ class TimmBackbone(nn.Module):
         device = next(self.network.parameters()).device
         with torch.no_grad():
             self.network.eval()
-            features = self.network.forward_features(
-                torch.zeros(1, 3, height, width, device=device)
-            )
+            features = self._features(torch.zeros(1, 3, height, width, device=device))
             self.network.train()
         shape = tuple(features.shape) if isinstance(features, Tensor) else ()
-        self._channels_last = getattr(self.network, "output_fmt", "NCHW") == "NHWC"
+        # timm gives intermediate features as (N, C, h, w)
+        of_network = getattr(self.network, "output_fmt", "NCHW") if self.last_index is None else ""
+        self._channels_last = of_network == "NHWC"
         if len(shape) == 3:
             positions, self.out_channels = shape[1] - self.prefix_tokens, shape[2]
             self.stride = max(1, round((height * width / max(1, positions)) ** 0.5))
@@ -117,7 +186,7 @@ class TimmBackbone(nn.Module):
         elif len(shape) == 4:
             self.out_channels, rows = (shape[3], shape[1]) if self._channels_last else shape[1:3]
             self.stride = max(1, round(height / rows))
-            is_grid = self.out_channels == self.network.num_features
+            is_grid = self.last_index is not None or self.out_channels == self.network.num_features
         else:
             is_grid = False
         if not is_grid:
@@ -127,15 +196,24 @@ class TimmBackbone(nn.Module):
             )
 
 
-def create_timm(name: str, *, any_size: bool = False) -> Any:
+def intermediate_features(network: Any, index: int, images: Tensor) -> Tensor:
+    """Features (N, C, h, w) after one of a timm network's stages, without a final norm."""
+    return network.forward_intermediates(
+        images, indices=[index], stop_early=True, intermediates_only=True
+    )[-1]
+
+
+def create_timm(name: str, *, any_size: bool = False, **options: Any) -> Any:
     """Build timm's network at a random start, without its classifier; nothing is downloaded.
 
     Args:
         name: timm's name, with ``timm/`` before it or not.
         any_size: let it take images of other sizes where timm can.
+        **options: further ones of ``timm.create_model``.
 
     Raises:
         ValueError: timm has no such network.
+        TypeError: the network has no such option.
         ImportError: timm is not installed.
     """
     try:
@@ -152,11 +230,11 @@ def create_timm(name: str, *, any_size: bool = False) -> Any:
             f"build_backbone: timm {timm.__version__} has no network {name!r}"
             + (f"; did you mean {TIMM}{near[0]}?" if near else "")
         )
-    for options in _ANY_SIZE if any_size else ({},):
+    for sizes in _ANY_SIZE if any_size else ({},):
         try:
-            return timm.create_model(name, pretrained=False, num_classes=0, **options)
+            return timm.create_model(name, pretrained=False, num_classes=0, **sizes, **options)
         except TypeError:  # the network has no such option
-            if not options:
+            if not sizes:
                 raise
     raise AssertionError
 

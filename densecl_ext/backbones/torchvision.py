@@ -1,88 +1,182 @@
-"""Backbones: modules from images (N, 3, H, W) to a feature map (N, C, h, w)."""
+"""Torchvision's convolutional networks without their pooling and classifier."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import dataclasses
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from densecl_ext.backbones.timm import TIMM, TimmBackbone
-
-RESNETS = (
-    "resnet18",
-    "resnet34",
-    "resnet50",
-    "resnet101",
-    "resnet152",
-    "resnext50_32x4d",
-    "resnext101_32x8d",
-    "resnext101_64x4d",
-    "wide_resnet50_2",
-    "wide_resnet101_2",
+from densecl_ext.backbones.convolutions import (
+    dilate,
+    explain_reflection,
+    keep_until,
+    left_out_parts,
+    set_padding,
+    warn_truncated,
 )
-_HEAD = ("avgpool", "fc")
-_WEIGHT_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar")
+from densecl_ext.backbones.grid import feature_grid
 
 
-class ResNetBackbone(nn.Module):
-    """A torchvision ResNet without its pooling and classifier.
-
-    The state dict has torchvision's own keys, less ``fc.weight`` and ``fc.bias``.
-
-    Args:
-        resnet: a ``torchvision.models.ResNet``, whose layers are taken over, not copied.
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """Networks of one build: where their parts are.
 
     Attributes:
-        out_channels: C of the feature map: 512 for resnet18 and resnet34, else 2,048.
-
-    Shape:
-        (N, 3, H, W) to (N, C, ceil(H / 32), ceil(W / 32)).
+        names: torchvision's names of the networks.
+        head: attributes that come after the feature map.
+        stages: the modules after which the map has the strides of ``STAGE_STRIDES``.
+        dilates: its stages can be dilated (:func:`densecl_ext.backbones.convolutions.dilate`).
     """
 
-    def __init__(self, resnet: nn.Module) -> None:
+    names: tuple[str, ...]
+    head: tuple[str, ...]
+    stages: tuple[str, str, str, str]
+    dilates: bool
+
+
+STAGE_STRIDES = (4, 8, 16, 32)
+FAMILIES = (
+    Family(
+        names=(
+            "resnet18",
+            "resnet34",
+            "resnet50",
+            "resnet101",
+            "resnet152",
+            "resnext50_32x4d",
+            "resnext101_32x8d",
+            "resnext101_64x4d",
+            "wide_resnet50_2",
+            "wide_resnet101_2",
+        ),
+        head=("avgpool", "fc"),
+        stages=("layer1", "layer2", "layer3", "layer4"),
+        dilates=True,
+    ),
+    Family(
+        names=(
+            *(f"regnet_x_{size}" for size in ("400mf", "800mf", "1_6gf", "3_2gf")),
+            *(f"regnet_x_{size}" for size in ("8gf", "16gf", "32gf")),
+            *(f"regnet_y_{size}" for size in ("400mf", "800mf", "1_6gf", "3_2gf")),
+            *(f"regnet_y_{size}" for size in ("8gf", "16gf", "32gf", "128gf")),
+        ),
+        head=("avgpool", "fc"),
+        stages=(
+            "trunk_output.block1",
+            "trunk_output.block2",
+            "trunk_output.block3",
+            "trunk_output.block4",
+        ),
+        dilates=True,
+    ),
+    # Between its stages ConvNeXt has unpadded 2 x 2 convolutions, which lose a row and a column
+    # when they are dilated.
+    Family(
+        names=tuple(f"convnext_{size}" for size in ("tiny", "small", "base", "large")),
+        head=("avgpool", "classifier"),
+        stages=("features.1", "features.3", "features.5", "features.7"),
+        dilates=False,
+    ),
+)
+RESNETS = FAMILIES[0].names
+TORCHVISION = tuple(name for family in FAMILIES for name in family.names)
+
+
+class TorchvisionBackbone(nn.Module):
+    """A network of torchvision without its pooling and classifier.
+
+    The state dict has torchvision's own keys, less those of the classifier and of stages that were
+    left out. ConvNeXt's last norm comes after its pooling and belongs to the classifier.
+
+    Args:
+        name: one of :data:`TORCHVISION`.
+        network: torchvision's module of that name, whose layers are taken over, not copied.
+        output_stride: 8, 16 or 32, or None for the network's own 32. The last stages are dilated;
+            where the network has no way to, they are left out, with a warning.
+        padding: "zeros", "reflect" or "replicate", of all convolutions.
+        truncate: leave the last stages out even where they could be dilated.
+
+    Attributes:
+        name: torchvision's name.
+        out_channels: C of the feature map.
+        stride: pixels between neighbouring positions of the grid.
+        native_size: (224, 224), the size of the images that torchvision's weights were made for;
+            all others can be taken too.
+        padding: as given.
+        left_out: names of the stages that a truncated network does not have.
+        last_stage: name of the module whose output the feature map is.
+
+    Shape:
+        (N, 3, H, W) to (N, C, h, w): h = ceil(H / stride); ConvNeXt's h = floor(H / stride).
+    """
+
+    def __init__(
+        self,
+        name: str,
+        network: nn.Module,
+        *,
+        output_stride: int | None = None,
+        padding: str = "zeros",
+        truncate: bool = False,
+    ) -> None:
         super().__init__()
-        self.out_channels = int(resnet.fc.in_features)  # type: ignore[union-attr, arg-type]
-        # registered in the order in which ResNet.forward runs them: stem, then the four stages
-        for name, child in resnet.named_children():
-            if name not in _HEAD:
-                self.add_module(name, child)
+        family = next(family for family in FAMILIES if name in family.names)
+        self.name, self.padding = name, padding
+        self.native_size = (224, 224)
+        self._head = family.head
+        # registered in the order in which torchvision's forward runs them
+        for child, module in network.named_children():
+            if child not in family.head:
+                self.add_module(child, module)
+        self.last_stage = family.stages[-1]
+        self.left_out: tuple[str, ...] = ()
+        if output_stride is not None and output_stride < STAGE_STRIDES[-1]:
+            kept = STAGE_STRIDES.index(output_stride) + 1
+            if family.dilates and not truncate:
+                dilation = 1
+                for stage in family.stages[kept:]:
+                    dilation = dilate(self.get_submodule(stage), dilation)
+            else:
+                self._truncate(family.stages[kept - 1])
+                if not truncate:
+                    warn_truncated(name, output_stride, self.left_out)
+        self.out_channels, self.stride, _ = feature_grid(self)
+        set_padding(self, padding, name)
 
     def forward(self, images: Tensor) -> Tensor:
         """Feature map of the last stage."""
         x = images
-        for stage in self.children():
-            x = stage(x)
+        try:
+            for stage in self.children():
+                x = stage(x)
+        except RuntimeError as error:
+            explain_reflection(error, self.name, self.padding, images)
+            raise
         return x
 
+    @property
+    def classifiers(self) -> tuple[str, ...]:
+        """Where torchvision's own weights files keep what is left out here."""
+        return self._head
 
-def build_backbone(name: str, *, weights: str | Path | None = None) -> nn.Module:
-    """Build a torchvision ResNet or a timm network as a backbone.
+    def _truncate(self, stage: str) -> None:
+        before = list(self.state_dict())
+        keep_until(self, stage)
+        self.last_stage, self.left_out = stage, left_out_parts(before, self.state_dict())
+
+
+def create_torchvision(name: str, weights: str | None = None) -> Any:
+    """Build torchvision's network, by default at a random start.
 
     Args:
-        name: one of :data:`RESNETS`, or ``timm/`` and the name of any network of timm
-            (:class:`densecl_ext.backbones.timm.TimmBackbone`).
-        weights: None for a random start; the path of a file that ``torch.save`` wrote of a
-            state dict with the library's own names, with or without the classifier; or, for a
-            ResNet, the name of torchvision weights such as ``"DEFAULT"`` or ``"IMAGENET1K_V1"``,
-            which torchvision may download.
-
-    Returns:
-        A module with the attribute ``out_channels``.
+        name: one of :data:`TORCHVISION`.
+        weights: name of torchvision weights, which torchvision may download.
 
     Raises:
-        ValueError: an unknown name, or weights that do not fit.
-        FileNotFoundError: ``weights`` names a file that does not exist.
-        ImportError: torchvision or timm is not installed.
+        ValueError: torchvision has no such weights of this network.
+        ImportError: torchvision is not installed.
     """
-    if name.startswith(TIMM):
-        return _build_timm(name, weights)
-    if name not in RESNETS:
-        raise ValueError(
-            f"build_backbone: name must be one of {', '.join(RESNETS)}, or {TIMM}NAME, got "
-            f"{name!r}; any other backbone can be passed to DenseCL as an nn.Module"
-        )
     try:
         from torchvision import models
     except ImportError as error:
@@ -90,96 +184,10 @@ def build_backbone(name: str, *, weights: str | Path | None = None) -> nn.Module
             f"build_backbone: {name!r} needs torchvision, which cannot be imported ({error}); "
             "install the extra: pip install 'densecl_ext[train]'"
         ) from error
-    path = _weights_path(weights)
-    if weights is None or path is not None:
-        resnet = models.get_model(name, weights=None)
-    else:
-        try:
-            resnet = models.get_model(name, weights=str(weights))
-        except (KeyError, ValueError) as error:
-            raise ValueError(
-                f"build_backbone: weights must be a file or the name of torchvision weights for "
-                f"{name}, got {str(weights)!r}"
-            ) from error
-    backbone = ResNetBackbone(resnet)
-    if path is not None:
-        _load_file(backbone, path)
-    return backbone
-
-
-def _build_timm(name: str, weights: str | Path | None) -> TimmBackbone:
-    path = _weights_path(weights)
-    if weights is not None and path is None:
-        raise ValueError(
-            f"build_backbone: weights of {name} must be a file, got {str(weights)!r}; nothing is "
-            "downloaded for timm's networks"
-        )
-    backbone = TimmBackbone(name)
-    if path is not None:
-        _load_file(backbone, path, backbone.classifiers)
-    return backbone
-
-
-def feature_channels(backbone: nn.Module, image_size: int = 64) -> int:
-    """Find out C of a backbone's feature map.
-
-    Taken from the attribute ``out_channels`` or ``num_features`` where that is an int, else from
-    one forward of a zero image (1, 3, size, size) in evaluation mode without gradient, after which
-    every layer has its former mode.
-
-    Raises:
-        ValueError: the forward fails or does not return (N, C, H, W); state ``backbone_channels=``.
-    """
-    for attribute in ("out_channels", "num_features"):
-        channels = getattr(backbone, attribute, None)
-        if isinstance(channels, int) and not isinstance(channels, bool):
-            return channels
-    first = next(backbone.parameters(), None)
-    device = torch.device("cpu") if first is None else first.device
-    dtype = torch.float32 if first is None else first.dtype
-    image = torch.zeros(1, 3, image_size, image_size, device=device, dtype=dtype)
-    modes = [(module, module.training) for module in backbone.modules()]
-    backbone.eval()
     try:
-        with torch.no_grad():
-            features: Any = backbone(image)
-    except Exception as error:
+        return models.get_model(name, weights=weights)
+    except (KeyError, ValueError) as error:
         raise ValueError(
-            f"DenseCL: the backbone has no int attribute out_channels and fails on an image of "
-            f"shape {tuple(image.shape)}: {error}; state backbone_channels="
+            f"build_backbone: weights must be a file or the name of torchvision weights for "
+            f"{name}, got {weights!r}"
         ) from error
-    finally:
-        for module, training in modes:
-            module.training = training
-    if not isinstance(features, Tensor) or features.dim() != 4:
-        got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
-        raise ValueError(f"DenseCL: the backbone must return a tensor (N, C, H, W), got {got}")
-    return features.shape[1]
-
-
-def _weights_path(weights: str | Path | None) -> Path | None:
-    """The file that ``weights`` means, or None where it is no file but a name."""
-    if weights is None:
-        return None
-    path = Path(weights)
-    if path.is_file():
-        return path
-    looks_like_path = isinstance(weights, Path) or len(path.parts) > 1
-    if looks_like_path or path.suffix in _WEIGHT_SUFFIXES:
-        raise FileNotFoundError(f"build_backbone: there is no weights file {path}")
-    return None
-
-
-def _load_file(backbone: nn.Module, path: Path, classifiers: tuple[str, ...] = ("fc",)) -> None:
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ValueError(
-            f"build_backbone: {path} must hold a state dict of tensors with the library's own "
-            "names; `densecl export` writes such a file from a checkpoint"
-        )
-    dropped = tuple(f"{classifier}." for classifier in classifiers)
-    state = {name: value for name, value in state.items() if not name.startswith(dropped)}
-    try:
-        backbone.load_state_dict(state, strict=True)
-    except RuntimeError as error:
-        raise ValueError(f"build_backbone: {path} does not fit: {error}") from error

@@ -11,13 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from densecl_ext.backbones import RESNETS, build_backbone
-from densecl_ext.backbones.timm import TIMM, create_timm, timm_shapes
+from densecl_ext.backbones import RESNETS, TORCHVISION, build_backbone
+from densecl_ext.backbones.build import meta_backbone
+from densecl_ext.backbones.timm import TIMM, create_timm
 from densecl_ext.checkpoints.formats import (
     difference,
     extract_backbone,
     extract_named,
     find_architecture,
+    find_options,
     find_tensors,
 )
 from densecl_ext.checkpoints.provenance import origin
@@ -41,6 +43,9 @@ class BackboneFile:
         notes: what a person who uses the file should know.
         provenance: where the weights come from, and the normalisation that they expect.
         usage: lines of Python or of a configuration that load the file.
+        options: what the backbone was built with beside its name (:func:`build_backbone`), where
+            the source says that it is not the plain network.
+        missing: parts of the library's network that a truncated backbone does not have.
     """
 
     path: Path
@@ -51,6 +56,8 @@ class BackboneFile:
     notes: list[str]
     provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
     usage: str = ""
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    missing: tuple[str, ...] = ()
 
     @property
     def of_timm(self) -> bool:
@@ -68,14 +75,15 @@ def read_backbone(
 ) -> BackboneFile:
     """Reads the query backbone out of any known checkpoint.
 
-    `densecl_ext.checkpoints.formats` lists the forms. A ResNet shows by its tensors. A timm network
-    must be named: a run and what this project writes do that themselves. Wrappers such as
-    `module.` and `_orig_mod.` are taken off the names in any order.
+    `densecl_ext.checkpoints.formats` lists the forms. A ResNet shows by its tensors. Any
+    other network must be named: a run and what this project writes do that themselves. Wrappers
+    such as `module.` and `_orig_mod.` are taken off the names in any order.
 
     Args:
         path: the checkpoint, or the folder of a run.
         trusted: see `load_checkpoint`.
-        architecture: "timm/NAME" for a file that does not say so itself; None otherwise.
+        architecture: the name of a network that is no ResNet ("timm/NAME", "convnext_tiny") for a
+            file that does not say so itself; None otherwise.
         prefix: what stands before the backbone's names, for a form that no table knows.
         container: where in the file the tensors lie ("state" or "a.b"), likewise.
 
@@ -86,21 +94,31 @@ def read_backbone(
     """
     path = resolve_checkpoint(path)
     content = load_checkpoint(path, trusted=trusted)
+    named = architecture or find_architecture(content)
+    options = find_options(content)
+    missing: tuple[str, ...] = ()
     try:
         found = find_tensors(content, container)
-        named = architecture or find_architecture(content)
-        if named is not None and named.startswith(TIMM):
-            tensors, left_out, form = extract_named(found, timm_shapes(named), prefix)
-            architecture = named
-        else:
+        if named is None or not must_be_named(named, options):
             tensors, left_out, form = extract_backbone(found, content, prefix)
-            architecture = match_architecture(tensors)
+            named = match_architecture(tensors)
+            wanted = meta_state(named)
+        else:
+            if named.startswith(TIMM) and not options:
+                wanted = meta_state(named)
+            else:
+                backbone = meta_backbone(named, **options)
+                wanted, missing = backbone.state_dict(), backbone.left_out
+            shapes = {key: value.shape for key, value in wanted.items()}
+            tensors, left_out, form = extract_named(found, shapes, prefix)
         check_weights(tensors)
-        tensors, notes = _as_float32(tensors, architecture)
+        tensors, notes = _as_float32(tensors, wanted)
     except ValueError as error:
         raise ValueError(f"read_backbone: {path}: {error}") from None
-    words = origin(content, path, form, architecture)
-    return BackboneFile(path, architecture, form, tensors, left_out, notes, words)
+    words = origin(content, path, form, named)
+    return BackboneFile(
+        path, named, form, tensors, left_out, notes, words, options=options, missing=missing
+    )
 
 
 def load_backbone(path: str | os.PathLike[str], *, trusted: bool = False) -> nn.Module:
@@ -111,19 +129,21 @@ def load_backbone(path: str | os.PathLike[str], *, trusted: bool = False) -> nn.
         trusted: see `load_checkpoint`.
 
     Returns:
-        The backbone, (N, 3, H, W) -> (N, C, h, w), on the CPU in eval mode.
+        The backbone, (N, 3, H, W) -> (N, C, h, w), on the CPU in eval mode, with the output stride
+        and the padding that it was trained with.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: see `read_backbone`.
     """
-    return build(read_backbone(path, trusted=trusted))
+    source = read_backbone(path, trusted=trusted)
+    return build(source, **source.options)
 
 
-def build(source: BackboneFile) -> nn.Module:
-    """The backbone with its weights, on the CPU in eval mode."""
+def build(source: BackboneFile, **options: Any) -> nn.Module:
+    """The backbone with its weights, built with these options, on the CPU in eval mode."""
     with torch.random.fork_rng(devices=[]):  # the random start is thrown away
-        backbone = build_backbone(source.architecture)
+        backbone = build_backbone(source.architecture, **options)
     backbone.load_state_dict(source.tensors, strict=True)
     return backbone.eval()
 
@@ -161,6 +181,13 @@ def meta_state(architecture: str) -> dict[str, Tensor]:
     return {k: v for k, v in network.state_dict().items() if not k.startswith("fc.")}
 
 
+def must_be_named(architecture: str, options: Mapping[str, Any]) -> bool:
+    """Whether tensors alone do not say that they are of this network, built with these options."""
+    if architecture in RESNETS:  # a truncated one has not all of a ResNet's tensors
+        return "output_stride" in options
+    return architecture.startswith(TIMM) or architecture in TORCHVISION
+
+
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
     # Files from before torch 0.4.1 have no num_batches_tracked, and batch norm's loading fills it
     # in.
@@ -168,10 +195,9 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
 
 
 def _as_float32(
-    tensors: Mapping[str, Tensor], architecture: str
+    tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], list[str]]:
     """The tensors in the network's own dtypes; raises ValueError for a float where counts are."""
-    wanted = meta_state(architecture)
     others = sorted({str(v.dtype) for k, v in tensors.items() if v.dtype != wanted[k].dtype})
     for key, tensor in tensors.items():
         if tensor.dtype.is_floating_point != wanted[key].dtype.is_floating_point:

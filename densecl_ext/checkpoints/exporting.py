@@ -6,18 +6,14 @@ import dataclasses
 import os
 from pathlib import Path
 
+from densecl_ext.backbones import RESNETS
 from densecl_ext.backbones.timm import TIMM
 from densecl_ext.checkpoints import folders, onnx
 from densecl_ext.checkpoints.exchange import BackboneFile, read_backbone
 from densecl_ext.checkpoints.names import from_detectron2, to_detectron2
 from densecl_ext.checkpoints.provenance import normalisation_line, summary
 from densecl_ext.checkpoints.runs import resolve_checkpoint
-from densecl_ext.checkpoints.verify import (
-    check_features,
-    layer4,
-    library_features,
-    torchvision_network,
-)
+from densecl_ext.checkpoints.verify import check_library
 from densecl_ext.checkpoints.writing import (
     check_output,
     write_card,
@@ -26,8 +22,6 @@ from densecl_ext.checkpoints.writing import (
 )
 
 TARGETS = ("torchvision", "timm", "backbone", "huggingface", "detectron2", "mmengine", "onnx")
-# The libraries that know torchvision's ResNets alone, each under its own names.
-_RESNETS_ONLY = ("torchvision", "detectron2", "mmengine")
 _DEPTHS = {"resnet18": 18, "resnet34": 34, "resnet50": 50, "resnet101": 101, "resnet152": 152}
 
 
@@ -44,7 +38,10 @@ def export_backbone(
     Before a file takes its name, the weights are loaded strictly into the library's own model, and
     both models' feature maps on random images must be equal bit for bit (of transformers and ONNX
     within rounding); what was written is read back. detectron2 and mmengine, which are not asked
-    themselves, are held against the map of their names.
+    themselves, are held against the map of their names. Of a backbone with another output stride
+    or padding, both models are compared without: its weights are the plain network's, and a note
+    says what the library's does otherwise. Of a truncated one, the stages that are there are
+    compared and written; the file then takes `strict=False`, and a note names what is missing.
 
     Where the weights come from, and how images must be prepared, is kept inside the file and in a
     model card beside it.
@@ -61,10 +58,10 @@ def export_backbone(
             "detectron2": a .pkl (or .pth) for MODEL.WEIGHTS. "mmengine": a .pth for
             `init_cfg=dict(type="Pretrained", ...)`. "onnx": a .onnx program from images to the
             feature map, of any batch and image size.
-        fc: with "torchvision": include `fc.weight` and `fc.bias`, which its strict loading
-            demands. Pre-training has no classifier, so they are torchvision's own random
-            initialisation (1,000 classes, fixed seed): train or replace them before using the
-            network's class outputs.
+        fc: with "torchvision": include the classifier (`fc.weight` and `fc.bias`), which its strict
+            loading demands. Pre-training has none, so it is torchvision's own random initialisation
+            (1,000 classes, fixed seed): train or replace it before using the network's class
+            outputs.
         card: write the model card.
 
     Returns:
@@ -96,6 +93,7 @@ def export_backbone(
         written,
         notes=[
             *written.notes,
+            *_build_notes(source),
             summary(source.provenance),
             f"images: {normalisation_line(source.provenance)}",
         ],
@@ -116,11 +114,43 @@ def _require_ending(output: Path, to: str) -> None:
 
 
 def _require_network(source: BackboneFile, to: str) -> None:
-    if source.of_timm and to in _RESNETS_ONLY:
+    name, resnet = source.architecture, source.architecture in RESNETS
+    if source.of_timm and to in ("torchvision", "detectron2", "mmengine"):
         raise ValueError(
-            f"export_backbone: {source.path} holds {source.architecture}, which {to} does "
-            "not have; to must be 'timm', 'huggingface', 'onnx' or 'backbone'"
+            f"export_backbone: {source.path} holds {name}, which {to} does not have; to must be "
+            "'timm' or 'backbone', 'huggingface' or 'onnx'"
         )
+    if to in ("timm", "huggingface") and not source.of_timm and not resnet:
+        raise ValueError(
+            f"export_backbone: timm has other names in its {name} than torchvision "
+            f"({source.path}); to must be 'torchvision' or 'backbone', or 'onnx'"
+        )
+    if to in ("detectron2", "mmengine") and not resnet:
+        raise ValueError(
+            f"export_backbone: {to} has other names in its {name} than torchvision "
+            f"({source.path}); to must be 'torchvision' or 'backbone', or 'onnx'"
+        )
+    if to == "huggingface" and source.missing:
+        raise ValueError(
+            f"export_backbone: {source.path} holds a truncated {name}, and a hub's folder is "
+            "loaded whole; to must be 'torchvision' or 'backbone', or 'onnx'"
+        )
+
+
+def _build_notes(source: BackboneFile) -> list[str]:
+    notes = []
+    if source.options:
+        told = ", ".join(f"{name}={value}" for name, value in source.options.items())
+        notes.append(
+            f"pre-trained with {told}; the library's own network has its own stride and pads with "
+            "zeros, so it computes other features from these weights (`--to backbone` keeps both)"
+        )
+    if source.missing:
+        notes.append(
+            f"{', '.join(source.missing)} are missing, since the backbone was truncated: load with "
+            "strict=False; the library's network keeps its random start there"
+        )
+    return notes
 
 
 def _written(source: BackboneFile, output: Path, usage: str, *notes: str) -> BackboneFile:
@@ -136,45 +166,50 @@ def _load_line(output: Path) -> str:
 
 
 def _torchvision(source: BackboneFile, output: Path, fc: bool) -> BackboneFile:
-    network = torchvision_network(source)
-    check_features(source, layer4(network))
+    classifier = check_library(source, "torchvision")
     tensors, note = dict(source.tensors), ""
-    if fc:
-        tensors |= {f"fc.{key}": value for key, value in network.fc.state_dict().items()}
+    strict = "" if not source.missing else ", strict=False"
+    if not source.missing and fc:
+        tensors |= classifier
         note = (
-            "fc.weight and fc.bias are torchvision's random initialisation (pre-training has "
-            "no classifier): train or replace them"
+            f"{' and '.join(classifier)} are torchvision's random initialisation (pre-training "
+            "has no classifier): train or replace them"
         )
-    else:
+    elif not source.missing:
         note = "without fc: load with strict=False, or after `model.fc = torch.nn.Identity()`"
+        strict = ", strict=False"
     write_weights(output, tensors, source.provenance)
-    usage = f"model = torchvision.models.{source.architecture}()"
-    usage += "" if fc else "\nmodel.fc = torch.nn.Identity()"
-    usage += f"\nmodel.load_state_dict({_load_line(output)})"
+    usage = (
+        f"model = torchvision.models.{source.architecture}()\n"
+        f"model.load_state_dict({_load_line(output)}{strict})"
+    )
     return dataclasses.replace(_written(source, output, usage, note), tensors=tensors)
 
 
 def _timm(source: BackboneFile, output: Path, fc: bool) -> BackboneFile:
-    check_features(source, library_features(source, timm=True))
+    check_library(source, "timm")
     write_weights(output, source.tensors, source.provenance)
     name = source.architecture.removeprefix(TIMM)
     usage = (
         f"model = timm.create_model({name!r}, num_classes=0)\n"
-        f"model.load_state_dict({_load_line(output)})"
+        f"model.load_state_dict({_load_line(output)}{', strict=False' if source.missing else ''})"
     )
     return _written(source, output, usage)
 
 
 def _backbone(source: BackboneFile, output: Path, fc: bool) -> BackboneFile:
-    check_features(source, library_features(source))
-    write_weights(output, source.tensors, source.provenance)
-    return _written(
-        source, output, f"backbone = densecl_ext.checkpoints.load_backbone({str(output)!r})"
-    )
+    check_library(source, _own(source))
+    write_weights(output, source.tensors, source.provenance | {"options": source.options})
+    usage = f"backbone = densecl_ext.checkpoints.load_backbone({str(output)!r})"
+    return _written(source, output, usage)
+
+
+def _own(source: BackboneFile) -> str:
+    return "timm" if source.of_timm else "torchvision"
 
 
 def _mmengine(source: BackboneFile, output: Path, fc: bool) -> BackboneFile:
-    check_features(source, library_features(source))
+    check_library(source, "torchvision")
     write_weights(
         output,
         source.tensors,
@@ -194,7 +229,7 @@ def _mmengine(source: BackboneFile, output: Path, fc: bool) -> BackboneFile:
 
 
 def _detectron2(source: BackboneFile, output: Path, fc: bool) -> BackboneFile:
-    check_features(source, library_features(source))
+    check_library(source, "torchvision")
     named = {
         to_detectron2(name): tensor
         for name, tensor in source.tensors.items()
@@ -218,7 +253,7 @@ def _detectron2(source: BackboneFile, output: Path, fc: bool) -> BackboneFile:
 
 
 def _huggingface(source: BackboneFile, output: Path, fc: bool) -> BackboneFile:
-    check_features(source, library_features(source, timm=True))
+    check_library(source, "timm")
     loads = folders.write_huggingface(source, output)
     usage = f'model = timm.create_model("local-dir:{output}", num_classes=0)'
     note = ""

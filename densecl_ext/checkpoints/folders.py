@@ -15,11 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from densecl_ext.backbones.timm import TIMM, create_timm
+from densecl_ext.backbones.timm import TIMM, TimmBackbone, create_timm
 from densecl_ext.checkpoints.exchange import BackboneFile
 from densecl_ext.checkpoints.names import from_huggingface, to_huggingface
 from densecl_ext.checkpoints.storage import TEMPORARY_PREFIX
-from densecl_ext.checkpoints.verify import Features, check_features
+from densecl_ext.checkpoints.verify import (
+    Features,
+    check_features,
+    last_features,
+    plain_backbone,
+)
 from densecl_ext.checkpoints.writing import require_equal, write_file, write_weights
 
 TIMM_WEIGHTS = "model.safetensors"
@@ -61,7 +66,8 @@ def write_huggingface(source: BackboneFile, output: Path) -> dict[str, str]:
             json.dumps(_preprocessor(source), indent=2) + "\n"
         )
         write_weights(stage / TIMM_WEIGHTS, source.tensors, source.provenance)
-        check_features(source, _timm_folder(stage))
+        backbone = plain_backbone(source)
+        check_features(source, backbone, _timm_folder(stage, backbone), 0.0)
         loads = {"timm": "loaded"}
         if source.architecture in _TRANSFORMERS:
             named = {to_huggingface(key): value for key, value in source.tensors.items()}
@@ -70,7 +76,7 @@ def write_huggingface(source: BackboneFile, output: Path) -> dict[str, str]:
                 raise RuntimeError(f"{source.path}: transformers' names do not lead back")
             loads["transformers"] = "names"
             if importlib.util.find_spec("transformers") is not None:
-                check_features(source, _transformers_folder(stage), tolerance=_TOLERANCE)
+                check_features(source, backbone, _transformers_folder(stage), _TOLERANCE)
                 loads["transformers"] = "loaded"
         output.mkdir(exist_ok=True)
         for file in sorted(stage.iterdir()):
@@ -156,12 +162,15 @@ def _preprocessor(source: BackboneFile) -> dict[str, Any]:
     }
 
 
-def _timm_folder(folder: Path) -> Features:
+def _timm_folder(folder: Path, backbone: Any) -> Features:
     import timm
 
     with torch.random.fork_rng(devices=[]):
         network: Any = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0)
-    return network.eval().forward_features
+    network.eval()
+    if isinstance(backbone, TimmBackbone):
+        return last_features(network, backbone)
+    return network.forward_features
 
 
 def _transformers_folder(folder: Path) -> Features:

@@ -184,6 +184,26 @@ def find_architecture(content: Any) -> str | None:
     return said if isinstance(said, str) else None
 
 
+def find_options(content: Any) -> dict[str, Any]:
+    """What a file of this project says its backbone was built with, less what is plain."""
+    if not isinstance(content, Mapping):
+        return {}
+    if content.get("format") == NAMED:
+        said = content.get("options")
+    else:
+        said = content.get("config") if is_run(content) else stamp(content).get("options")
+    if not isinstance(said, Mapping):
+        return {}
+    options: dict[str, Any] = {}
+    if said.get("output_stride") not in (None, "none"):
+        options["output_stride"] = int(said["output_stride"])
+        if said.get("truncate"):
+            options["truncate"] = True
+    if said.get("padding", "zeros") != "zeros":
+        options["padding"] = str(said["padding"])
+    return options
+
+
 def difference(got: Mapping[str, Any], wanted: Mapping[str, Any]) -> tuple[int, str]:
     """How two mappings from names to shapes differ: in so many names, told in words."""
     parts = {
@@ -297,7 +317,7 @@ def _unknown(tensors: Mapping[str, Tensor], prefix: str | None) -> str:
     found = f"; there may be one after {hints[0]!r}: --prefix {hints[0]}" if hints else ""
     return (
         f"no ResNet found in any known form ({known}); {first}{found}; --prefix and --container "
-        "say where to look"
+        "say where to look; another network must be named"
     )
 
 

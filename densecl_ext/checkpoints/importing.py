@@ -6,10 +6,9 @@ import dataclasses
 import os
 from pathlib import Path
 
-from densecl_ext.backbones.timm import TIMM
-from densecl_ext.checkpoints.exchange import BackboneFile, read_backbone
+from densecl_ext.checkpoints.exchange import BackboneFile, must_be_named, read_backbone
 from densecl_ext.checkpoints.runs import resolve_checkpoint
-from densecl_ext.checkpoints.verify import check_features, library_features
+from densecl_ext.checkpoints.verify import check_library
 from densecl_ext.checkpoints.writing import check_output, write_weights
 
 
@@ -30,8 +29,8 @@ def import_backbone(
         source: see `read_backbone`.
         output: the file to write: the library's names, no classifier; it also says which network
             it is. Ends in .safetensors for such a file.
-        architecture: the architecture it must have, or None to accept what it is. A file with
-            timm's own names must be told by it ("timm/vit_small_patch16_224").
+        architecture: the architecture it must have, or None to accept what it is. A file of
+            anything but a ResNet must be told by it ("timm/vit_small_patch16_224").
         trusted: see `load_checkpoint`.
         prefix: see `read_backbone`.
         container: see `read_backbone`.
@@ -48,14 +47,14 @@ def import_backbone(
         OSError: the output could not be written.
     """
     output = check_output("import_backbone", output, resolve_checkpoint(source))
-    timm_name = architecture if architecture and architecture.startswith(TIMM) else None
+    named = architecture if architecture and must_be_named(architecture, {}) else None
     read = read_backbone(
-        source, trusted=trusted, architecture=timm_name, prefix=prefix, container=container
+        source, trusted=trusted, architecture=named, prefix=prefix, container=container
     )
     if architecture is not None and read.architecture != architecture:
         raise ValueError(
             f"import_backbone: {read.path} holds a {read.architecture}, expected {architecture}"
         )
-    check_features(read, library_features(read))
-    write_weights(Path(output), read.tensors, read.provenance)
+    check_library(read, "timm" if read.of_timm else "torchvision")
+    write_weights(Path(output), read.tensors, read.provenance | {"options": read.options})
     return dataclasses.replace(read, path=Path(output))

@@ -17,7 +17,7 @@ from torch import Tensor
 from densecl_ext.backbones.timm import TimmBackbone
 from densecl_ext.checkpoints.exchange import BackboneFile, build
 from densecl_ext.checkpoints.provenance import STAMP
-from densecl_ext.checkpoints.verify import check_features, library_features
+from densecl_ext.checkpoints.verify import check_features, check_library
 
 _TOLERANCE = 1e-3  # other kernels, and batch norm folded into convolutions
 
@@ -37,8 +37,8 @@ def program(source: BackboneFile) -> tuple[bytes, str]:
             )
     import onnx
 
-    check_features(source, library_features(source))
-    backbone = build(source)
+    check_library(source, "timm" if source.of_timm else "torchvision")
+    backbone = build(source, **source.options)
     # A vision transformer's grid is part of its program; a convolutional network takes any size.
     fixed = isinstance(backbone, TimmBackbone)
     size = backbone.native_size if isinstance(backbone, TimmBackbone) else (96, 128)
@@ -63,7 +63,7 @@ def program(source: BackboneFile) -> tuple[bytes, str]:
     data = model.SerializeToString()
     if importlib.util.find_spec("onnxruntime") is None:
         return data, "onnxruntime is not installed: the program was checked, not run"
-    check_features(source, _session(data), tolerance=_TOLERANCE)
+    check_features(source, backbone, _session(data), _TOLERANCE)
     return data, ""
 
 

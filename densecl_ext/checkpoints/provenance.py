@@ -95,7 +95,9 @@ def origin(content: Any, path: Path, form: str, architecture: str) -> dict[str, 
         Plain values: program, architecture, normalisation, licence, and steps, images and recipe
         of a run, or the source of other files. Folders of the machine are left out.
     """
-    known = {key: value for key, value in stamp(content).items() if key != _CHECKSUM}
+    known = {
+        key: value for key, value in stamp(content).items() if key not in (_CHECKSUM, "options")
+    }
     words: dict[str, Any] = {
         "program": f"densecl_ext {__version__}",
         "torch": str(torch.__version__),

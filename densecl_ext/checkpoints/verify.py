@@ -1,42 +1,78 @@
-"""The proof that weights arrive: the library's own model against ours, on one random image."""
+"""The proof that weights arrive: the library's own model against ours, on random images."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from densecl_ext.backbones.timm import TIMM, TimmBackbone, create_timm
+from densecl_ext.backbones.timm import TIMM, TimmBackbone, create_timm, intermediate_features
 from densecl_ext.checkpoints.exchange import BackboneFile, build
-
-if TYPE_CHECKING:
-    from torchvision.models import ResNet
 
 FC_SEED = 0
 Features = Callable[[Tensor], Tensor]
 
 
-def check_features(source: BackboneFile, features: Features, *, tolerance: float = 0.0) -> None:
-    """Compares a library's last features with ours, for one batch of random images.
+@torch.no_grad()
+def check_library(source: BackboneFile, library: str) -> dict[str, Tensor]:
+    """Compares the library's model with ours: last features of random images, bit for bit.
+
+    Of a backbone with another output stride or padding, both without; of a truncated one, the
+    stages that are there.
 
     Args:
         source: the weights.
-        features: (N, 3, H, W) -> what the library's model gives.
-        tolerance: largest difference allowed, as a share of the largest feature; 0 asks for the
-            same bits.
+        library: "torchvision" or "timm".
+
+    Returns:
+        The classifier of the library's model, from a fixed seed.
 
     Raises:
         RuntimeError: they differ, or are not finite.
     """
-    backbone = build(source)
+    backbone = plain_backbone(source)
+    network = _library_network(source, backbone, library)
+    _compare(source, backbone, lambda images: _features(network, backbone, images), 0.0)
+    return _under(network.state_dict(), backbone.classifiers)
+
+
+@torch.no_grad()
+def check_features(
+    source: BackboneFile, backbone: Any, features: Features, tolerance: float
+) -> None:
+    """Compares what another program computes with a backbone of ours.
+
+    Args:
+        source: the weights.
+        backbone: ours.
+        features: (N, 3, H, W) -> what the other program gives.
+        tolerance: largest difference allowed, as a share of the largest feature.
+
+    Raises:
+        RuntimeError: they differ, or are not finite.
+    """
+    _compare(source, backbone, features, tolerance)
+
+
+def plain_backbone(source: BackboneFile) -> Any:
+    """Our backbone as the library's network is: its own stride and padding."""
+    options: dict[str, Any] = {}
+    if source.missing:
+        options = {"output_stride": source.options["output_stride"], "truncate": True}
+    return build(source, **options)
+
+
+def last_features(network: Any, backbone: Any) -> Features:
+    """The feature map that the backbone should give, by a library's own forward."""
+    return lambda images: _features(network, backbone, images)
+
+
+def _compare(source: BackboneFile, backbone: Any, features: Features, tolerance: float) -> None:
     size = backbone.native_size if isinstance(backbone, TimmBackbone) else (96, 96)
     images = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1))  # (N, 3, H, W)
-    with torch.no_grad():
-        ours, theirs = backbone(images), features(images)
-    if isinstance(backbone, TimmBackbone):
-        theirs = _grid(theirs, ours.shape)
+    ours, theirs = backbone(images), features(images)
     if not torch.isfinite(ours).all():
         raise RuntimeError(
             f"{source.path}: the backbone's features are not finite; nothing was written"
@@ -49,58 +85,45 @@ def check_features(source: BackboneFile, features: Features, *, tolerance: float
         )
 
 
-def library_features(source: BackboneFile, *, timm: bool = False) -> Features:
-    """The last features of torchvision's or timm's own model, with the backbone loaded strictly."""
-    if timm or source.of_timm:
-        return _timm_features(source)
-    return layer4(torchvision_network(source))
-
-
-def torchvision_network(source: BackboneFile) -> ResNet:
-    """Torchvision's model with the backbone loaded strictly and its own fc from a fixed seed."""
-    import torchvision
-
+def _library_network(source: BackboneFile, backbone: Any, library: str) -> Any:
+    """The library's model with the backbone loaded strictly and its own start for the rest."""
+    name = source.architecture.removeprefix(TIMM)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(FC_SEED)
-        network = getattr(torchvision.models, source.architecture)(weights=None)
-    fc = {f"fc.{key}": value for key, value in network.fc.state_dict().items()}
+        if library == "timm":
+            network = create_timm(name)
+        else:
+            import torchvision
+
+            network = torchvision.models.get_model(name, weights=None)
+    own = _under(network.state_dict(), (*backbone.classifiers, *source.missing))
     try:
-        network.load_state_dict(source.tensors | fc, strict=True)
+        network.load_state_dict(own | source.tensors, strict=True)
     except RuntimeError as error:
         raise RuntimeError(
-            f"{source.path}: torchvision's {source.architecture} does not load it strictly: {error}"
+            f"{source.path}: {library}'s {name} does not load it strictly: {error}"
         ) from None
     return network.eval()
 
 
-def layer4(network: ResNet) -> Features:
-    """The last feature map of torchvision's ResNet, which its forward does not return."""
-
-    def features(images: Tensor) -> Tensor:
-        seen: list[Any] = []
-        handle = network.layer4.register_forward_hook(
-            lambda module, args, output: seen.append(output)
-        )
-        try:
-            network(images)
-        finally:
-            handle.remove()
-        return seen[0]
-
-    return features
+def _under(tensors: Mapping[str, Tensor], parts: tuple[str, ...]) -> dict[str, Tensor]:
+    return {k: v for k, v in tensors.items() if f"{k}.".startswith(tuple(f"{p}." for p in parts))}
 
 
-def _timm_features(source: BackboneFile) -> Features:
-    with torch.random.fork_rng(devices=[]):
-        network: Any = create_timm(source.architecture)
+def _features(network: Any, backbone: Any, images: Tensor) -> Tensor:
+    """The feature map that the backbone should give, by the library's own forward."""
+    if isinstance(backbone, TimmBackbone):
+        if backbone.last_index is not None:
+            return intermediate_features(network, backbone.last_index, images)
+        return _grid(network.forward_features(images), backbone(images).shape)
+    seen: list[Tensor] = []
+    stage = network.get_submodule(backbone.last_stage)
+    handle = stage.register_forward_hook(lambda module, args, output: seen.append(output))
     try:
-        network.load_state_dict(source.tensors, strict=True)
-    except RuntimeError as error:
-        raise RuntimeError(
-            f"{source.path}: timm's {source.architecture.removeprefix(TIMM)} does not load it "
-            f"strictly: {error}"
-        ) from None
-    return network.eval().forward_features
+        network(images)
+    finally:
+        handle.remove()
+    return seen[0]
 
 
 def _grid(features: Tensor, shape: torch.Size) -> Tensor:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
 
-from densecl_ext.cli.parser import add_command
+import click
+from pydantic import Field
+
+from densecl_ext.cli.command import Word, command, given, options_of
+from densecl_ext.options import Natural, Positive, PositiveFloat, Text, build
 
 if TYPE_CHECKING:
     from torch import nn
@@ -17,53 +21,57 @@ if TYPE_CHECKING:
 CALIBRATION_IMAGES = 256
 
 
-def add_evaluate(commands: Any) -> argparse.ArgumentParser:
-    """Adds the command."""
-    command = add_command(
-        commands,
-        "evaluate",
-        "measure what frozen features are worth: linear segmentation, mIoU",
-        "densecl evaluate runs/photos --data camvid --val-split test --compare-random",
-        "Train one linear layer on the frozen features of labelled images and measure its\n"
-        "segmentation. DIR holds images/, masks/ (PNG of class ids, 255 ignored),\n"
-        "splits/NAME.txt (one image a line) and perhaps classes.txt.",
-    )
-    command.add_argument("weights", help="run folder, checkpoint, or exported backbone")
-    command.add_argument("--data", required=True, metavar="DIR", help="labelled images")
-    command.add_argument("--train-split", default="train", metavar="NAME", help="(default: train)")
-    command.add_argument("--val-split", default="val", metavar="NAME", help="(default: val)")
-    command.add_argument(
-        "--num-classes", type=int, metavar="N", help="default: the lines of classes.txt"
-    )
-    command.add_argument(
-        "--layers", nargs="+", metavar="NAME", help="layers whose outputs are the features (layer4)"
-    )
-    command.add_argument(
-        "--scale", type=float, default=1.0, metavar="X", help="resize images by X (default: 1)"
-    )
-    command.add_argument(
-        "--epochs", type=int, default=20, metavar="N", help="of the linear layer (default: 20)"
-    )
-    command.add_argument("--batch-size", type=int, default=32, metavar="N", help="(default: 32)")
-    command.add_argument(
-        "--limit", type=int, metavar="N", help="use N images of each split, evenly spread"
-    )
-    command.add_argument("--seed", type=int, default=0, metavar="N", help="(default: 0)")
-    command.add_argument(
-        "--device", default="auto", metavar="auto|cpu|cuda[:N]", help="(default: auto)"
-    )
-    command.add_argument(
-        "--compare-random",
-        action="store_true",
-        help="measure the same network at random initialisation too; both then get batch-norm "
-        "statistics from the training images",
-    )
-    command.add_argument("--output", metavar="FILE", help="also write the numbers as JSON")
-    command.set_defaults(run=_evaluate)
-    return command
+@dataclass(kw_only=True)
+class Segmentation:
+    """The options of linear segmentation.
+
+    Attributes:
+        data: labelled images.
+        train_split: the split to train on.
+        val_split: the split to measure on.
+        num_classes: default: the lines of classes.txt.
+        layers: layers whose outputs are the features (layer4).
+        scale: resize images by X.
+        epochs: of the linear layer.
+        batch_size: images a step.
+        limit: use N images of each split, evenly spread.
+        seed: seed of everything random.
+        device: where to compute.
+        compare_random: measure the same network at random initialisation too; both then get
+            batch-norm statistics from the training images.
+        output: also write the numbers as JSON.
+    """
+
+    data: Annotated[Text, Field(json_schema_extra={"metavar": "DIR"})]
+    train_split: Annotated[Text, Field(json_schema_extra={"metavar": "NAME"})] = "train"
+    val_split: Annotated[Text, Field(json_schema_extra={"metavar": "NAME"})] = "val"
+    num_classes: Positive | None = None
+    layers: list[str] | None = None
+    scale: PositiveFloat = 1.0
+    epochs: Positive = 20
+    batch_size: Positive = 32
+    limit: Positive | None = None
+    seed: Natural = 0
+    device: Annotated[Text, Field(json_schema_extra={"metavar": "auto|cpu|cuda[:N]"})] = "auto"
+    compare_random: bool = False
+    output: Annotated[Text, Field(json_schema_extra={"metavar": "FILE"})] | None = None
 
 
-def _evaluate(options: argparse.Namespace) -> int:
+@command(
+    "evaluate",
+    "Measure what frozen features are worth: linear segmentation, mIoU.\n\nTrain one linear layer "
+    "on the frozen features of labelled images and measure its segmentation. DIR holds images/, "
+    "masks/ (PNG of class ids, 255 ignored), splits/NAME.txt (one image a line) and perhaps "
+    "classes.txt.",
+    "densecl evaluate runs/photos --data camvid --val-split test --compare-random",
+    click.Argument(
+        ["weights"], type=Word("DIR"), help="run folder, checkpoint, or exported backbone"
+    ),
+    *options_of(Segmentation),
+)
+def evaluate(weights: str, **values: Any) -> None:
+    """Measures and prints."""
+    options = build(Segmentation, given(values), source="densecl evaluate")
     import torch
 
     from densecl_ext.backbones import build_backbone
@@ -73,7 +81,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     from densecl_ext.evaluate.metrics import results_table
     from densecl_ext.train.machine import pick_device
 
-    path = resolve_checkpoint(options.weights)
+    path = resolve_checkpoint(weights)
     networks: dict[str, nn.Module] = {"pre-trained": load_backbone(path)}
     train = SegmentationFolder(options.data, options.train_split, limit=options.limit)
     val = SegmentationFolder(options.data, options.val_split, limit=options.limit)
@@ -105,7 +113,6 @@ def _evaluate(options: argparse.Namespace) -> int:
     print(results_table(results))
     if options.output:
         _write(options.output, results)
-    return 0
 
 
 def _calibrate(network: nn.Module, train: SegmentationFolder, scale: float) -> None:

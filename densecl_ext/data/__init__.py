@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from densecl_ext.data.augmentation import Augmentation
 from densecl_ext.data.base import TwoViews, ViewLoader
-from densecl_ext.data.folder import UnreadableImageWarning, find_images
+from densecl_ext.data.folder import ImageFiles, LeftOutWarning, find_images
+from densecl_ext.data.images import NarrowRangeWarning, UnreadableImageWarning, read_rgb
 from densecl_ext.data.loader import build_loader
 
 __all__ = [
     "Augmentation",
+    "ImageFiles",
+    "LeftOutWarning",
+    "NarrowRangeWarning",
     "TwoViews",
     "UnreadableImageWarning",
     "ViewLoader",
     "build_loader",
     "find_images",
+    "read_rgb",
 ]

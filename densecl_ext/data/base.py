@@ -5,17 +5,29 @@ from __future__ import annotations
 import math
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from densecl_ext.data.augmentation import Augmentation, epoch_order, substitute_order
-from densecl_ext.data.folder import UnreadableImageWarning
+from densecl_ext.data.folder import ImageFiles
+from densecl_ext.data.images import (
+    DEFAULT,
+    Encoded,
+    NarrowRangeWarning,
+    Reading,
+    UnreadableImageWarning,
+    printable,
+    read_encoded,
+    reason_of,
+)
+
+_Read = TypeVar("_Read")
 
 
 class TwoViews(NamedTuple):
@@ -28,7 +40,8 @@ class TwoViews(NamedTuple):
             right, y down, upright after EXIF orientation), and 1.0 where the view was mirrored left
             to right, else 0.0.
         crop_k: The same for the key view.
-        index: int64 (N,), which of `loader.files` each image is. Always on the CPU.
+        index: int64 (N,), which of the loader's images each is, from 0 to num_images - 1. Always on
+            the CPU.
     """
 
     view_q: Tensor
@@ -39,17 +52,24 @@ class TwoViews(NamedTuple):
 
 
 class ViewLoader(Protocol):
-    """What the trainer sees of a loader, whichever backend does the work.
+    """What the trainer sees of a loader; anything that has this will do.
 
     Attributes:
-        files: All image files, sorted.
-        skipped: Files that turned out unreadable so far, and why.
-        backend: "torchvision" or "dali".
+        num_images: Number of images.
+        identity: A hash that tells these images, in their order, from others. An index means the
+            same image wherever the identity is the same.
+        skipped: Images that turned out unreadable so far (a path or another name), and why.
+        backend: Who does the work: "torchvision", "dali", "memory", or a name of your own.
     """
 
-    files: list[Path]
-    skipped: dict[Path, str]
     backend: str
+
+    @property
+    def num_images(self) -> int: ...  # noqa: D102
+    @property
+    def identity(self) -> str: ...  # noqa: D102
+    @property
+    def skipped(self) -> Mapping[Path, str]: ...  # noqa: D102
 
     def __len__(self) -> int:
         """Batches in an epoch, always the same."""
@@ -77,13 +97,18 @@ class ViewLoader(Protocol):
 
 
 class EpochLoader(ABC):
-    """Order, position and skipped files; a backend only turns requests into batches."""
+    """Order, position and skipped files; a backend only turns requests into batches.
+
+    Attributes:
+        files: The images; a `TwoViews.index` counts in them.
+        skipped: Files that turned out unreadable so far, and why.
+    """
 
     backend: str
 
     def __init__(
         self,
-        files: list[Path],
+        files: ImageFiles,
         *,
         batch_size: int,
         size: int,
@@ -93,9 +118,12 @@ class EpochLoader(ABC):
         drop_last: bool,
         channels_last: bool = False,
         dtype: torch.dtype = torch.float32,
+        reading: Reading = DEFAULT,
     ) -> None:
         self.files = files
         self.skipped: dict[Path, str] = {}
+        self.reading = reading
+        self._narrow = False
         self.batch_size = batch_size
         self.size = size
         self.device = device
@@ -107,6 +135,16 @@ class EpochLoader(ABC):
         self.epoch = 0
         self._position = 0
         self._first = 0
+
+    @property
+    def num_images(self) -> int:
+        """Number of image files."""
+        return len(self.files)
+
+    @property
+    def identity(self) -> str:
+        """Hash of the files' ordered relative paths and sizes."""
+        return self.files.identity
 
     def __len__(self) -> int:
         """Batches in an epoch."""
@@ -146,7 +184,7 @@ class EpochLoader(ABC):
                 means other views.
         """
         for key, value in self._identity().items():
-            if state.get(key) != value:
+            if state.get(key, _BEFORE.get(key)) != value:
                 raise ValueError(
                     f"load_state_dict: the state was taken with {key}={state.get(key)!r}, this "
                     f"loader has {value!r}; the remaining batches would not be the same"
@@ -155,6 +193,7 @@ class EpochLoader(ABC):
         self._position = self._first = int(state["position"])
 
     def _identity(self) -> dict[str, Any]:
+        stated = self.reading.value_range
         return {
             "seed": self.seed,
             "files": len(self.files),
@@ -165,6 +204,7 @@ class EpochLoader(ABC):
                 name: list(value) if isinstance(value, tuple) else value
                 for name, value in asdict(self.augmentation).items()
             },
+            "value_range": None if stated is None else list(stated),
         }
 
     def __iter__(self) -> Iterator[TwoViews]:
@@ -177,21 +217,29 @@ class EpochLoader(ABC):
             self._position += 1
             yield batch
 
-    def _requests(self, epoch: int, first: int) -> list[list[int]]:
-        """File indices of each remaining batch."""
+    def _requests(self, epoch: int, first: int) -> Iterator[list[int]]:
+        """File indices of each remaining batch, made when asked for: there may be millions."""
         order = epoch_order(self.seed, epoch, len(self.files))
         starts = range(first * self.batch_size, len(self) * self.batch_size, self.batch_size)
-        return [order[start : start + self.batch_size].tolist() for start in starts]
+        return (order[start : start + self.batch_size].tolist() for start in starts)
 
     def _skip(self, index: int, reason: str) -> None:
         """Count a file out, and say so once."""
         path = self.files[index]
         if path not in self.skipped:
             self.skipped[path] = reason
-            warnings.warn(f"skipped {path}: {reason}", UnreadableImageWarning, stacklevel=3)
+            text = f"skipped {printable(path)}: {reason}"
+            warnings.warn(text, UnreadableImageWarning, stacklevel=3)
+
+    def _tell_narrow(self, index: int, narrow: str) -> None:
+        """Warn of the first image that uses almost none of its range; others will be like it."""
+        if narrow and not self._narrow:
+            self._narrow = True
+            text = f"{printable(self.files[index])}: {narrow}"
+            warnings.warn(text, NarrowRangeWarning, stacklevel=3)
 
     @abstractmethod
-    def _batches(self, epoch: int, requests: list[list[int]]) -> Iterator[TwoViews]:
+    def _batches(self, epoch: int, requests: Iterator[list[int]]) -> Iterator[TwoViews]:
         """Turn the requests into batches, in order."""
 
     @abstractmethod
@@ -205,6 +253,59 @@ class EpochLoader(ABC):
     def __exit__(self, *_: object) -> None:
         """Close."""
         self.close()
+
+
+# What states that do not name a setting were taken with.
+_BEFORE = {"value_range": None}
+
+
+class FileReader(Generic[_Read]):
+    """Reads one slot of a batch: its own file, or where that does not read, another.
+
+    Holds no state that could change what comes out: what is remembered of unreadable files only
+    spares this process a second attempt.
+
+    Args:
+        files: The images.
+        seed: The loader's seed.
+        reading: Limits and range.
+        use: What makes an image, or what the backend needs of it, of a file's content.
+    """
+
+    def __init__(
+        self, files: ImageFiles, seed: int, reading: Reading, use: Callable[[int, Encoded], _Read]
+    ) -> None:
+        self.files = files
+        self.seed = seed
+        self.reading = reading
+        self.use = use
+        self.unreadable: dict[int, str] = {}
+
+    def read(self, epoch: int, sample: int) -> tuple[_Read, int, list[tuple[int, str]]]:
+        """Read a slot.
+
+        Args:
+            epoch: The epoch.
+            sample: File index of the slot.
+
+        Returns:
+            What `use` made of the file, the file's index, and the unreadable files met before it.
+
+        Raises:
+            ValueError: No file can be read any more.
+        """
+        unreadable: list[tuple[int, str]] = []
+        for index in candidates(self.seed, epoch, sample, len(self.files)):
+            if index not in self.unreadable:
+                try:
+                    path = self.files[index]
+                    return self.use(index, read_encoded(path, self.reading)), index, unreadable
+                except MemoryError:
+                    raise
+                except Exception as error:
+                    self.unreadable[index] = reason_of(error)
+            unreadable.append((index, self.unreadable[index]))
+        raise ValueError(f"none of the {len(self.files)} image files can be read any more")
 
 
 def candidates(seed: int, epoch: int, sample: int, count: int) -> Iterator[int]:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import io
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from densecl_ext.data.augmentation import KEY_VIEW, QUERY_VIEW, ViewParameters, draw_parameters
-from densecl_ext.data.base import EpochLoader, TwoViews, candidates
+from densecl_ext.data.base import EpochLoader, FileReader, TwoViews
 from densecl_ext.data.dali_pipeline import (
     ENCODED,
     VIEW_INPUTS,
@@ -22,10 +20,15 @@ from densecl_ext.data.dali_pipeline import (
     row_of,
     two_view_pipeline,
 )
-from densecl_ext.data.folder import decode_rgb, orientation_of, reason_of
-
-if TYPE_CHECKING:
-    from PIL import Image
+from densecl_ext.data.folder import ImageFiles
+from densecl_ext.data.images import (
+    Encoded,
+    decode,
+    header_size,
+    read_encoded,
+    reason_of,
+)
+from densecl_ext.data.metadata import with_orientation
 
 # Batches whose files are read ahead of those in the pipeline.
 _READ_AHEAD = 2
@@ -35,43 +38,27 @@ _READ_AHEAD = 2
 # of one batch could not give it.
 _IN_FLIGHT = 2
 
-# What DALI decodes exactly as Pillow does; the rest Pillow decodes and DALI takes from there.
-_NATIVE = frozenset(
-    [(kind, mode) for kind in ("JPEG", "PNG", "WEBP", "BMP") for mode in ("RGB", "L")]
-)
 
+def _native(file: Encoded, max_pixels: int) -> tuple[bytes, int, int] | None:
+    """Bytes that a GPU decodes, upright width and height; None for what Pillow has to decode.
 
-def _looks_complete(data: bytes, kind: str | None) -> bool:
-    """Whether a file's end is there; Pillow has the last word on one whose end is not.
-
-    Finds nearly all truncated files before they fail a batch.
+    JPEG files alone, the others have no decoder there, and only those that show no damage: a file
+    that fails costs DALI its batch.
     """
-    if kind == "JPEG":
-        return b"\xff\xd9" in data[-64:]
-    if kind == "PNG":
-        return b"IEND" in data[-64:]
-    if kind == "WEBP":
-        return len(data) >= 8 + int.from_bytes(data[4:8], "little")
-    if kind == "BMP":
-        return len(data) >= int.from_bytes(data[2:6], "little")
-    return True
+    if file.kind != "JPEG" or not file.whole:
+        return None
+    width, height, mode = header_size(file)
+    if mode not in ("RGB", "L") or width * height > max_pixels:
+        return None
+    oriented = file.orientation != 1
+    return with_orientation(file.data, file.orientation) if oriented else file.data, width, height
 
 
-def _native_size(header: Image.Image, data: bytes) -> tuple[int, int] | None:
-    """Upright width and height of an image that DALI decodes as Pillow does; None for any other."""
-    if (header.format, header.mode) not in _NATIVE or getattr(header, "n_frames", 1) != 1:
-        return None
-    if not _looks_complete(data, header.format):
-        return None
-    width, height = header.size
-    if header.format == "PNG":
-        # Pillow would decode all of it to look for an orientation, which hardly any PNG has.
-        oriented = b"eXIf" in data or b"Raw profile type" in data or b"tiff:Orientation" in data
-        return None if oriented else (width, height)
-    orientation = orientation_of(header)
-    if orientation != 1 and b"tiff:Orientation" in data:
-        return None  # Pillow also reads XMP's orientation, DALI only that of EXIF
-    return (width, height) if orientation < 5 else (height, width)
+class _Read(NamedTuple):
+    encoded: bytes
+    width: int  # of the decoded image, as the header tells it
+    height: int
+    narrow: str
 
 
 class _Slot(NamedTuple):
@@ -81,23 +68,26 @@ class _Slot(NamedTuple):
     file: int
     sample: int
     unreadable: list[tuple[int, str]]
+    narrow: str
 
 
 class DaliLoader(EpochLoader):
     """Views from DALI; see :func:`densecl_ext.data.build_loader`.
 
-    DALI's operators cannot skip a sample: one file that does not decode fails its whole batch. Most
-    such files show it in their header or at their end and never get there. A batch that fails all
-    the same is looked through file by file, the culprit is skipped or, where Pillow can read it,
-    handed over decoded from then on, and the batch is run again.
+    On a CPU Pillow decodes, in the reading threads: it is as fast there, says nothing about damage
+    on standard error, and so both loaders agree on every file. On a GPU DALI decodes JPEG files.
+    Its operators cannot skip a sample, one file that does not decode fails its whole batch. Most
+    such files show their damage and never get there. A batch that fails all the same is looked
+    through file by file, the culprit is skipped or, where Pillow can read it, handed over decoded
+    from then on, and the batch is run again.
     """
 
     backend = "dali"
 
-    def __init__(self, files: list[Path], *, workers: int, **settings: Any) -> None:
+    def __init__(self, files: ImageFiles, *, workers: int, **settings: Any) -> None:
         super().__init__(files, **settings)
         self._threads = max(1, workers)
-        self._unreadable: dict[int, str] = {}
+        self._reader = FileReader(files, self.seed, self.reading, self._use)
         self._through_pillow: set[int] = set()
         self._pipeline: Any = self._build()
         self._pool: ThreadPoolExecutor | None = None
@@ -105,6 +95,11 @@ class DaliLoader(EpochLoader):
     @property
     def _on_gpu(self) -> bool:
         return self.device.type == "cuda"
+
+    @property
+    def _decodes(self) -> bool:
+        """Whether JPEG files go to DALI as they are."""
+        return self._on_gpu
 
     def _stream(self) -> torch.cuda.Stream | None:
         return torch.cuda.current_stream(self.device) if self._on_gpu else None
@@ -130,35 +125,18 @@ class DaliLoader(EpochLoader):
         pipeline.build()
         return pipeline
 
-    def _read(self, index: int) -> tuple[bytes, int, int]:
-        """Bytes that DALI can decode, and the upright width and height, from the header alone."""
-        from PIL import Image
-
-        data = self.files[index].read_bytes()
-        if not data:
-            raise ValueError("the file is empty")
-        with Image.open(io.BytesIO(data)) as header:
-            size = None if index in self._through_pillow else _native_size(header, data)
-            if size is not None:
-                return data, *size
-        image = decode_rgb(data)
+    def _use(self, index: int, file: Encoded) -> _Read:
+        """Bytes that DALI can decode, the upright width and height, and of the range."""
+        if self._decodes and index not in self._through_pillow:
+            native = _native(file, self.reading.max_pixels)
+            if native is not None:
+                return _Read(*native, "")
+        image, narrow = decode(file, self.reading)
         portable = b"P6 %d %d 255\n" % image.size
-        return portable + image.tobytes(), image.width, image.height
+        return _Read(portable + image.tobytes(), image.width, image.height, narrow)
 
     def _prepare(self, epoch: int, sample: int) -> _Slot:
-        unreadable: list[tuple[int, str]] = []
-        for index in candidates(self.seed, epoch, sample, len(self.files)):
-            if index not in self._unreadable:
-                try:
-                    encoded, width, height = self._read(index)
-                    break
-                except MemoryError:
-                    raise
-                except Exception as error:
-                    self._unreadable[index] = reason_of(error)
-            unreadable.append((index, self._unreadable[index]))
-        else:
-            raise ValueError(f"none of the {len(self.files)} image files can be read any more")
+        read, index, unreadable = self._reader.read(epoch, sample)
         drawn = [
             draw_parameters(
                 self.augmentation,
@@ -166,14 +144,15 @@ class DaliLoader(EpochLoader):
                 epoch=epoch,
                 sample=sample,
                 view=view,
-                width=width,
-                height=height,
+                width=read.width,
+                height=read.height,
             )
             for view in (QUERY_VIEW, KEY_VIEW)
         ]
-        return _Slot(encoded, (height, width, 3), drawn, index, sample, unreadable)
+        shape = (read.height, read.width, 3)
+        return _Slot(read.encoded, shape, drawn, index, sample, unreadable, read.narrow)
 
-    def _batches(self, epoch: int, requests: list[list[int]]) -> Iterator[TwoViews]:
+    def _batches(self, epoch: int, requests: Iterator[list[int]]) -> Iterator[TwoViews]:
         if self._pipeline is None:
             self._pipeline = self._build()
         if self._pool is None:
@@ -183,14 +162,13 @@ class DaliLoader(EpochLoader):
         def submit(batch: list[int]) -> list[Future[_Slot]]:
             return [pool.submit(self._prepare, epoch, sample) for sample in batch]
 
-        waiting = iter(requests)
-        reading = deque(submit(batch) for batch in islice(waiting, _READ_AHEAD))
+        reading = deque(submit(batch) for batch in islice(requests, _READ_AHEAD))
         running: deque[list[_Slot]] = deque()
 
         def start_next() -> None:
             if reading:
                 running.append([future.result() for future in reading.popleft()])
-                reading.extend(submit(batch) for batch in islice(waiting, 1))
+                reading.extend(submit(batch) for batch in islice(requests, 1))
                 self._schedule(running[-1])
 
         try:
@@ -231,6 +209,7 @@ class DaliLoader(EpochLoader):
         for slot in slots:
             for index, reason in slot.unreadable:
                 self._skip(index, reason)
+            self._tell_narrow(slot.file, slot.narrow)
         views = [self._to_torch(output) for output in outputs]
         self._pipeline.release_outputs()
         crops = torch.tensor(
@@ -270,10 +249,10 @@ class DaliLoader(EpochLoader):
             if slot.file in self._through_pillow:
                 raise error
             try:
-                decode_rgb(self.files[slot.file].read_bytes())
+                decode(read_encoded(self.files[slot.file], self.reading), self.reading)
                 self._through_pillow.add(slot.file)
             except Exception as cause:
-                self._unreadable[slot.file] = reason_of(cause)
+                self._reader.unreadable[slot.file] = reason_of(cause)
             slots[position] = self._prepare(epoch, slot.sample)
 
     def _undecodable(self, slots: list[_Slot]) -> list[int]:

@@ -1,128 +1,279 @@
-"""Images in a folder: finding them, and reading one as RGB with Pillow."""
+"""The image files under folders: finding them, and holding a million of their names."""
 
 from __future__ import annotations
 
-import io
+import hashlib
 import os
+import stat
+from array import array
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import overload
 
-if TYPE_CHECKING:
-    from PIL import Image
+import numpy as np
+
+from densecl_ext.data.images import UnreadableImageWarning, decode_rgb, printable, read_rgb
+
+__all__ = [
+    "EXTENSIONS",
+    "ImageFiles",
+    "LeftOutWarning",
+    "UnreadableImageWarning",
+    "decode_rgb",
+    "find_images",
+    "read_rgb",
+]
 
 EXTENSIONS = frozenset(
     (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 )
+_ENDINGS = frozenset(os.fsencode(extension) for extension in EXTENSIONS)
 
-_EXIF_ORIENTATION = 0x0112
-
-
-class UnreadableImageWarning(UserWarning):
-    """An image file could not be read and was skipped."""
-
-
-def find_images(root: str | os.PathLike[str]) -> list[Path]:
-    """List the image files under a folder, in any directory tree.
-
-    Files count by extension (JPEG, PNG, WebP, BMP, TIFF, GIF; any case). Names that begin with a
-    dot are left out, files and folders alike. Symbolic links are followed, each folder once.
-    Nothing is opened.
-
-    Args:
-        root: The folder.
-
-    Returns:
-        The paths, `root` included, sorted by their parts, so that the list is the same on every
-        file system.
-
-    Raises:
-        ValueError: `root` is no folder, or holds no image file.
-    """
-    root = Path(root)
-    if not root.is_dir():
-        raise ValueError(f"find_images: root must be a folder, got {str(root)!r}, which is none")
-    found: list[Path] = []
-    visited: set[tuple[int, int]] = set()
-    for folder, subfolders, names in os.walk(root, followlinks=True):
-        status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in visited:
-            subfolders.clear()
-            continue
-        visited.add((status.st_dev, status.st_ino))
-        # os.walk follows this list: sorted, of two links to a folder the same one wins everywhere.
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        found.extend(
-            Path(folder, name)
-            for name in names
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in EXTENSIONS
-        )
-    if not found:
-        raise ValueError(
-            f"find_images: no image under {str(root)!r}; looked in every subfolder for "
-            + ", ".join(sorted(EXTENSIONS))
-        )
-    return sorted(found, key=lambda path: path.parts)
+# Kinds of names that a scan leaves out, as (one, several) of them.
+_OTHER_ENDING = ("file of another ending", "files of other endings")
+_HIDDEN = ("hidden name", "hidden names")
+_JUNK = ("macOS archive's leftover", "macOS archives' leftovers")
+_BROKEN = ("broken link", "broken links")
+_CLOSED = ("unreadable folder", "unreadable folders")
+_SECOND = ("second link to one file or folder", "second links to one file or folder")
+_SPECIAL = ("name of no regular file", "names of no regular files")
 
 
-def orientation_of(image: Image.Image) -> int:
-    """EXIF orientation of an opened image: 1 is upright, from 5 on width and height swap."""
-    orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
-    return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
+class LeftOutWarning(UserWarning):
+    """A scan left out names, and says how many of what kind."""
 
 
-def decode_rgb(data: bytes) -> Image.Image:
-    """Decode an image file's bytes to 8-bit RGB, turned upright by its EXIF orientation.
+class ImageFiles(Sequence[Path]):
+    """Paths in one packed array, which forked workers share.
 
-    Grayscale is repeated over three channels, palettes are resolved, CMYK is converted, an alpha
-    channel is dropped (the stored colours count, whatever their transparency), 16-bit gray keeps
-    its high byte, and of an animation the first frame is taken.
+    A list of a million `Path` would take hundreds of megabytes, and since Python counts references
+    inside each object, every worker process would soon hold a copy of its own.
 
     Args:
-        data: The file's content.
+        roots: The folders that were scanned.
+        starts: Index of the first file of each root.
+        names: Paths relative to their root, one behind the other.
+        ends: int64 (num_images,), where each name ends.
+        sizes: int64 (num_images,), bytes of each file.
+        left_out: How many names of which kind the scan did not take.
+        endings: How many files there are of each ending that is not an image's.
+
+    Attributes:
+        roots: The folders.
+        left_out: The counts.
+    """
+
+    def __init__(
+        self,
+        roots: Sequence[str],
+        starts: Sequence[int],
+        names: np.ndarray,
+        ends: np.ndarray,
+        sizes: np.ndarray,
+        left_out: Counter[tuple[str, str]] | None = None,
+        endings: Counter[str] | None = None,
+    ) -> None:
+        self.roots = tuple(roots)
+        self.left_out = left_out or Counter()
+        self._endings = endings or Counter()
+        self._starts = tuple(starts)
+        self._names, self._ends, self._sizes = names, ends, sizes
+        self._identity: str | None = None
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def relative(self, index: int) -> bytes:
+        """The path below its root, as the file system spells it."""
+        start = int(self._ends[index - 1]) if index else 0
+        return self._names[start : int(self._ends[index])].tobytes()
+
+    @overload
+    def __getitem__(self, index: int) -> Path: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Path]: ...
+    def __getitem__(self, index: int | slice) -> Path | list[Path]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
+        root = self.roots[bisect_right(self._starts, index) - 1]
+        return Path(root, os.fsdecode(self.relative(index)))
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, (ImageFiles, list, tuple)):
+            return len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
+        return NotImplemented
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def identity(self) -> str:
+        """SHA-256 of the ordered relative paths and sizes: the same wherever the folders lie."""
+        if self._identity is None:
+            digest = hashlib.sha256()
+            for part in (np.array(self._starts, dtype="<i8"), self._ends, self._sizes, self._names):
+                digest.update(np.ascontiguousarray(part).data)
+            self._identity = digest.hexdigest()
+        return self._identity
+
+    def summary(self) -> str:
+        """One line: what the scan left out, "" for nothing."""
+        told = []
+        for kind, count in self.left_out.most_common():
+            line = f"{count:,} {kind[count > 1]}"
+            if kind == _OTHER_ENDING:
+                common = self._endings.most_common(5)
+                line += " (" + ", ".join(f"{ending} {number:,}" for ending, number in common)
+                line += ", ...)" if len(self._endings) > len(common) else ")"
+            told.append(line)
+        return ", ".join(told)
+
+
+def find_images(root: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> ImageFiles:
+    """List the image files under a folder or several, in any directory tree.
+
+    Files count by extension (JPEG, PNG, WebP, BMP, TIFF, GIF; any case). Symbolic links are
+    followed, each folder and file once. Left out and counted are names that begin with a dot, what
+    macOS adds to archives (`__MACOSX`, `._*`), broken links, folders that cannot be listed, further
+    links to one file, and what is no regular file. No file is opened.
+
+    Args:
+        root: The folder, or a sequence of folders.
 
     Returns:
-        A loaded image of mode RGB.
+        The paths, `root` included: root by root, each sorted by the parts of its paths, so that the
+        list is the same on every file system. `left_out` and `summary()` tell what is missing.
 
     Raises:
-        Exception: The bytes do not decode; Pillow's plugins raise many kinds (OSError, SyntaxError,
-            ValueError, ...).
+        ValueError: A root is no folder, or none holds an image file.
     """
-    from PIL import Image, ImageOps
-
-    if not data:
-        raise ValueError("the file is empty")
-    with Image.open(io.BytesIO(data)) as opened:
-        opened.load()
-        image: Image.Image = opened
-        if orientation_of(opened) != 1:
-            image = ImageOps.exif_transpose(opened)
-        return _to_rgb(image)
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    import numpy as np
-    from PIL import Image
-
-    if image.mode == "RGB":
-        return image.copy()
-    if image.mode.startswith("I"):
-        # Pillow clips 16-bit gray at 255 when it converts, which would turn such images white.
-        gray = np.asarray(image).astype(np.int64)
-        image = Image.fromarray(np.clip(gray >> 8, 0, 255).astype(np.uint8))
-    elif image.mode == "F":
+    several = not isinstance(root, (str, os.PathLike))
+    roots = [os.fspath(one) for one in root] if several else [os.fspath(root)]  # type: ignore[union-attr, arg-type]
+    scan = _Scan()
+    starts = []
+    for one in roots:
+        if not os.path.isdir(one):
+            raise ValueError(f"find_images: root must be a folder, got {one!r}, which is none")
+        starts.append(len(scan.ends))
+        scan.walk(os.fsencode(one))
+    files = scan.packed(roots, starts)
+    if not len(files):
+        told = files.summary()
         raise ValueError(
-            "floating-point pixels have no fixed range; convert the file to 8 or 16 bits"
+            f"find_images: no image under {', '.join(map(repr, roots))}; looked in every subfolder "
+            f"for {', '.join(sorted(EXTENSIONS))}" + (f"; left out {told}" if told else "")
         )
-    elif image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
-    return image.convert("RGB")
+    return files
 
 
-def reason_of(error: BaseException) -> str:
-    """One line that says why a file did not read, without its path."""
-    if isinstance(error, OSError) and error.strerror:
-        return f"{type(error).__name__}: {error.strerror}"
-    text = " ".join(str(error).split())
-    if "cannot identify image file" in text:
-        return "not an image, or a format that Pillow does not know"
-    return f"{type(error).__name__}: {text}"[:200]
+class _Scan:
+    """Grows the packed arrays; see :class:`ImageFiles`."""
+
+    def __init__(self) -> None:
+        self.names = bytearray()
+        self.ends = array("q")
+        self.sizes = array("q")
+        self._devices = array("Q")
+        self._inodes = array("Q")
+        self._linked = False
+        self._folders: set[tuple[int, int]] = set()
+        self._left_out: Counter[tuple[str, str]] = Counter()
+        self._endings: Counter[str] = Counter()
+
+    def walk(self, root: bytes) -> None:
+        """Take in a tree, depth first, every folder's names in order.
+
+        That is the order of the paths by their parts. A stack of its own: a tree may be deeper than
+        Python's.
+        """
+        stack = [self._entries(root, b"")]
+        while stack:
+            for name, status in stack[-1]:
+                if status is None:
+                    stack.append(self._entries(os.path.join(root, name), name + b"/"))
+                    break
+                self.names += name
+                self.ends.append(len(self.names))
+                self.sizes.append(status.st_size)
+                self._devices.append(status.st_dev)
+                self._inodes.append(status.st_ino)
+            else:
+                stack.pop()
+
+    def _entries(
+        self, folder: bytes, prefix: bytes
+    ) -> Iterator[tuple[bytes, os.stat_result | None]]:
+        """Relative names in order: images with their status, folders with None."""
+        try:
+            status = os.stat(folder)
+            if (status.st_dev, status.st_ino) in self._folders:
+                self._left_out[_SECOND] += 1
+                return
+            self._folders.add((status.st_dev, status.st_ino))
+            with os.scandir(folder) as entries:
+                # Names alone are kept until they are sorted; a folder may hold a million.
+                found = sorted(entry.name for entry in entries if self._taken(entry))
+        except OSError:
+            self._left_out[_CLOSED] += 1
+            return
+        for name in found:
+            path = os.path.join(folder, name)
+            try:
+                status = os.lstat(path)
+                if stat.S_ISLNK(status.st_mode):
+                    status = os.stat(path)
+                    self._linked = True
+            except OSError:
+                self._left_out[_BROKEN] += 1
+                continue
+            if stat.S_ISDIR(status.st_mode):
+                yield prefix + name, None
+            elif not stat.S_ISREG(status.st_mode):
+                self._left_out[_SPECIAL] += 1
+            elif os.path.splitext(name)[1].lower() in _ENDINGS:
+                self._linked |= status.st_nlink > 1
+                yield prefix + name, status
+
+    def _taken(self, entry: os.DirEntry[bytes]) -> bool:
+        """Whether a name may be an image or a folder; counts it out otherwise."""
+        name = entry.name
+        if name.startswith(b"._") or name == b"__MACOSX":
+            self._left_out[_JUNK] += 1
+        elif name.startswith(b"."):
+            self._left_out[_HIDDEN] += 1
+        elif os.path.splitext(name)[1].lower() in _ENDINGS or entry.is_dir():
+            return True
+        elif entry.is_symlink() and not os.path.exists(entry.path):
+            self._left_out[_BROKEN] += 1
+        else:
+            ending = os.fsdecode(os.path.splitext(name)[1].lower())
+            self._left_out[_OTHER_ENDING] += 1
+            self._endings[printable(ending) or "none"] += 1
+        return False
+
+    def packed(self, roots: Sequence[str], starts: Sequence[int]) -> ImageFiles:
+        """The files, each once."""
+        names = np.frombuffer(self.names, dtype=np.uint8)
+        ends = np.frombuffer(self.ends, dtype=np.int64)
+        sizes = np.frombuffer(self.sizes, dtype=np.int64)
+        if self._linked:
+            second = self._second_links()
+            if second.any():
+                self._left_out[_SECOND] += int(second.sum())
+                lengths = np.diff(ends, prepend=0)
+                starts = [start - int(second[:start].sum()) for start in starts]
+                names = names[~np.repeat(second, lengths)]
+                ends, sizes = np.cumsum(lengths[~second]), sizes[~second]
+        return ImageFiles(roots, starts, names, ends, sizes, self._left_out, self._endings)
+
+    def _second_links(self) -> np.ndarray:
+        """Which files came before under another name, bool (files,)."""
+        devices = np.frombuffer(self._devices, dtype=np.uint64)
+        inodes = np.frombuffer(self._inodes, dtype=np.uint64)
+        order = np.lexsort((inodes, devices))  # stable: of equal ones the first comes first
+        same = (np.diff(devices[order]) == 0) & (np.diff(inodes[order]) == 0)
+        second = np.zeros(len(order), dtype=bool)
+        second[order[1:][same & (inodes[order[1:]] != 0)]] = True
+        return second

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import warnings
+from collections.abc import Sequence
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from densecl_ext.data.augmentation import Augmentation
 from densecl_ext.data.base import ViewLoader
-from densecl_ext.data.folder import decode_rgb, find_images, reason_of
+from densecl_ext.data.folder import ImageFiles, LeftOutWarning, find_images
+from densecl_ext.data.images import (
+    MAX_PIXELS,
+    Reading,
+    decode,
+    printable,
+    read_encoded,
+    reason_of,
+)
+
+BACKENDS = ("auto", "dali", "torchvision", "memory")
 
 
 def build_loader(
-    root: str | os.PathLike[str],
+    root: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     *,
     batch_size: int,
     size: int = 224,
@@ -25,9 +36,13 @@ def build_loader(
     workers: int | None = None,
     seed: int = 0,
     augmentation: Augmentation = Augmentation(),  # noqa: B008  (frozen)
+    crop_scale: tuple[float, float] | None = None,
     drop_last: bool = True,
     channels_last: bool = False,
     dtype: torch.dtype = torch.float32,
+    max_pixels: int = MAX_PIXELS,
+    value_range: tuple[float, float] | None = None,
+    cache_size: int | None = None,
 ) -> ViewLoader:
     """Two augmented views of every image under a folder, shuffled anew in every epoch.
 
@@ -39,22 +54,33 @@ def build_loader(
     in `loader.skipped`, and its place in the batch goes to another file, chosen by (seed, epoch,
     its own index). Batches keep their size.
 
+    What the scan of the folders left out is said in one :class:`LeftOutWarning`. The first image
+    that uses almost none of its values' range is named in a :class:`NarrowRangeWarning`.
+
     Args:
-        root: Folder of images, any directory tree; see :func:`find_images`.
+        root: Folder of images, any directory tree, or several; see :func:`find_images`.
         batch_size: Images in a batch.
         size: Height and width of the views in pixels.
-        backend: "dali", "torchvision", or "auto": torchvision on a CPU, where it is faster, and
+        backend: "dali", "torchvision", "memory" for images that fit into the device's memory, which
+            are decoded once, or "auto": torchvision on a CPU, where it is faster than DALI, and
             DALI on a GPU where it is installed and works.
         device: Where the views end up. With a CUDA device DALI decodes and augments there.
-        workers: Worker processes (torchvision; 0 for none) or threads (DALI; at least one). None
-            takes the cores that this process may use, at most 8.
+        workers: Worker processes (torchvision; 0 for none) or threads (DALI, and memory at the
+            beginning; at least one). None takes the cores that this process may use, at most 8.
         seed: Seed of order and views, at least 0.
         augmentation: The distribution of the views.
+        crop_scale: Range of the crop's area as a fraction of the image's; None takes
+            `augmentation.scale`, by default (0.2, 1.0).
         drop_last: Leave out an incomplete last batch.
         channels_last: Views in torch's channels-last memory format, as they come out of DALI,
             rather than contiguous.
         dtype: Of the views: float32, bfloat16 or float16, for an encoder that computes in it.
             What is rounded is the normalised pixel; values and order of the draws stay.
+        max_pixels: Width times height above which a file is skipped.
+        value_range: The values that become black and white in files of more than 8 bits; None takes
+            0 to 65535.
+        cache_size: With "memory", pixels of the shorter side to which larger images are reduced;
+            None takes 1.25 times `size`.
 
     Returns:
         The loader.
@@ -65,10 +91,8 @@ def build_loader(
         TypeError: `dtype` is none of the three.
         ImportError: The backend that was asked for is not installed.
     """
-    if backend not in ("auto", "dali", "torchvision"):
-        raise ValueError(
-            f"build_loader: backend must be 'auto', 'dali' or 'torchvision', got {backend!r}"
-        )
+    if backend not in BACKENDS:
+        raise ValueError(f"build_loader: backend must be one of {BACKENDS}, got {backend!r}")
     _require_installed(backend)
     for name, value, least in (("batch_size", batch_size, 1), ("size", size, 1), ("seed", seed, 0)):
         if value < least:
@@ -81,13 +105,28 @@ def build_loader(
         workers = min(8, available_cores())
     if workers < 0:
         raise ValueError(f"build_loader: workers must be at least 0, got {workers}")
+    if cache_size is not None and cache_size < 1:
+        raise ValueError(f"build_loader: cache_size must be at least 1, got {cache_size}")
+    try:
+        reading = Reading(max_pixels, value_range)
+    except ValueError as error:
+        raise ValueError(f"build_loader: {error}") from None
+    if crop_scale is not None:
+        augmentation = dataclasses.replace(augmentation, scale=crop_scale)
     files = find_images(root)
+    where = " and ".join(printable(repr(one)) for one in files.roots)
+    if files.summary():
+        warnings.warn(
+            f"{len(files):,} images under {where}; left out {files.summary()}",
+            LeftOutWarning,
+            stacklevel=2,
+        )
     if drop_last and len(files) < batch_size:
         raise ValueError(
-            f"build_loader: {len(files)} images under {str(root)!r} do not fill one batch of "
+            f"build_loader: {len(files)} images under {where} do not fill one batch of "
             f"{batch_size}; lower batch_size, or pass drop_last=False"
         )
-    _require_readable(files, root)
+    _require_readable(files, where, reading)
     settings: dict[str, Any] = {
         "batch_size": batch_size,
         "size": size,
@@ -97,7 +136,12 @@ def build_loader(
         "drop_last": drop_last,
         "channels_last": channels_last,
         "dtype": dtype,
+        "reading": reading,
     }
+    if backend == "memory":
+        from densecl_ext.data.memory_loader import MemoryLoader
+
+        return MemoryLoader(files, workers=workers, cache_size=cache_size, **settings)
     on_gpu = torch.device(device).type == "cuda"
     if backend == "dali" or (backend == "auto" and on_gpu and _has("nvidia.dali")):
         try:
@@ -141,17 +185,17 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _require_readable(files: list[Path], root: str | os.PathLike[str]) -> None:
+def _require_readable(files: ImageFiles, where: str, reading: Reading) -> None:
     """One readable image is enough; reading all of a large folder at the start would take hours."""
     reason = ""
     for path in files:
         try:
-            decode_rgb(path.read_bytes())
+            decode(read_encoded(path, reading), reading)
         except Exception as error:
-            reason = reason or f"{path}: {reason_of(error)}"
+            reason = reason or f"{printable(path)}: {reason_of(error)}"
         else:
             return
     raise ValueError(
-        f"build_loader: none of the {len(files)} image files under {str(root)!r} can be read; "
+        f"build_loader: none of the {len(files)} image files under {where} can be read; "
         f"the first is {reason}"
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -22,11 +21,15 @@ from densecl_ext.data.augmentation import (
     ViewParameters,
     draw_parameters,
 )
-from densecl_ext.data.base import EpochLoader, TwoViews, candidates, normalisation
-from densecl_ext.data.folder import decode_rgb, reason_of
+from densecl_ext.data.base import EpochLoader, FileReader, TwoViews, normalisation
+from densecl_ext.data.folder import ImageFiles
+from densecl_ext.data.images import Decoded, Encoded, Reading, decode
 
 if TYPE_CHECKING:
     from PIL import Image
+
+# Above this Pillow's crop warns of, or refuses, what it takes for a bomb.
+_CROP_PIXELS = 80_000_000
 
 
 class _Sample(NamedTuple):
@@ -34,6 +37,7 @@ class _Sample(NamedTuple):
     crops: np.ndarray  # float32 (2, 5)
     file: int
     unreadable: list[tuple[int, str]]
+    narrow: str
 
 
 class _Batch(NamedTuple):
@@ -41,6 +45,17 @@ class _Batch(NamedTuple):
     crops: Tensor  # float32 (2, N, 5)
     files: Tensor  # int64 (N,)
     unreadable: list[tuple[int, str]]
+    narrow: list[tuple[int, str]]
+
+
+def cropped(image: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
+    """`image.crop(box)`, of images beyond Pillow's limit too, which the gate has already kept."""
+    from PIL import Image
+
+    width, height = box[2] - box[0], box[3] - box[1]
+    if width * height <= _CROP_PIXELS:
+        return image.crop(box)
+    return image.transform((width, height), Image.Transform.EXTENT, box)
 
 
 def render_view(image: Image.Image, parameters: ViewParameters, size: int) -> np.ndarray:
@@ -58,8 +73,7 @@ def render_view(image: Image.Image, parameters: ViewParameters, size: int) -> np
     from torchvision.transforms import InterpolationMode
     from torchvision.transforms import functional as F
 
-    x0, y0, x1, y1 = parameters.box
-    view = F.resized_crop(image, y0, x0, y1 - y0, x1 - x0, [size, size], InterpolationMode.BILINEAR)
+    view = F.resize(cropped(image, parameters.box), [size, size], InterpolationMode.BILINEAR)
     for operation in parameters.order:
         if operation == BRIGHTNESS:
             view = F.adjust_brightness(view, parameters.brightness)
@@ -81,29 +95,20 @@ def render_view(image: Image.Image, parameters: ViewParameters, size: int) -> np
 class TwoViewDataset(Dataset[_Sample]):
     """Maps a request (epoch, file index) to two views; holds no state that could change them."""
 
-    def __init__(self, files: list[Path], size: int, seed: int, augmentation: Augmentation) -> None:
-        self.files = files
+    def __init__(
+        self, files: ImageFiles, size: int, seed: int, augmentation: Augmentation, reading: Reading
+    ) -> None:
         self.size = size
         self.seed = seed
         self.augmentation = augmentation
-        # Only spares this process a second attempt at a file that is known not to read.
-        self._unreadable: dict[int, str] = {}
+        self._reader = FileReader(files, seed, reading, self._decode)
+
+    def _decode(self, _: int, file: Encoded) -> Decoded:
+        return decode(file, self._reader.reading)
 
     def __getitem__(self, request: tuple[int, int]) -> _Sample:
         epoch, sample = request
-        unreadable: list[tuple[int, str]] = []
-        for index in candidates(self.seed, epoch, sample, len(self.files)):
-            if index not in self._unreadable:
-                try:
-                    image = decode_rgb(self.files[index].read_bytes())
-                    break
-                except MemoryError:
-                    raise
-                except Exception as error:
-                    self._unreadable[index] = reason_of(error)
-            unreadable.append((index, self._unreadable[index]))
-        else:
-            raise ValueError(f"none of the {len(self.files)} image files can be read any more")
+        (image, narrow), index, unreadable = self._reader.read(epoch, sample)
         parameters = [
             draw_parameters(
                 self.augmentation,
@@ -118,7 +123,7 @@ class TwoViewDataset(Dataset[_Sample]):
         ]
         views = np.stack([render_view(image, drawn, self.size) for drawn in parameters])
         crops = np.array([(*drawn.box, drawn.flip) for drawn in parameters], dtype=np.float32)
-        return _Sample(views, crops, index, unreadable)
+        return _Sample(views, crops, index, unreadable, narrow)
 
 
 def _collate(samples: list[_Sample]) -> _Batch:
@@ -127,6 +132,7 @@ def _collate(samples: list[_Sample]) -> _Batch:
         torch.from_numpy(np.stack([sample.crops for sample in samples], axis=1)),
         torch.tensor([sample.file for sample in samples], dtype=torch.int64),
         [entry for sample in samples for entry in sample.unreadable],
+        [(sample.file, sample.narrow) for sample in samples if sample.narrow],
     )
 
 
@@ -139,13 +145,10 @@ class _Requests:
     """The DataLoader's batch sampler: whatever the loader put into it last."""
 
     def __init__(self) -> None:
-        self.batches: list[list[tuple[int, int]]] = []
+        self.batches: Iterator[list[tuple[int, int]]] = iter(())
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return iter(self.batches)
-
-    def __len__(self) -> int:
-        return len(self.batches)
+        return self.batches
 
 
 class TorchvisionLoader(EpochLoader):
@@ -157,7 +160,7 @@ class TorchvisionLoader(EpochLoader):
 
     backend = "torchvision"
 
-    def __init__(self, files: list[Path], *, workers: int, **settings: Any) -> None:
+    def __init__(self, files: ImageFiles, *, workers: int, **settings: Any) -> None:
         super().__init__(files, **settings)
         self._requested = _Requests()
         self._loader: DataLoader[_Sample] | None = None
@@ -167,7 +170,7 @@ class TorchvisionLoader(EpochLoader):
     def _data_loader(self) -> DataLoader[_Sample]:
         if self._loader is None:
             self._loader = DataLoader(
-                TwoViewDataset(self.files, self.size, self.seed, self.augmentation),
+                TwoViewDataset(self.files, self.size, self.seed, self.augmentation, self.reading),
                 batch_sampler=self._requested,
                 num_workers=self._workers,
                 collate_fn=_collate,
@@ -177,11 +180,13 @@ class TorchvisionLoader(EpochLoader):
             )
         return self._loader
 
-    def _batches(self, epoch: int, requests: list[list[int]]) -> Iterator[TwoViews]:
-        self._requested.batches = [[(epoch, index) for index in batch] for batch in requests]
+    def _batches(self, epoch: int, requests: Iterator[list[int]]) -> Iterator[TwoViews]:
+        self._requested.batches = ([(epoch, index) for index in batch] for batch in requests)
         for batch in self._data_loader():
             for index, reason in batch.unreadable:
                 self._skip(index, reason)
+            for index, narrow in batch.narrow:
+                self._tell_narrow(index, narrow)
             crops = batch.crops.to(self.device, non_blocking=True)
             yield TwoViews(
                 self._normalised(batch.views[QUERY_VIEW]),

@@ -67,7 +67,11 @@ def _evaluation_mode(module: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def extract_features(
-    backbone: nn.Module, inputs: Tensor, layers: Sequence[str] | None = None
+    backbone: nn.Module,
+    inputs: Tensor,
+    layers: Sequence[str] | None = None,
+    *,
+    precision: str = "float32",
 ) -> Tensor:
     """Feature maps of a frozen backbone in evaluation mode.
 
@@ -77,6 +81,7 @@ def extract_features(
         layers: names of submodules (``backbone.named_modules()``) whose outputs are wanted; None
             is the backbone's own output. Of several, the smaller maps are enlarged (bilinear) to
             the largest and all are concatenated, in the order given.
+        precision: "bfloat16" runs the backbone under autocast.
 
     Returns:
         float32 (N, C, h, w).
@@ -97,7 +102,10 @@ def extract_features(
 
         hooks.append(modules[name].register_forward_hook(keep))
     try:
-        with _evaluation_mode(backbone):
+        with (
+            _evaluation_mode(backbone),
+            torch.autocast(inputs.device.type, torch.bfloat16, enabled=precision == "bfloat16"),
+        ):
             output = backbone(inputs)
     finally:
         for hook in hooks:
@@ -120,7 +128,9 @@ def extract_features(
 
 
 @torch.no_grad()
-def recalibrate_batch_norm(backbone: nn.Module, batches: Sequence[Tensor]) -> None:
+def recalibrate_batch_norm(
+    backbone: nn.Module, batches: Sequence[Tensor], *, precision: str = "float32"
+) -> None:
     """Replace the running statistics of all batch norms by those of the given images, in place.
 
     A network at random initialisation has mean 0 and variance 1 there, which belong to no data: in
@@ -130,6 +140,7 @@ def recalibrate_batch_norm(backbone: nn.Module, batches: Sequence[Tensor]) -> No
     Args:
         backbone: the network.
         batches: inputs (N, 3, H, W), whose statistics are averaged with equal weight.
+        precision: "bfloat16" runs the backbone under autocast.
 
     Raises:
         ValueError: no batch.
@@ -138,12 +149,40 @@ def recalibrate_batch_norm(backbone: nn.Module, batches: Sequence[Tensor]) -> No
         raise ValueError("recalibrate_batch_norm: needs at least one batch of images")
     norms = [module for module in backbone.modules() if isinstance(module, _NORMS)]
     momenta = [norm.momentum for norm in norms]
-    with _evaluation_mode(backbone):
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # cumulative average
-            norm.train()
-        for batch in batches:
-            backbone(batch)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
+    bfloat16 = precision == "bfloat16"
+    try:
+        with _evaluation_mode(backbone):
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None  # cumulative average
+                norm.train()
+            for batch in batches:
+                with torch.autocast(batch.device.type, torch.bfloat16, enabled=bfloat16):
+                    backbone(batch)
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+
+
+@contextlib.contextmanager
+def untouched(backbone: nn.Module) -> Iterator[None]:
+    """Give a network's buffers and modes back afterwards as they were; weights are not copied."""
+    buffers = {name: buffer.clone() for name, buffer in backbone.named_buffers()}
+    try:
+        with _evaluation_mode(backbone):
+            yield
+    finally:
+        with torch.no_grad():
+            for name, buffer in backbone.named_buffers():
+                buffer.copy_(buffers[name])
+
+
+def device_of(backbone: nn.Module) -> torch.device:
+    """Where a network's first weight lies; the CPU where it has none."""
+    first = next(backbone.parameters(), None)
+    return torch.device("cpu") if first is None else first.device
+
+
+def has_batch_norm(backbone: nn.Module) -> bool:
+    """Whether a network has batch norms to recalibrate."""
+    return any(isinstance(module, _NORMS) for module in backbone.modules())

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from densecl_ext.data.folder import EXTENSIONS, decode_rgb
+from densecl_ext.data.folder import EXTENSIONS
+from densecl_ext.data.images import read_rgb
 
 
 class SegmentationFolder:
@@ -79,7 +80,7 @@ class SegmentationFolder:
         import numpy as np
         from PIL import Image
 
-        image = torch.from_numpy(np.array(decode_rgb(self._images[index].read_bytes())))
+        image = torch.from_numpy(np.array(read_rgb(self._images[index])))
         path = self.root / "masks" / f"{self.names[index]}.png"
         if not path.is_file():
             raise ValueError(f"SegmentationFolder: the mask {path} is missing")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 IGNORE_INDEX = 255
@@ -13,7 +12,7 @@ IGNORE_INDEX = 255
 
 
 def confusion_matrix(prediction: Tensor, label: Tensor, num_classes: int) -> Tensor:
-    """Count pixels by (label, prediction).
+    """Count pixels by (label, prediction), with torchmetrics.
 
     Args:
         prediction: class ids of any integer dtype and shape, each in [0, num_classes).
@@ -25,23 +24,43 @@ def confusion_matrix(prediction: Tensor, label: Tensor, num_classes: int) -> Ten
 
     Raises:
         ValueError: shapes differ, or an id lies outside its range.
+        ImportError: torchmetrics is not installed (it comes with the extra `train`).
     """
+    from torchmetrics.functional.classification import multiclass_confusion_matrix
+
     if prediction.shape != label.shape:
         raise ValueError(
             "confusion_matrix: prediction and label must have one shape, got "
             f"{tuple(prediction.shape)} and {tuple(label.shape)}"
         )
-    counts = label.reshape(-1) != IGNORE_INDEX
-    row = label.reshape(-1)[counts].long()
-    column = prediction.reshape(-1)[counts].long()
-    for name, ids in (("label", row), ("prediction", column)):
+    counts = label != IGNORE_INDEX
+    for name, ids in (("label", label[counts]), ("prediction", prediction[counts])):
         if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= num_classes):
             raise ValueError(
                 f"confusion_matrix: {name} must lie in [0, {num_classes}), or be {IGNORE_INDEX} "
                 f"(label only), got {int(ids.min())}..{int(ids.max())}"
             )
-    flat = torch.bincount(row * num_classes + column, minlength=num_classes * num_classes)
-    return flat.reshape(num_classes, num_classes)
+    if num_classes == 1:  # torchmetrics begins at two classes
+        return counts.sum().reshape(1, 1)
+    return multiclass_confusion_matrix(
+        prediction.reshape(-1).long(),
+        label.reshape(-1).long(),
+        num_classes,
+        ignore_index=IGNORE_INDEX,
+        validate_args=False,
+    )
+
+
+def miou_of(confusions: Tensor) -> Tensor:
+    """Mean intersection over union of confusion matrices (B, K, K), as :class:`SegmentationResult`.
+
+    Returns:
+        float64 (B,): classes without any pixel left out, NaN where none has one.
+    """
+    counts = confusions.double()
+    hit = counts.diagonal(dim1=1, dim2=2)
+    union = counts.sum(1) + counts.sum(2) - hit
+    return (hit / union).nanmean(1)  # 0 / 0 is NaN
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +96,14 @@ class SegmentationResult:
         """Share of the labelled pixels that are right."""
         total = int(self.confusion.sum())
         return int(self.confusion.diag().sum()) / total if total else float("nan")
+
+    @property
+    def frequency_weighted_iou(self) -> float:
+        """Mean of the labelled classes' intersection over union, weighted by their pixels."""
+        pixels = self.confusion.double().sum(1)
+        total = float(pixels.sum())
+        pairs = zip(self.iou_per_class, pixels.tolist(), strict=True)
+        return sum(iou * n for iou, n in pairs if n) / total if total else float("nan")
 
     def table(self) -> str:
         """The result in lines for a person: mIoU, accuracy, then each class, in percent."""

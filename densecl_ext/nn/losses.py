@@ -29,7 +29,7 @@ class InfoNCELoss(nn.Module):
     """InfoNCE of queries against their positives and a queue of negatives (MoCo, eq. 1).
 
     Args:
-        temperature: T > 0, the divisor of the cosine similarities.
+        temperature: T > 0, the divisor of the cosine similarities; a ``nn.Parameter`` is learnt.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         normalize: scale queries and positives to unit length first.
 
@@ -45,7 +45,7 @@ class InfoNCELoss(nn.Module):
     """
 
     def __init__(
-        self, temperature: float = 0.2, reduction: str = "mean", *, normalize: bool = True
+        self, temperature: float | Tensor = 0.2, reduction: str = "mean", *, normalize: bool = True
     ) -> None:
         super().__init__()
         self.temperature = _checked_temperature("InfoNCELoss", temperature)
@@ -89,7 +89,7 @@ class InfoNCELoss(nn.Module):
 
     def extra_repr(self) -> str:
         """Settings for ``print(loss)``."""
-        return f"temperature={self.temperature}, reduction={self.reduction!r}"
+        return f"temperature={_number(self.temperature):g}, reduction={self.reduction!r}"
 
 
 class DenseCLLoss(nn.Module):
@@ -100,7 +100,8 @@ class DenseCLLoss(nn.Module):
 
     Args:
         loss_lambda: weight of the dense term, in [0, 1]; the paper's value is 0.5.
-        temperature: T > 0 of both terms; the paper's value is 0.2.
+        temperature: T > 0 of both terms; the paper's value is 0.2. A ``nn.Parameter`` is learnt.
+        dense_temperature: T > 0 of the dense term where it shall differ.
         mutual: with matching by features, drop the positions whose best match is not mutual.
 
     Raises:
@@ -118,12 +119,26 @@ class DenseCLLoss(nn.Module):
     """
 
     def __init__(
-        self, loss_lambda: float = 0.5, temperature: float = 0.2, *, mutual: bool = False
+        self,
+        loss_lambda: float = 0.5,
+        temperature: float | Tensor = 0.2,
+        *,
+        dense_temperature: float | None = None,
+        mutual: bool = False,
     ) -> None:
         super().__init__()
         self.loss_lambda = checked_lambda("DenseCLLoss", loss_lambda)
         self.temperature = _checked_temperature("DenseCLLoss", temperature)
+        self.own_dense_temperature = dense_temperature
+        if dense_temperature is not None:
+            _checked_temperature("DenseCLLoss", dense_temperature)
         self.mutual = mutual
+
+    @property
+    def dense_temperature(self) -> float | Tensor:
+        """T of the dense term."""
+        own = self.own_dense_temperature
+        return self.temperature if own is None else own
 
     def forward(
         self,
@@ -137,6 +152,7 @@ class DenseCLLoss(nn.Module):
         query_features: Tensor | None = None,
         key_features: Tensor | None = None,
         match: Tensor | None = None,
+        row_weight: Tensor | None = None,
         loss_lambda: float | Tensor | None = None,
     ) -> DenseCLTerms:
         """Compute the loss of one batch.
@@ -153,6 +169,8 @@ class DenseCLLoss(nn.Module):
             key_features: (N, C, *Sk) backbone features on the grid of ``key_dense``.
             match: (N, prod(Sq)) int64 instead of features: flat key position of every query
                 position, -1 for no loss there.
+            row_weight: (N, prod(Sq)) weights of the dense term's positions; the mean divides by
+                their sum.
             loss_lambda: replaces the module's weight in this call, e.g. during a warm-up. A 0-d
                 tensor is multiplied in on its device, so both terms are then always computed.
 
@@ -174,9 +192,9 @@ class DenseCLLoss(nn.Module):
         keys, filled = _keys_and_filled(global_queue)
         dense_keys, dense_filled = _keys_and_filled(dense_queue)
 
-        if with_global and with_dense:
+        if with_global and with_dense and self.own_dense_temperature is None:
             assert match is not None
-            loss_global, loss_dense = ops.joint_info_nce(
+            both = ops.joint_info_nce(
                 _given("query_global", query_global),
                 _given("key_global", key_global),
                 keys,
@@ -187,9 +205,11 @@ class DenseCLLoss(nn.Module):
                 temperature=self.temperature,
                 filled=filled,
                 dense_filled=dense_filled,
+                dense_row_weight=row_weight,
             )
-            loss = (1.0 - weight) * loss_global + weight * loss_dense
-            return DenseCLTerms(loss, loss_global, loss_dense)
+            return DenseCLTerms(weighted(*both, weight), *both)
+        loss_global: Tensor | None = None
+        loss_dense: Tensor | None = None
         if with_global:
             loss_global = ops.info_nce(
                 _given("query_global", query_global),
@@ -198,21 +218,35 @@ class DenseCLLoss(nn.Module):
                 temperature=self.temperature,
                 filled=filled,
             )
+        if with_dense:
+            assert match is not None
+            loss_dense = ops.dense_info_nce(
+                _given("query_dense", query_dense),
+                _given("key_dense", key_dense),
+                match,
+                dense_keys,
+                temperature=self.dense_temperature,
+                filled=dense_filled,
+                row_weight=row_weight,
+            )
+        if loss_dense is None:
+            assert loss_global is not None
             return DenseCLTerms(loss_global, loss_global, torch.zeros_like(loss_global))
-        assert match is not None
-        loss_dense = ops.dense_info_nce(
-            _given("query_dense", query_dense),
-            _given("key_dense", key_dense),
-            match,
-            dense_keys,
-            temperature=self.temperature,
-            filled=dense_filled,
-        )
-        return DenseCLTerms(loss_dense, torch.zeros_like(loss_dense), loss_dense)
+        if loss_global is None:
+            return DenseCLTerms(loss_dense, torch.zeros_like(loss_dense), loss_dense)
+        return DenseCLTerms(weighted(loss_global, loss_dense, weight), loss_global, loss_dense)
 
     def extra_repr(self) -> str:
         """Settings for ``print(loss)``."""
-        return f"loss_lambda={self.loss_lambda}, temperature={self.temperature}"
+        return (
+            f"loss_lambda={self.loss_lambda}, temperature={_number(self.temperature):g}, "
+            f"dense_temperature={_number(self.dense_temperature):g}"
+        )
+
+
+def weighted(loss_global: Tensor, loss_dense: Tensor, loss_lambda: float | Tensor) -> Tensor:
+    """``(1 - lambda) L_global + lambda L_dense`` (DenseCL, eq. 3)."""
+    return (1.0 - loss_lambda) * loss_global + loss_lambda * loss_dense
 
 
 def checked_lambda(owner: str, loss_lambda: float) -> float:
@@ -222,10 +256,15 @@ def checked_lambda(owner: str, loss_lambda: float) -> float:
     return float(loss_lambda)
 
 
-def _checked_temperature(owner: str, temperature: float) -> float:
-    if not temperature > 0.0:
-        raise ValueError(f"{owner}: temperature must be positive, got {temperature}")
-    return float(temperature)
+def _checked_temperature(owner: str, temperature: float | Tensor) -> float | Tensor:
+    value = _number(temperature)
+    if not value > 0.0:
+        raise ValueError(f"{owner}: temperature must be positive, got {value}")
+    return temperature if isinstance(temperature, Tensor) else value
+
+
+def _number(value: float | Tensor) -> float:
+    return float(value.detach() if isinstance(value, Tensor) else value)
 
 
 def _keys_and_filled(queue: KeyQueue | Tensor) -> tuple[Tensor, Tensor | None]:

@@ -10,11 +10,13 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from densecl_ext import ops
 
 MATCHINGS = ("backbone", "dense", "geometric", "random")
+ROW_WEIGHTS = ("none", "overlap", "similarity")
 
 
 def feature_match(query_features: Tensor, key_features: Tensor, *, mutual: bool = False) -> Tensor:
@@ -109,3 +111,71 @@ def random_match(
         return torch.randint(key_positions, shape, device=device)
     match = torch.randint(key_positions, shape, generator=generator, device=generator.device)
     return match.to(device)
+
+
+@torch.no_grad()
+def overlap_weight(
+    crop_q: Tensor,
+    crop_k: Tensor,
+    match: Tensor,
+    query_grid: Sequence[int],
+    key_grid: Sequence[int] | None = None,
+) -> Tensor:
+    """How well a query cell and its matched key cell cover each other in the source image.
+
+    Args:
+        crop_q: (N, 5), as of :func:`geometric_match`.
+        crop_k: (N, 5) of the key view.
+        match: (N, prod(Sq)) int64, flat key position or -1.
+        query_grid: (height, width) of the query grid.
+        key_grid: (height, width) of the key grid; the query's where None.
+
+    Returns:
+        float32 (N, prod(Sq)): intersection over union of the two cells' rectangles, in [0, 1]; 0
+        where there is no match.
+    """
+    key_grid = query_grid if key_grid is None else key_grid
+    own = _cells(crop_q, query_grid)  # (N, Sq, 4)
+    index = match.clamp(min=0).unsqueeze(2).expand(-1, -1, 4)
+    other = _cells(crop_k, key_grid).gather(1, index)
+    low, high = torch.maximum(own, other)[..., :2], torch.minimum(own, other)[..., 2:]
+    shared = (high - low).clamp(min=0.0).prod(dim=2)
+    area = (own[..., 2:] - own[..., :2]).prod(dim=2) + (other[..., 2:] - other[..., :2]).prod(dim=2)
+    return torch.where(match >= 0, shared / (area - shared), 0.0).float()
+
+
+def _cells(crop: Tensor, grid: Sequence[int]) -> Tensor:
+    """The grid's cells in the source image, float64 (N, prod(S), 4): x0, y0, x1, y1."""
+    height, width = grid
+    crop = crop.double()
+    column = torch.arange(width, device=crop.device, dtype=torch.float64).expand(len(crop), width)
+    column = torch.where(crop[:, 4:] > 0.5, width - 1 - column, column)  # (N, W)
+    cell_w = (crop[:, 2:3] - crop[:, 0:1]) / width
+    cell_h = (crop[:, 3:4] - crop[:, 1:2]) / height
+    x0 = (crop[:, 0:1] + column * cell_w).unsqueeze(1).expand(-1, height, -1)  # (N, H, W)
+    row = torch.arange(height, device=crop.device, dtype=torch.float64)
+    y0 = (crop[:, 1:2] + row * cell_h).unsqueeze(2).expand(-1, -1, width)
+    w, h = cell_w.unsqueeze(2), cell_h.unsqueeze(2)
+    return torch.stack([x0, y0, x0 + w, y0 + h], dim=3).flatten(1, 2)
+
+
+@torch.no_grad()
+def similarity_weight(
+    query_features: Tensor, key_features: Tensor, match: Tensor, power: float = 2.0
+) -> Tensor:
+    """Cosine similarity of every position to its match, raised to a power (as PixCon weights rows).
+
+    Args:
+        query_features: (N, C, *Sq).
+        key_features: (N, C, *Sk).
+        match: (N, prod(Sq)) int64, flat key position or -1.
+        power: at least 0; negative similarities count as 0.
+
+    Returns:
+        float32 (N, prod(Sq)), 0 where there is no match.
+    """
+    query = F.normalize(query_features.float().flatten(2), dim=1)
+    key = F.normalize(key_features.float().flatten(2), dim=1)
+    index = match.clamp(min=0).unsqueeze(1).expand(-1, key.shape[1], -1)
+    similarity = (query * key.gather(2, index)).sum(dim=1).clamp(min=0.0)
+    return torch.where(match >= 0, similarity**power, 0.0)

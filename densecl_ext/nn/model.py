@@ -5,18 +5,20 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from densecl_ext.backbones import build_backbone, feature_channels
 from densecl_ext.nn.batchnorm import shuffled_forward
 from densecl_ext.nn.distributed import gather_keys
-from densecl_ext.nn.losses import DenseCLLoss
-from densecl_ext.nn.matching import MATCHINGS, feature_match, geometric_match, random_match
+from densecl_ext.nn.health import match_metrics, position_metrics, vector_metrics
+from densecl_ext.nn.losses import DenseCLLoss, DenseCLTerms
+from densecl_ext.nn.matcher import Matched, Matcher
 from densecl_ext.nn.momentum import MomentumEncoder
-from densecl_ext.nn.necks import DenseCLNeck, NeckOutput
+from densecl_ext.nn.necks import DenseCLNeck, NeckOutput, Predictor
 from densecl_ext.nn.phases import phase
 from densecl_ext.nn.queue import KeyQueue
+
+DENSE_NEGATIVES = ("pooled", "position")
 
 
 class DenseCLOutput(NamedTuple):
@@ -68,18 +70,28 @@ class DenseCL(nn.Module):
     stay equal; wrap the model with ``broadcast_buffers=False`` (the queues are large) and build it
     from the same seed on every rank.
 
-    Metrics (0-d, float32, on the model's device, no gradient):
+    Metrics (0-d, float32, on the model's device, no gradient; of the first direction where the loss
+    is symmetric):
         ``positive_similarity``: mean cosine of a query and its key (global vectors).
         ``negative_similarity``: mean cosine of a query and the keys of the batch's other images.
+        ``top1``: share of queries whose own key is the most similar of the batch's keys.
         ``feature_std``: spread of the unit queries over the batch, 1 for evenly spread
         directions, 0 for collapse.
+        ``effective_rank``: directions that the unit queries take up, as the participation ratio of
+        their covariance's eigenvalues; at most min(N - 1, D).
         ``queue_filled``: share of the queue that holds keys before this batch's, 0 to 1.
+        ``queue_age``: mean age of a key in the queue, in steps.
         ``matched``: share of grid positions that have a match.
-        ``match_agreement``: with crops given and another matching than geometric, share of the
-        positions with a geometric match for which the two name the same key position.
+        ``same_index``: share of the matches that name the query's own grid position.
+        ``same_index_geometric``: the same of the geometric matches: what it should be near. Above
+        it by far, matching goes by position. Also the share of ``match_agreement`` that a matching
+        blind to the content reaches by naming its own position.
+        ``match_agreement``: with another matching than geometric, share of the positions with a
+        geometric match for which the two name the same key position.
+        ``position_share``, ``content_free_loss``: how much of the dense head is grid position, see
+        :func:`densecl_ext.nn.health.position_metrics`.
         ``loss_lambda``: the weight of the dense term in this step.
-        The first three speak of the global branch and are left out where it is not computed, as
-        ``matched`` and ``match_agreement`` are without the dense branch.
+        Those of a branch that does not run are left out, as are those that need crops without them.
 
     Args:
         backbone: name of a torchvision ResNet or ``timm/NAME`` (random start), or a module
@@ -91,13 +103,25 @@ class DenseCL(nn.Module):
             few thousand images wants fewer keys than images.
         momentum: of the key encoder, 0.999 in the paper.
         temperature: of both losses.
+        dense_temperature: of the dense loss, where it shall differ.
         loss_lambda: weight of the dense term, in [0, 1].
         grid_size: pool the dense branch, and the features it is matched by, to S x S; None keeps
             the backbone's grid.
         matching: ``"backbone"`` (the paper's), ``"dense"`` (by the dense head's output),
             ``"geometric"`` (by the crops, which forward then needs) or ``"random"``.
+        geometric_steps: with another matching, match by the crops in so many steps at the start.
         mutual_matching: with ``"backbone"`` or ``"dense"``, leave out positions whose best match
             is not mutual.
+        row_weight: weight of a grid position in the dense loss: ``"none"``, ``"overlap"`` (how well
+            the two cells cover each other in the image, needs crops) or ``"similarity"`` (of the
+            backbone's features, squared, as in PixCon).
+        dense_negatives: the dense keys that become negatives: ``"pooled"``, one mean over the grid
+            per image (the paper's), or ``"position"``, single grid positions drawn at random
+            (section 3.3). Pooled keys hold no position, which rewards a network for telling nothing
+            else: see docs/training.md.
+        positions_per_image: grid positions drawn per image with ``"position"``.
+        symmetric: let the views change places and take the mean of both losses; twice the work.
+        predictor_dim: hidden width of a predictor on the query side; None has none.
         lambda_warmup_steps: training steps at the start during which the dense term has weight 0.
             It is still computed and its queue filled.
         queue_dtype: dtype of the stored keys and of the loss's arithmetic.
@@ -123,7 +147,7 @@ class DenseCL(nn.Module):
         ...     out.loss.backward()
         ...     optimizer.step()
         >>> sorted(out.metrics)[:2]
-        ['feature_std', 'loss_lambda']
+        ['content_free_loss', 'effective_rank']
     """
 
     step: Tensor
@@ -137,10 +161,17 @@ class DenseCL(nn.Module):
         queue_length: int = 65536,
         momentum: float = 0.999,
         temperature: float = 0.2,
+        dense_temperature: float | None = None,
         loss_lambda: float = 0.5,
         grid_size: int | tuple[int, int] | None = None,
         matching: str = "backbone",
+        geometric_steps: int = 0,
         mutual_matching: bool = False,
+        row_weight: str = "none",
+        dense_negatives: str = "pooled",
+        positions_per_image: int = 1,
+        symmetric: bool = False,
+        predictor_dim: int | None = None,
         lambda_warmup_steps: int = 0,
         queue_dtype: torch.dtype = torch.float32,
         queue_init: str = "empty",
@@ -148,22 +179,25 @@ class DenseCL(nn.Module):
         backbone_channels: int | None = None,
     ) -> None:
         super().__init__()
-        if matching not in MATCHINGS:
-            raise ValueError(f"DenseCL: matching must be one of {MATCHINGS}, got {matching!r}")
-        if mutual_matching and matching not in ("backbone", "dense"):
+        self.matcher = Matcher(matching, geometric_steps, mutual_matching, row_weight)
+        if dense_negatives not in DENSE_NEGATIVES:
             raise ValueError(
-                "DenseCL: mutual_matching needs matching 'backbone' or 'dense', got "
-                f"matching={matching!r}"
+                f"DenseCL: dense_negatives must be one of {DENSE_NEGATIVES}, got "
+                f"{dense_negatives!r}"
             )
-        if lambda_warmup_steps < 0:
-            raise ValueError(
-                f"DenseCL: lambda_warmup_steps must be at least 0, got {lambda_warmup_steps}"
-            )
-        if key_bn_groups < 1:
-            raise ValueError(f"DenseCL: key_bn_groups must be at least 1, got {key_bn_groups}")
-        self.criterion = DenseCLLoss(loss_lambda, temperature, mutual=mutual_matching)
-        self.matching = matching
-        self.mutual_matching = mutual_matching
+        for name, count, least in (
+            ("lambda_warmup_steps", lambda_warmup_steps, 0),
+            ("key_bn_groups", key_bn_groups, 1),
+            ("positions_per_image", positions_per_image, 1),
+        ):
+            if count < least:
+                raise ValueError(f"DenseCL: {name} must be at least {least}, got {count}")
+        self.criterion = DenseCLLoss(
+            loss_lambda, temperature, dense_temperature=dense_temperature, mutual=mutual_matching
+        )
+        self.dense_negatives = dense_negatives
+        self.positions_per_image = positions_per_image
+        self.symmetric = symmetric
         self.lambda_warmup_steps = lambda_warmup_steps
         self.key_bn_groups = key_bn_groups
         self.with_dense = loss_lambda > 0.0
@@ -175,6 +209,11 @@ class DenseCL(nn.Module):
         self.momentum_encoder = MomentumEncoder(
             Encoder(self.backbone, self.neck), momentum, bn_groups=key_bn_groups
         )
+        self.predictor = None
+        if predictor_dim is not None:
+            self.predictor = Predictor(
+                dim, predictor_dim, with_global=self.with_global, with_dense=self.with_dense
+            )
         # A head without a loss must not look trainable: weight decay would shrink it, and
         # DistributedDataParallel would wait for its gradient.
         self.neck.global_head.requires_grad_(self.with_global)
@@ -209,35 +248,55 @@ class DenseCL(nn.Module):
         loss_lambda = self._current_lambda()
         if self.training:
             with phase("momentum"):
-                self.momentum_encoder.update_(Encoder(self.backbone, self.neck))
+                self.momentum_encoder.update_({"backbone": self.backbone, "neck": self.neck})
+        metrics = self._queue_metrics(loss_lambda, view_q)
+        terms, key = self._direction(view_q, view_k, crop_q, crop_k, loss_lambda, metrics)
+        keys = [key]
+        if self.symmetric:
+            other, key = self._direction(view_k, view_q, crop_k, crop_q, loss_lambda, None)
+            terms = DenseCLTerms(*((a + b) / 2 for a, b in zip(terms, other, strict=True)))
+            keys.append(key)
+        if self.training:
+            with phase("enqueue"):
+                for key in keys:
+                    self._enqueue_(key)
+                self.step.add_(1)
+        return DenseCLOutput(*terms, metrics)
+
+    def _direction(
+        self,
+        view_q: Tensor,
+        view_k: Tensor,
+        crop_q: Tensor | None,
+        crop_k: Tensor | None,
+        loss_lambda: float | Tensor,
+        metrics: dict[str, Tensor] | None,
+    ) -> tuple[DenseCLTerms, NeckOutput]:
+        """Loss of one view's queries against the other's keys; metrics are added to ``metrics``."""
         with phase("query_forward"):
             query = self._query(view_q)
         with phase("key_forward"):
             key = self._key(view_k)
-        metrics = self._queue_metrics(loss_lambda, view_q.device)
-        match = None
+        matched = None
         if self.with_dense:
             with phase("matching"):
-                match = self._match(query, key, crop_q, crop_k)
-                metrics |= _match_metrics(match, self._truth(query, key, crop_q, crop_k))
+                matched = self.matcher(query, key, crop_q, crop_k, self.step)
         with phase("losses"):
-            if self.with_global:
-                metrics |= _vector_metrics(query.vector, key.vector)
-            loss, loss_global, loss_dense = self.criterion(
+            terms = self.criterion(
                 query.vector,
                 key.vector,
                 query.grid,
                 key.grid,
                 self.global_queue,
                 self.dense_queue,
-                match=match,
+                match=None if matched is None else matched.match,
+                row_weight=None if matched is None else matched.weight,
                 loss_lambda=loss_lambda,
             )
-        if self.training:
-            with phase("enqueue"):
-                self._enqueue_(key)
-                self.step.add_(1)
-        return DenseCLOutput(loss, loss_global, loss_dense, metrics)
+        if metrics is not None:
+            with phase("metrics"):
+                metrics |= self._metrics(query, key, matched)
+        return terms, key
 
     @torch.no_grad()
     def load_backbone_weights(self, state_dict: dict[str, Tensor], *, strict: bool = True) -> None:
@@ -261,9 +320,10 @@ class DenseCL(nn.Module):
         return (self.step >= self.lambda_warmup_steps).float() * self.loss_lambda
 
     def _query(self, view_q: Tensor) -> NeckOutput:
-        return self.neck(
+        query = self.neck(
             self.backbone(view_q), with_global=self.with_global, with_dense=self.with_dense
         )
+        return query if self.predictor is None else self.predictor(query)
 
     def _key(self, view_k: Tensor) -> NeckOutput:
         heads = {"with_global": self.with_global, "with_dense": self.with_dense}
@@ -272,59 +332,66 @@ class DenseCL(nn.Module):
         return self.momentum_encoder(view_k, **heads)
 
     @torch.no_grad()
-    def _match(
-        self, query: NeckOutput, key: NeckOutput, crop_q: Tensor | None, crop_k: Tensor | None
-    ) -> Tensor:
-        """Match of every query position, (N, prod(S))."""
-        assert query.grid is not None and key.grid is not None
-        assert query.features is not None and key.features is not None
-        if self.matching == "backbone":
-            return feature_match(query.features, key.features, mutual=self.mutual_matching)
-        if self.matching == "dense":
-            return feature_match(query.grid, key.grid, mutual=self.mutual_matching)
-        grids = query.grid.shape[2:], key.grid.shape[2:]
-        if self.matching == "random":
-            return random_match(query.grid.shape[0], *grids, device=query.grid.device)
-        assert crop_q is not None and crop_k is not None
-        return geometric_match(crop_q, crop_k, *grids)
-
-    @torch.no_grad()
-    def _truth(
-        self, query: NeckOutput, key: NeckOutput, crop_q: Tensor | None, crop_k: Tensor | None
-    ) -> Tensor | None:
-        """The geometric match beside another matching, where the crops are known."""
-        if crop_q is None or crop_k is None or self.matching == "geometric":
-            return None
-        assert query.grid is not None and key.grid is not None
-        return geometric_match(crop_q, crop_k, query.grid.shape[2:], key.grid.shape[2:])
+    def _negatives(self, grid: Tensor) -> Tensor:
+        """Dense keys of an image for the queue, of key grids (N, D, S, S): (N, n, D)."""
+        positions = grid.float().flatten(2)  # (N, D, S)
+        if self.dense_negatives == "pooled":
+            return positions.mean(dim=2).unsqueeze(1)
+        images, dim, count = positions.shape
+        drawn = torch.randint(count, (images, 1, self.positions_per_image), device=grid.device)
+        return positions.gather(2, drawn.expand(-1, dim, -1)).transpose(1, 2)
 
     @torch.no_grad()
     def _enqueue_(self, key: NeckOutput) -> None:
-        """Put one key per image into each queue; the dense one is pooled, then normalised."""
-        vector, grid = key.vector, key.grid
-        pooled = None if grid is None else grid.float().mean(dim=(2, 3))  # (N, D)
-        if vector is not None and pooled is not None:
-            both = gather_keys(torch.cat([vector.float(), pooled], dim=1))  # one collective
-            vector, pooled = both.chunk(2, dim=1)
-        elif vector is not None:
-            vector = gather_keys(vector)
-        elif pooled is not None:
-            pooled = gather_keys(pooled)
-        if vector is not None:
-            self.global_queue.enqueue_(vector)
-        if pooled is not None:
-            self.dense_queue.enqueue_(pooled)
+        """Put the keys of all processes into the queues: one vector and n dense keys per image."""
+        parts = []
+        if key.vector is not None:
+            parts.append(key.vector.float().unsqueeze(1))  # (N, 1, D)
+        if key.grid is not None:
+            parts.append(self._negatives(key.grid))  # (N, n, D)
+        keys = gather_keys(torch.cat(parts, dim=1))  # one collective
+        if key.vector is not None:
+            self.global_queue.enqueue_(keys[:, 0])
+            keys = keys[:, 1:]
+        if key.grid is not None:
+            self.dense_queue.enqueue_(keys.flatten(0, 1))
 
-    def _queue_metrics(
-        self, loss_lambda: float | Tensor, device: torch.device
-    ) -> dict[str, Tensor]:
+    def _queue_metrics(self, loss_lambda: float | Tensor, views: Tensor) -> dict[str, Tensor]:
         queue = self.global_queue if self.with_global else self.dense_queue
+        per_step = views.shape[0] * (2 if self.symmetric else 1)
+        if not self.with_global and self.dense_negatives == "position":
+            per_step *= self.positions_per_image
         weight = (
             loss_lambda
             if isinstance(loss_lambda, Tensor)
-            else torch.full((), loss_lambda, device=device)
+            else torch.full((), loss_lambda, device=views.device)
         )
-        return {"queue_filled": queue.filled.float() / len(queue), "loss_lambda": weight}
+        held = queue.filled.float()
+        return {
+            "queue_filled": held / len(queue),
+            "queue_age": held / (2 * per_step),
+            "loss_lambda": weight,
+        }
+
+    def _metrics(
+        self, query: NeckOutput, key: NeckOutput, matched: Matched | None
+    ) -> dict[str, Tensor]:
+        metrics: dict[str, Tensor] = {}
+        if query.vector is not None and key.vector is not None:
+            metrics |= vector_metrics(query.vector, key.vector)
+        if matched is not None:
+            assert query.grid is not None and key.grid is not None
+            sizes = query.grid.shape[2:], key.grid.shape[2:]
+            metrics |= match_metrics(matched.match, matched.truth, *sizes)
+            metrics |= position_metrics(
+                query.grid,
+                key.grid,
+                matched.match,
+                self.dense_queue.keys,
+                self.dense_queue.filled,
+                self.criterion.dense_temperature,
+            )
+        return metrics
 
     def _check(
         self, view_q: Tensor, view_k: Tensor, crop_q: Tensor | None, crop_k: Tensor | None
@@ -336,40 +403,13 @@ class DenseCL(nn.Module):
             )
         if (crop_q is None) != (crop_k is None):
             raise ValueError("DenseCL: crop_q and crop_k must be given together, got only one")
-        if crop_q is None and self.matching == "geometric" and self.with_dense:
+        needs = self.matcher.needs_crops()
+        if crop_q is None and needs and self.with_dense:
             raise ValueError(
-                "DenseCL: matching 'geometric' needs crop_q and crop_k (N, 5), got None; the "
+                f"DenseCL: {needs} needs crop_q and crop_k (N, 5), got None; the "
                 "loaders of densecl_ext.data return them with the views"
             )
         if crop_q is not None and crop_q.shape[0] != view_q.shape[0]:
             raise ValueError(
                 f"DenseCL: crop_q must be ({view_q.shape[0]}, 5), got {tuple(crop_q.shape)}"
             )
-
-
-@torch.no_grad()
-def _vector_metrics(query: Tensor | None, key: Tensor | None) -> dict[str, Tensor]:
-    """Similarities and spread of the global vectors (N, D)."""
-    assert query is not None and key is not None
-    images, dim = query.shape
-    query = F.normalize(query.float(), dim=1)
-    key = F.normalize(key.float(), dim=1)
-    positive = (query * key).sum()
-    every = query.sum(dim=0) @ key.sum(dim=0)  # all N * N cosines, in O(N D)
-    spread = (query - query.mean(dim=0)).square().mean(dim=0).sqrt().mean()
-    return {
-        "positive_similarity": positive / images,
-        "negative_similarity": (every - positive) / max(1, images * (images - 1)),
-        "feature_std": spread * dim**0.5,
-    }
-
-
-@torch.no_grad()
-def _match_metrics(match: Tensor, truth: Tensor | None) -> dict[str, Tensor]:
-    """Share of matched positions, and of those that agree with the geometry."""
-    metrics = {"matched": (match >= 0).float().mean()}
-    if truth is not None:
-        known = truth >= 0
-        agree = ((match == truth) & known).float().sum()
-        metrics["match_agreement"] = agree / known.float().sum().clamp(min=1.0)
-    return metrics

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from densecl_ext import ops
 from densecl_ext.nn.batchnorm import split_batch_norms
+from densecl_ext.ops._parameters import paired_parameters, plain_name, unwrapped
 
 
 class MomentumEncoder(nn.Module):
@@ -44,14 +46,18 @@ class MomentumEncoder(nn.Module):
         if not 0.0 <= momentum <= 1.0:
             raise ValueError(f"MomentumEncoder: momentum must lie in [0, 1], got {momentum}")
         self.momentum: float | Tensor = float(momentum)
-        self.module = copy.deepcopy(module)
+        self.module = copy.deepcopy(unwrapped(module))
         if bn_groups != 1:
             self.module = split_batch_norms(self.module, bn_groups)
         self.module.requires_grad_(False)
 
     @torch.no_grad()
-    def update_(self, module: nn.Module) -> None:
+    def update_(self, module: nn.Module | Mapping[str, nn.Module]) -> None:
         """Move every parameter towards ``module``'s, all in one launch.
+
+        Args:
+            module: the query encoder; also inside torch.compile's, DataParallel's or
+                DistributedDataParallel's wrapper, or as its parts by name.
 
         Raises:
             ValueError: names or shapes of the parameters differ from the copy's.
@@ -69,7 +75,9 @@ class MomentumEncoder(nn.Module):
             ValueError: names or shapes of the parameters differ from the copy's.
         """
         self._pairs(module)
-        self.module.load_state_dict(module.state_dict())
+        names = {plain_name(name): name for name in self.module.state_dict()}
+        state = {plain_name(name): value for name, value in unwrapped(module).state_dict().items()}
+        self.module.load_state_dict({names.get(name, name): state[name] for name in state})
 
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -80,22 +88,7 @@ class MomentumEncoder(nn.Module):
         """Settings for ``print(encoder)``."""
         return f"momentum={float(self.momentum):g}"
 
-    def _pairs(self, module: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-        """Parameters of the copy and of ``module``, paired by name, tied ones once."""
-        targets = dict(self.module.named_parameters())
-        sources = dict(module.named_parameters())
-        if targets.keys() != sources.keys():
-            lacking = sorted(targets.keys() - sources.keys())
-            unknown = sorted(sources.keys() - targets.keys())
-            raise ValueError(
-                "MomentumEncoder: module must have the parameters of the one it was copied from; "
-                f"it lacks {lacking[:3]} and has besides {unknown[:3]} "
-                f"({len(lacking)} and {len(unknown)} in all)"
-            )
-        for name, target in targets.items():
-            if target.shape != sources[name].shape:
-                raise ValueError(
-                    f"MomentumEncoder: parameter {name!r} must have shape {tuple(target.shape)}, "
-                    f"got {tuple(sources[name].shape)}"
-                )
-        return list(targets.values()), [sources[name] for name in targets]
+    def _pairs(
+        self, module: nn.Module | Mapping[str, nn.Module]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        return paired_parameters("MomentumEncoder", self.module, module)

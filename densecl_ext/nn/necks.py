@@ -106,3 +106,46 @@ class DenseCLNeck(nn.Module):
                 pooled = F.adaptive_avg_pool2d(features, self.grid_size)  # (N, C, S, S)
             grid = self.dense_head(pooled)  # (N, D, S, S)
         return NeckOutput(vector, grid, pooled)
+
+
+class Predictor(nn.Module):
+    """A small network on the query side alone (BYOL, section 3.1; MoCo v3 and PixCon have it too).
+
+    On each head's output: fully connected (1x1 convolution for the grid), batch norm, ReLU, fully
+    connected. Keys do not go through it, and it is not part of what is exported.
+
+    Args:
+        channels: D of the heads' outputs; the predictions have as many.
+        hidden_channels: width of the hidden layers.
+        with_global: make the one for the global vectors.
+        with_dense: make the one for the dense grid.
+    """
+
+    def __init__(
+        self, channels: int, hidden_channels: int, *, with_global: bool, with_dense: bool
+    ) -> None:
+        super().__init__()
+        self.global_predictor = self.dense_predictor = None
+        if with_global:
+            self.global_predictor = nn.Sequential(
+                nn.Linear(channels, hidden_channels),
+                nn.BatchNorm1d(hidden_channels),
+                nn.ReLU(inplace=True),
+                nn.Linear(hidden_channels, channels),
+            )
+        if with_dense:
+            self.dense_predictor = nn.Sequential(
+                nn.Conv2d(channels, hidden_channels, kernel_size=1),
+                nn.BatchNorm2d(hidden_channels),
+                nn.ReLU(inplace=True),
+                nn.Conv2d(hidden_channels, channels, kernel_size=1),
+            )
+
+    def forward(self, output: NeckOutput) -> NeckOutput:
+        """Predict the keys: vector (N, D) and grid (N, D, S, S); features stay as they are."""
+        vector, grid = output.vector, output.grid
+        if self.global_predictor is not None and vector is not None:
+            vector = self.global_predictor(vector)
+        if self.dense_predictor is not None and grid is not None:
+            grid = self.dense_predictor(grid)
+        return NeckOutput(vector, grid, output.features)

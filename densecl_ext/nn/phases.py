@@ -19,6 +19,7 @@ PHASES = (
     "key_forward",
     "matching",
     "losses",
+    "metrics",
     "enqueue",
     "backward",
     "optimizer",

@@ -39,7 +39,8 @@ def is_rows(op: str, name: str, tensor: Tensor, shape: str) -> None:
     """A float matrix; shape is how the message calls it."""
     is_float(op, name, tensor)
     if tensor.dim() != 2:
-        raise ValueError(f"{op}: {name} must be {shape}, got {size(tensor)}")
+        hint = "; tokens (N, S, D) are rows by .flatten(0, 1)" if tensor.dim() == 3 else ""
+        raise ValueError(f"{op}: {name} must be {shape}, got {size(tensor)}{hint}")
 
 
 def is_grid(op: str, name: str, tensor: Tensor, shape: str) -> None:
@@ -65,13 +66,34 @@ def is_counter(op: str, name: str, tensor: object, limit: int, *, below: bool) -
 
 
 def is_writable(op: str, name: str, tensor: Tensor) -> None:
-    """ValueError where an expanded tensor keeps several elements in one place."""
-    layout = zip(tensor.stride(), tensor.shape, strict=True)
-    if any(step == 0 and count > 1 for step, count in layout):
+    """ValueError unless every element has a place of its own that holds it as it reads."""
+    if not torch.compiler.is_compiling() and (tensor.is_neg() or tensor.is_conj()):
+        raise ValueError(
+            f"{op}: {name} must hold its values as they read, got a lazily negated or conjugated "
+            "view; pass tensor.resolve_neg() or tensor.resolve_conj()"
+        )
+    if not tensor.is_contiguous() and _overlaps_itself(tensor):
         raise ValueError(
             f"{op}: {name} must have a place of its own for every element, got strides "
-            f"{tuple(tensor.stride())} for {size(tensor)}; pass a clone of the expanded tensor"
+            f"{tuple(tensor.stride())} for {size(tensor)}; pass a clone of the view"
         )
+
+
+def _overlaps_itself(tensor: Tensor) -> bool:
+    """Whether two elements share a place; where only a list of all places tells, on the CPU."""
+    layout = [(s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1]
+    if any(step == 0 for step, _ in layout):
+        return True
+    reach, nested = 0, True
+    for step, count in sorted(layout):
+        nested = nested and step > reach
+        reach += (count - 1) * step
+    if nested or not values_are_readable(tensor):
+        return False  # the native op looks again before it writes
+    places = torch.zeros(1, dtype=torch.int64)
+    for step, count in layout:
+        places = (places.unsqueeze(1) + step * torch.arange(count)).flatten()
+    return places.unique().numel() < places.numel()
 
 
 def is_queue(op: str, queue: Tensor, dim: int, other: str) -> None:
@@ -108,10 +130,25 @@ def is_momentum(op: str, momentum: float | Tensor) -> None:
         raise ValueError(f"{op}: momentum must lie in [0, 1], got {value}")
 
 
-def is_temperature(op: str, temperature: float) -> None:
-    """ValueError unless a positive finite number."""
+def is_temperature(op: str, temperature: float | Tensor) -> None:
+    """A number in [1e-30, 1e30], or a floating-point tensor that holds one."""
+    if isinstance(temperature, Tensor):
+        if not temperature.dtype.is_floating_point:
+            raise TypeError(
+                f"{op}: temperature must be floating point, got {short(temperature.dtype)}"
+            )
+        if temperature.numel() != 1:
+            raise ValueError(f"{op}: temperature must have one element, got {size(temperature)}")
+        if not values_are_readable(temperature):
+            return
+        temperature = float(temperature.detach())
     if not 0.0 < temperature < math.inf:
         raise ValueError(f"{op}: temperature must be positive and finite, got {temperature}")
+    if not 1e-30 <= temperature <= 1e30:
+        raise ValueError(
+            f"{op}: temperature must lie in [1e-30, 1e30], where float32 holds its reciprocal, "
+            f"got {temperature}"
+        )
 
 
 def is_reduction(op: str, reduction: str) -> None:

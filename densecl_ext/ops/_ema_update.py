@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from densecl_ext import _native
-from densecl_ext.ops import _checks, _mutation
+from densecl_ext.ops import _checks, _mutation, _transforms
+from densecl_ext.ops._parameters import paired_parameters
 
 _native_op = torch.ops.densecl_ext._ema_update_
 
 
 def ema_update_(
-    targets: Sequence[Tensor], sources: Sequence[Tensor], momentum: float | Tensor
+    targets: Sequence[Tensor] | nn.Module,
+    sources: Sequence[Tensor] | nn.Module,
+    momentum: float | Tensor,
 ) -> None:
     """``targets = momentum * targets + (1 - momentum) * sources``, in place, all in one launch.
 
@@ -23,27 +26,36 @@ def ema_update_(
     recorded by autograd.
 
     Args:
-        targets: tensors of any shapes and strides, float32, bfloat16 or float16, mixed as wished.
+        targets: tensors of any shapes and strides, float32, bfloat16 or float16, mixed as wished;
+            or a module, of which the parameters move, and no buffers.
         sources: as many tensors of the same shapes and devices; dtypes may differ from targets'.
+            Or a module with parameters of the same names.
         momentum: in [0, 1]; 1 changes nothing, 0 copies. A floating-point tensor of one element on
             the targets' device is read there when the update runs, so that a captured CUDA graph
             follows a schedule; on a GPU its value is not checked. Float64 spares a conversion and
-            gives the bits of the same Python float.
+            gives the bits of the same Python float. A side whose weight is exactly 0 counts for
+            nothing, NaN or not.
 
     Raises:
-        ValueError: lists of different lengths, shapes that differ, momentum outside [0, 1], an
-            expanded target.
+        ValueError: lists of different lengths, shapes that differ, momentum outside [0, 1], a
+            target that is lazily negated or whose elements share places; modules whose parameters
+            have different names.
         TypeError: not a list of tensors, a dtype outside the three, integer buffers for example; a
             momentum that is no number.
-        RuntimeError: devices that differ, or without kernels.
+        RuntimeError: devices that differ, or without kernels; a target that shares memory with
+            another tensor (its own source may be itself); forward-mode derivatives or torch.func.
     """
     op = "ema_update_"
+    if isinstance(targets, nn.Module) and isinstance(sources, nn.Module):
+        targets, sources = paired_parameters(op, targets, sources)
     for name, tensors in (("targets", targets), ("sources", sources)):
         if isinstance(tensors, Tensor) or not isinstance(tensors, Sequence):
             raise TypeError(
                 f"{op}: {name} must be a list of tensors, got {type(tensors).__name__}"
                 + ("; did you mean list(...)?" if hasattr(tensors, "__iter__") else "")
+                + ("; pass two modules, or their parameters" if hasattr(tensors, "modules") else "")
             )
+    assert isinstance(targets, Sequence) and isinstance(sources, Sequence)
     if len(targets) != len(sources):
         raise ValueError(
             f"{op}: sources must be as many as targets, {len(targets)}, got {len(sources)}"
@@ -51,6 +63,8 @@ def ema_update_(
     _checks.is_momentum(op, momentum)
     if not targets:
         return
+    if _transforms.active():
+        _transforms.refuse_writes(op, (*targets, *sources))
     value, scheduled = (0.0, momentum) if isinstance(momentum, Tensor) else (float(momentum), None)
     with torch.no_grad():
         if scheduled is not None:
@@ -64,7 +78,9 @@ def ema_update_(
                 _native_op(targets, sources, value, scheduled)
             except RuntimeError:
                 _check_pairs(op, targets, sources, momentum)
-                raise
+                if not any(source.is_neg() for source in sources):
+                    raise
+                _native_op(targets, [s.resolve_neg() for s in sources], value, scheduled)
         else:
             _check_pairs(op, targets, sources, momentum)
             for device in dict.fromkeys(target.device for target in targets):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from densecl_ext.ops import _checks, _mutation
+from densecl_ext.ops import _checks, _mutation, _transforms
 
 _native_op = torch.ops.densecl_ext._enqueue_
 
@@ -34,9 +34,11 @@ def enqueue_(
         normalize: scale the keys to unit length first, rows shorter than 1e-12 divided by that.
 
     Raises:
-        ValueError: shapes or values that do not fit; a queue that requires grad, or is expanded.
+        ValueError: shapes or values that do not fit; a queue that requires grad, that is lazily
+            negated, or whose elements share places.
         TypeError: a dtype outside the three, a pointer or filled that is no int64 tensor.
-        RuntimeError: tensors on different devices, or on one without kernels.
+        RuntimeError: tensors on different devices, or on one without kernels; a pointer or filled
+            that shares memory with another argument; forward-mode derivatives or torch.func.
     """
     op = "enqueue_"
     _checks.is_rows(op, "keys", keys, "(B, D)")
@@ -47,8 +49,9 @@ def enqueue_(
     if filled is not None:
         _checks.is_counter(op, "filled", filled, queue.shape[0], below=False)
         _checks.on_one_device(op, {"queue": queue, "filled": filled})
+    _transforms.refuse_writes(op, (queue, pointer, keys, filled))
     with torch.no_grad():
-        _native_op(queue, pointer, keys.detach(), filled, normalize)
+        _native_op(queue, pointer, keys.detach().resolve_neg(), filled, normalize)
     _mutation.record(queue, pointer, *(() if filled is None else (filled,)))
 
 

@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from densecl_ext.ops import _checks
+from densecl_ext.ops import _checks, _transforms
 
 _native_op = torch.ops.densecl_ext._info_nce
 _key_gradient = torch.ops.densecl_ext._key_gradient
 
 _COUNTS = (int, np.integer, torch.SymInt, type(None))
+_SHORTEST_ROW = 1e-12  # as in the kernels: such a row has no direction
+
+
+class Queue(Protocol):
+    """Keys and how many of them there are, as :class:`densecl_ext.KeyQueue` holds them."""
+
+    keys: Tensor  # (K, D)
+    filled: Tensor  # () int64
 
 
 def info_nce(
     query: Tensor,
     positive: Tensor,
-    queue: Tensor,
+    queue: Tensor | Queue,
     *,
-    temperature: float = 0.2,
+    temperature: float | Tensor = 0.2,
     normalize: bool = True,
     filled: int | Tensor | None = None,
     row_weight: Tensor | None = None,
@@ -39,8 +49,11 @@ def info_nce(
     Args:
         query: (M, D) float32, bfloat16 or float16; any strides; M may be 0.
         positive: (M, D), the same types.
-        queue: (K, D), K >= 1, the same types; rows are used as stored; must not require grad.
-        temperature: T > 0.
+        queue: (K, D), K >= 1, the same types; rows are used as stored; must not require grad. Or
+            a :class:`densecl_ext.KeyQueue`, of which the rows that hold a key count.
+        temperature: T in [1e-30, 1e30]; or a floating-point tensor of one element on the device of
+            query, which gets its gradient (on a GPU its value is not checked). Query and positive
+            are then scaled outside the kernel, and with a 16-bit queue q / T is what is rounded.
         normalize: scale query and positive rows to unit length first. A row shorter than 1e-12
             has no direction: it is divided by 1e-12 and gets no gradient.
         filled: int or one-element int64 tensor on the queue's device: only queue[:filled] counts.
@@ -57,21 +70,23 @@ def info_nce(
         ValueError: shapes or values that do not fit; a queue that requires grad.
         TypeError: a dtype outside the three.
         RuntimeError: tensors on different devices, or on one without kernels; more than 256
-            features on a GPU; asking for a second derivative.
+            features on a GPU; asking for a second derivative, or for torch.func's grad, vjp,
+            jacrev or hessian (forward mode, jvp, jacfwd and vmap work).
     """
     inputs = row_inputs(
         "info_nce", query, positive, queue, temperature, filled, row_weight, reduction
     )
-    return reduce_rows(_losses(inputs, temperature, normalize), row_weight, reduction)
+    loss = losses("info_nce", inputs, temperature, normalize)
+    return reduce_rows(loss, row_weight, reduction)
 
 
 def dense_info_nce(
     query_grid: Tensor,
     key_grid: Tensor,
     match: Tensor,
-    queue: Tensor,
+    queue: Tensor | Queue,
     *,
-    temperature: float = 0.2,
+    temperature: float | Tensor = 0.2,
     normalize: bool = True,
     filled: int | Tensor | None = None,
     row_weight: Tensor | None = None,
@@ -87,8 +102,8 @@ def dense_info_nce(
         key_grid: (N, D, *Sk), the same types.
         match: (N, prod(Sq)) int64, flat index of a key position, or -1 for a position without a
             match, which carries no loss and no gradient.
-        queue: (K, D), K >= 1; must not require grad.
-        temperature: T > 0.
+        queue: (K, D), K >= 1; must not require grad; or a :class:`densecl_ext.KeyQueue`.
+        temperature: as in :func:`info_nce`.
         normalize: scale query and key vectors to unit length first.
         filled: int or one-element int64 tensor: only queue[:filled] counts.
         row_weight: (N, prod(Sq)) floating point weights of the positions.
@@ -114,7 +129,8 @@ def dense_info_nce(
         row_weight,
         reduction,
     )
-    return reduce_grid(_losses(inputs, temperature, normalize), match, row_weight, reduction)
+    loss = losses("dense_info_nce", inputs, temperature, normalize)
+    return reduce_grid(loss, match, row_weight, reduction)
 
 
 class Inputs(NamedTuple):
@@ -131,13 +147,25 @@ class Inputs(NamedTuple):
         enabled = torch.is_grad_enabled()
         return enabled and self.query.requires_grad, enabled and self.positive.requires_grad
 
+    def scaled_by(self, temperature: Tensor, normalize: bool) -> Inputs:
+        """Inputs that give the same losses with T = 1 and without normalize.
+
+        So the temperature's gradient comes from the query's, by torch's own rules.
+        """
+        query, positive = self.query.float(), self.positive.float()
+        if self.match is not None:  # what may lie at a position without a match must not count
+            query = torch.where((self.match >= 0).unsqueeze(1), query, 0.0)
+        if normalize:
+            query, positive = _unit(query), _unit(positive)
+        return self._replace(query=query / temperature.reshape(()).float(), positive=positive)
+
 
 def row_inputs(
     op: str,
     query: Tensor,
     positive: Tensor,
-    queue: Tensor,
-    temperature: float,
+    queue: Tensor | Queue,
+    temperature: float | Tensor,
     filled: int | Tensor | None,
     row_weight: Tensor | None,
     reduction: str,
@@ -150,9 +178,10 @@ def row_inputs(
             f"{op}: positive must be {_checks.size(query)} to match query, "
             f"got {_checks.size(positive)}"
         )
-    _check_common(op, query, positive, queue, temperature, filled, reduction)
+    keys, filled = _unpacked(op, queue, filled)
+    _check_common(op, query, positive, keys, temperature, filled, reduction)
     _checks.is_weight(op, row_weight, (query.shape[0],), query)
-    return Inputs(query.unsqueeze(2), positive.unsqueeze(2), None, *_counted(queue, filled))
+    return Inputs(query.unsqueeze(2), positive.unsqueeze(2), None, *_counted(keys, filled))
 
 
 def grid_inputs(
@@ -160,8 +189,8 @@ def grid_inputs(
     query_grid: Tensor,
     key_grid: Tensor,
     match: Tensor,
-    queue: Tensor,
-    temperature: float,
+    queue: Tensor | Queue,
+    temperature: float | Tensor,
     filled: int | Tensor | None,
     row_weight: Tensor | None,
     reduction: str,
@@ -184,7 +213,8 @@ def grid_inputs(
             f"{op}: match must be {expected}, a key position for every query position, "
             f"got {_checks.size(match)}"
         )
-    _check_common(op, query, key, queue, temperature, filled, reduction)
+    keys, filled = _unpacked(op, queue, filled)
+    _check_common(op, query, key, keys, temperature, filled, reduction)
     _checks.on_one_device(op, {"query_grid": query, "match": match})
     _checks.is_weight(op, row_weight, expected, query)
     if match.numel() and _checks.values_are_readable(match):
@@ -193,7 +223,7 @@ def grid_inputs(
             raise ValueError(
                 f"{op}: match must lie in [-1, {key.shape[2]}), got values from {low} to {high}"
             )
-    return Inputs(query, key, match, *_counted(queue, filled))
+    return Inputs(query, key, match, *_counted(keys, filled))
 
 
 def _check_common(
@@ -201,13 +231,15 @@ def _check_common(
     query: Tensor,
     positive: Tensor,
     queue: Tensor,
-    temperature: float,
+    temperature: float | Tensor,
     filled: int | Tensor | None,
     reduction: str,
 ) -> None:
     _checks.is_queue(op, queue, query.shape[1], "query")
     _checks.on_one_device(op, {"query": query, "positive": positive, "queue": queue})
     _checks.is_temperature(op, temperature)
+    if isinstance(temperature, Tensor):
+        _checks.on_one_device(op, {"query": query, "temperature": temperature})
     _checks.is_reduction(op, reduction)
     if isinstance(filled, Tensor):
         _checks.is_counter(op, "filled", filled, queue.shape[0], below=False)
@@ -225,8 +257,57 @@ def _counted(queue: Tensor, filled: int | Tensor | None) -> tuple[Tensor, Tensor
     return queue, filled
 
 
-def _losses(inputs: Inputs, temperature: float, normalize: bool) -> Tensor:  # (N, S)
+def _unpacked(
+    op: str, queue: Tensor | Queue, filled: int | Tensor | None
+) -> tuple[Tensor, int | Tensor | None]:
+    """The keys of a queue and how many count."""
+    if isinstance(queue, Tensor) or not hasattr(queue, "filled"):
+        return queue, filled  # type: ignore[return-value]
+    if filled is not None:
+        raise ValueError(f"{op}: filled must be None with a KeyQueue, which has its own")
+    return queue.keys, queue.filled
+
+
+def _unit(grid: Tensor) -> Tensor:
+    """Vectors (N, D, S) of length 1; those without a direction stay short and get no gradient."""
+    unit = F.normalize(grid, dim=1, eps=_SHORTEST_ROW)
+    return torch.where(grid.norm(dim=1, keepdim=True) < _SHORTEST_ROW, unit.detach(), unit)
+
+
+def losses(op: str, inputs: Inputs, temperature: float | Tensor, normalize: bool) -> Tensor:
+    """Losses (N, S) of checked inputs."""
+    if isinstance(temperature, Tensor):
+        inputs, temperature, normalize = inputs.scaled_by(temperature, normalize), 1.0, False
+    if _transforms.active():
+        with_tangent = _forward_losses(op, inputs, temperature, normalize)
+        if with_tangent is not None:
+            return with_tangent
     return _native_op(*inputs, float(temperature), normalize, *inputs.wanted())[0]
+
+
+def _forward_losses(op: str, inputs: Inputs, temperature: float, normalize: bool) -> Tensor | None:
+    """Losses (N, S) with their forward-mode tangent; None where no input has one.
+
+    The gradients that the sweep yields for reverse mode are the derivatives of each row's loss.
+    """
+    query, positive = _transforms.tangents(op, inputs[:2], (inputs.queue,))
+    if query is None and positive is None:
+        return None
+    plain = inputs._replace(
+        query=forward_ad.unpack_dual(inputs.query).primal,
+        positive=forward_ad.unpack_dual(inputs.positive).primal,
+    )
+    wanted = query is not None, positive is not None
+    loss, grad_query, grad_positive = _native_op(*plain, float(temperature), normalize, *wanted)
+    tangent = torch.zeros_like(loss)
+    if query is not None:
+        tangent = tangent + (grad_query.transpose(1, 2) * query).sum(dim=1)
+    if positive is not None:
+        if inputs.match is not None:
+            index = inputs.match.clamp(min=0).unsqueeze(1).expand(-1, positive.shape[1], -1)
+            positive = positive.gather(2, index)  # (N, D, S)
+        tangent = tangent + (grad_positive.transpose(1, 2) * positive).sum(dim=1)
+    return forward_ad.make_dual(loss, tangent)
 
 
 def reduce_rows(loss: Tensor, row_weight: Tensor | None, reduction: str) -> Tensor:

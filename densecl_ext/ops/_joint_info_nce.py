@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from densecl_ext.ops import _checks, _info_nce
+from densecl_ext.ops import _checks, _info_nce, _transforms
+from densecl_ext.ops._info_nce import Queue
 
 _native_op = torch.ops.densecl_ext._joint_info_nce
 
@@ -15,13 +16,13 @@ _native_op = torch.ops.densecl_ext._joint_info_nce
 def joint_info_nce(
     query: Tensor,
     positive: Tensor,
-    queue: Tensor,
+    queue: Tensor | Queue,
     query_grid: Tensor,
     key_grid: Tensor,
     match: Tensor,
-    dense_queue: Tensor,
+    dense_queue: Tensor | Queue,
     *,
-    temperature: float = 0.2,
+    temperature: float | Tensor = 0.2,
     normalize: bool = True,
     filled: int | Tensor | None = None,
     dense_filled: int | Tensor | None = None,
@@ -44,12 +45,12 @@ def joint_info_nce(
     Args:
         query: (M, D) float32, bfloat16 or float16.
         positive: (M, D), the same types.
-        queue: (K, D), negatives of the global loss.
+        queue: (K, D), negatives of the global loss; or a :class:`densecl_ext.KeyQueue`.
         query_grid: (N, D', *Sq), the same types.
         key_grid: (N, D', *Sk), the same types.
         match: (N, prod(Sq)) int64, key position or -1.
-        dense_queue: (K', D'), negatives of the dense loss.
-        temperature: T > 0 of both.
+        dense_queue: (K', D'), negatives of the dense loss; or a :class:`densecl_ext.KeyQueue`.
+        temperature: of both, as in :func:`info_nce`.
         normalize: scale all vectors to unit length first.
         filled: int or one-element int64 tensor: only queue[:filled] counts.
         dense_filled: the same of dense_queue.
@@ -79,6 +80,27 @@ def joint_info_nce(
         reduction,
     )
     _checks.on_one_device("joint_info_nce", {"query": query, "query_grid": query_grid})
+    loss, dense_loss = _losses(rows, grids, temperature, normalize)
+    return (
+        _info_nce.reduce_rows(loss, row_weight, reduction),
+        _info_nce.reduce_grid(dense_loss, match, dense_row_weight, reduction),
+    )
+
+
+def _losses(
+    rows: _info_nce.Inputs,
+    grids: _info_nce.Inputs,
+    temperature: float | Tensor,
+    normalize: bool,
+) -> tuple[Tensor, Tensor]:  # (M, 1), (N, S)
+    if _transforms.active():
+        return (
+            _info_nce.losses("info_nce", rows, temperature, normalize),
+            _info_nce.losses("dense_info_nce", grids, temperature, normalize),
+        )
+    if isinstance(temperature, Tensor):
+        rows, grids = (both.scaled_by(temperature, normalize) for both in (rows, grids))
+        temperature, normalize = 1.0, False
     assert grids.match is not None
     loss, _, _, dense_loss, _, _ = _native_op(
         rows.query,
@@ -95,10 +117,7 @@ def joint_info_nce(
         *rows.wanted(),
         *grids.wanted(),
     )
-    return (
-        _info_nce.reduce_rows(loss, row_weight, reduction),
-        _info_nce.reduce_grid(dense_loss, match, dense_row_weight, reduction),
-    )
+    return loss, dense_loss
 
 
 @torch.library.register_fake("densecl_ext::_joint_info_nce")

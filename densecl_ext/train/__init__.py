@@ -1,17 +1,18 @@
 """Training: the configuration, the step and the loop.
 
-`PretrainConfig` needs the standard library alone and `TrainingStep` torch; `pretrain` needs the
-extra `densecl_ext[train]`. What needs more is imported on first use.
+`TrainingStep` needs torch alone; `PretrainConfig` and the recipes pydantic and YAML; `pretrain` all
+of the extra `densecl_ext[train]`. Each is imported on first use.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from densecl_ext.train.config import PretrainConfig, load_recipe, recipe_names
-
 if TYPE_CHECKING:
+    from densecl_ext.train.config import PretrainConfig
     from densecl_ext.train.loop import PretrainResult, TrainingDiverged, pretrain
+    from densecl_ext.train.recipes import load_recipe, recipe_names
     from densecl_ext.train.step import StepOutput, TrainingStep
 
 __all__ = [
@@ -25,14 +26,22 @@ __all__ = [
     "recipe_names",
 ]
 
+_MODULES = {
+    "config": ("PretrainConfig",),
+    "loop": ("PretrainResult", "TrainingDiverged", "pretrain"),
+    "recipes": ("load_recipe", "recipe_names"),
+    "step": ("StepOutput", "TrainingStep"),
+}
+
 
 def __getattr__(name: str) -> Any:
-    if name in ("PretrainResult", "TrainingDiverged", "pretrain"):
-        from densecl_ext.train import loop
-
-        return getattr(loop, name)
-    if name in ("StepOutput", "TrainingStep"):
-        from densecl_ext.train import step
-
-        return getattr(step, name)
+    for module, names in _MODULES.items():
+        if name in names:
+            try:
+                return getattr(import_module(f"densecl_ext.train.{module}"), name)
+            except ModuleNotFoundError as error:
+                raise ImportError(
+                    f"densecl_ext.train.{name} needs {error.name}, which is not installed: "
+                    "pip install 'densecl_ext[train]'"
+                ) from error
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

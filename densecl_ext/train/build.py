@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from densecl_ext.backbones import build_backbone
+from densecl_ext.backbones.build import load_weights
 from densecl_ext.checkpoints import read_backbone
 from densecl_ext.data import ViewLoader, build_loader
 from densecl_ext.nn.model import DenseCL
 from densecl_ext.train.config import PretrainConfig
-from densecl_ext.train.options import duration_in_steps
+from densecl_ext.train.schedule import duration_in_steps
 
 
 def open_loader(config: PretrainConfig, device: torch.device) -> ViewLoader:
@@ -25,6 +28,7 @@ def open_loader(config: PretrainConfig, device: torch.device) -> ViewLoader:
         device=device,
         workers=None if config.workers == "auto" else int(config.workers),
         seed=config.seed,
+        crop_scale=(config.smallest_crop, 1.0),
         drop_last=True,
         channels_last=config.channels_last,
     )
@@ -38,18 +42,23 @@ def starting_backbone(config: PretrainConfig) -> nn.Module:
         FileNotFoundError: the weights file is not there.
     """
     name = config.weights
+    shape: dict[str, Any] = {
+        "output_stride": None if config.output_stride == "none" else config.output_stride,
+        "padding": config.padding,
+        "truncate": config.truncate,
+    }
     if name == "none":
-        return build_backbone(config.backbone)
+        return build_backbone(config.backbone, **shape)
     if not Path(name).is_file() and len(Path(name).parts) == 1 and not Path(name).suffix:
-        return build_backbone(config.backbone, weights=name)
+        return build_backbone(config.backbone, weights=name, **shape)
     read = read_backbone(name)
     if read.architecture != config.backbone:
         raise ValueError(
             f"pretrain: weights: {name} holds a {read.architecture}, but backbone is "
             f"{config.backbone}"
         )
-    backbone = build_backbone(config.backbone)
-    backbone.load_state_dict(read.tensors, strict=True)
+    backbone = build_backbone(config.backbone, **shape)
+    load_weights(backbone, read.tensors)
     return backbone
 
 
@@ -62,9 +71,19 @@ def build_model(config: PretrainConfig, backbone: nn.Module, steps_per_epoch: in
         queue_length=int(config.queue_length),
         momentum=float(config.key_momentum),
         temperature=config.temperature,
+        dense_temperature=(
+            None if config.dense_temperature == "auto" else float(config.dense_temperature)
+        ),
         loss_lambda=config.loss_lambda,
         grid_size=None if config.grid_size == "none" else int(config.grid_size),
         matching=config.matching,
+        geometric_steps=round(config.geometric_share * config.epochs * steps_per_epoch),
+        mutual_matching=config.mutual_matching,
+        row_weight=config.row_weight,
+        dense_negatives=config.dense_negatives,
+        positions_per_image=config.positions_per_image,
+        symmetric=config.symmetric,
+        predictor_dim=None if config.predictor_dim == "none" else int(config.predictor_dim),
         lambda_warmup_steps=duration_in_steps(config.lambda_warmup, steps_per_epoch),
         queue_dtype=torch.bfloat16 if config.queue_dtype == "bf16" else torch.float32,
         queue_init=config.queue_init,
@@ -75,16 +94,45 @@ def build_model(config: PretrainConfig, backbone: nn.Module, steps_per_epoch: in
     return model
 
 
-def build_optimizer(config: PretrainConfig, model: nn.Module) -> torch.optim.SGD:
-    """SGD over all trainable parameters, weight decay on every one, as in the paper.
+def build_optimizer(config: PretrainConfig, model: DenseCL) -> torch.optim.Optimizer:
+    """SGD as in the paper, weight decay on every parameter, or AdamW; fused on a GPU.
 
-    On a GPU in one launch (fused); on the CPU torch's loop is as fast.
+    With ``layer_decay`` below 1 the backbone's layers learn more slowly the farther they are from
+    the heads. AdamW decays no vector (biases, norms), as is usual for transformers.
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return torch.optim.SGD(
-        parameters,
-        lr=float(config.lr),
-        momentum=config.sgd_momentum,
-        weight_decay=config.weight_decay,
-        fused=True if parameters[0].is_cuda else None,
-    )
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    layers = layer_numbers([name for name, _ in trained if name.startswith("backbone.")])
+    last = max(layers.values(), default=0) + 1
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in trained:
+        scale = config.layer_decay ** (last - layers.get(name, last))
+        decays = config.optimizer == "sgd" or parameter.dim() > 1
+        key = scale, config.weight_decay if decays else 0.0
+        groups.setdefault(key, []).append(parameter)
+    options: dict[str, Any] = {
+        "lr": float(config.lr),
+        "fused": True if trained[0][1].is_cuda else None,
+    }
+    parameters: list[dict[str, Any]] = [
+        {"params": params, "lr_scale": scale, "weight_decay": decay}
+        for (scale, decay), params in groups.items()
+    ]
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, **options)
+    return torch.optim.SGD(parameters, momentum=config.sgd_momentum, **options)
+
+
+def layer_numbers(names: list[str]) -> dict[str, int]:
+    """The depth of every parameter of a backbone, 0 at the input.
+
+    A layer is what is numbered in the names (blocks.3, layer2.1): it counts in the order in which
+    the network registers them, and what lies between two numbered ones belongs to the first.
+    """
+    depth, seen, numbers = 0, "", {}
+    for name in names:
+        numbered = re.match(r".*?\.\d+\.", name)
+        layer = numbered[0] if numbered else seen
+        if layer != seen:
+            depth, seen = depth + 1, layer
+        numbers[name] = depth
+    return numbers

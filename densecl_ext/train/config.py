@@ -1,173 +1,230 @@
-"""The configuration of a pre-training run: one flat dataclass, recipes, automatic values."""
+"""The configuration of a pre-training run: one flat dataclass, and its automatic values."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from densecl_ext.train.options import (
-    boolean,
-    choice,
-    duration,
-    integer,
-    number,
+from pydantic import Field
+
+from densecl_ext.options import (
+    Auto,
+    Duration,
+    Fraction,
+    Natural,
+    NonNegativeFloat,
+    Nothing,
+    Positive,
+    PositiveFloat,
+    Share,
+    Text,
+    build,
+    is_number,
     option,
-    text,
-    word_or,
+    options,
+    properties,
 )
 
-RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 
-
-@dataclasses.dataclass
+@options
 class PretrainConfig:
     """Everything that decides a pre-training run.
 
-    The defaults are the paper's COCO recipe (Wang et al., CVPR 2021, section 4.1) where the size
-    of the data does not matter, and "auto" where it does; `resolved` gives the rules. Values may
+    The defaults are the paper's COCO recipe (Wang et al., CVPR 2021, section 4.1), with geometric
+    matching and single-position negatives in place of matching by features and pooled ones
+    (docs/training.md says why), and "auto" where the size of the data matters; `resolved` gives
+    the rules. The recipes named densecl_* and mocov2_* are the papers' in everything. Values may
     be strings, as they come from YAML or the command line: they are converted and checked on
     construction.
 
     Raises:
-        ValueError: a value does not fit; the message names the option, what fits and what came.
+        ValueError: an unknown name (with the nearest known one), or a value that does not fit; the
+            message names the option, what fits and what came.
     """
 
     # --- data
-    data: str = option("", text("DIR"), "folder of images, any tree, no labels", group="data")
-    image_size: int = option(224, integer(16), "side of the square views in pixels", group="data")
-    loader: str = option(
+    data: str = option("", "folder of images, any tree, no labels", group="data", metavar="DIR")
+    image_size: Annotated[int, Field(ge=16), is_number] = option(
+        224, "side of the square views in pixels", group="data"
+    )
+    smallest_crop: Share = option(
+        0.2, "area of the smallest crop, as a share of the image's", group="data"
+    )
+    loader: Literal["auto", "dali", "torchvision", "memory"] = option(
         "auto",
-        choice("auto", "dali", "torchvision"),
-        "what decodes and augments; auto: torchvision on a CPU, DALI on a GPU",
+        "what decodes and augments; auto: torchvision on a CPU, DALI on a GPU; memory decodes "
+        "every image once and keeps it, for sets that fit",
         group="data",
     )
-    workers: int | str = option(
-        "auto",
-        word_or("auto", integer(0)),
-        "decoding processes (torchvision) or threads (DALI)",
-        group="data",
-        may_change=True,
+    workers: Auto | Natural = option(
+        "auto", "decoding processes (torchvision) or threads (DALI)", group="data", may_change=True
     )
 
     # --- model
-    backbone: str = option(
+    backbone: Text = option(
         "resnet50",
-        text("NAME"),
         "name of a torchvision ResNet, or timm/NAME for any network of timm's",
         group="model",
+        metavar="NAME",
     )
-    weights: str = option(
+    weights: Text = option(
         "none",
-        text("none|FILE|NAME"),
         "start from nothing, from a file (a checkpoint, an export, anything `densecl import` "
         "reads), or from "
         "torchvision's weights of that name (IMAGENET1K_V1)",
         group="model",
+        metavar="none|FILE|NAME",
     )
-    dim: int = option(128, integer(1, 1024), "size of a key", group="model")
-    hidden_dim: int = option(2048, integer(1), "hidden width of both heads", group="model")
-    grid_size: int | str = option(
+    output_stride: Nothing | Literal[8, 16, 32] = option(
         "none",
-        word_or("none", integer(1)),
+        "pixels between neighbouring grid positions, by dilation of the last stages, or without "
+        "them; none keeps the network's own",
+        group="model",
+    )
+    truncate: bool = option(
+        False,
+        "reach output_stride by leaving the last stages out, rather than dilating them",
+        group="model",
+    )
+    padding: Literal["zeros", "reflect", "replicate"] = option(
+        "zeros",
+        "what convolutions see beyond the border; zeros tell features where they are",
+        group="model",
+    )
+    dim: Annotated[int, Field(ge=1, le=1024), is_number] = option(
+        128, "size of a key", group="model"
+    )
+    hidden_dim: Positive = option(2048, "hidden width of both heads", group="model")
+    grid_size: Nothing | Positive = option(
+        "none",
         "pool features to this many positions a side before the dense head; none keeps the "
         "backbone's own grid",
         group="model",
     )
-    matching: str = option(
-        "backbone",
-        choice("backbone", "dense", "geometric", "random"),
-        "how a query position finds its key position",
+    matching: Literal["backbone", "dense", "geometric", "random"] = option(
+        "geometric",
+        "how a query position finds its key position: where the views show the same place, or by "
+        "the backbone's features (the paper's), the dense head's, or at random",
         group="model",
     )
-    queue_length: int | str = option(
+    geometric_share: Fraction = option(
+        0.0,
+        "with another matching, match by geometry for this share of the run first",
+        group="model",
+    )
+    mutual_matching: bool = option(
+        False,
+        "with matching by features, leave out positions whose best match is not mutual",
+        group="model",
+    )
+    row_weight: Literal["none", "overlap", "similarity"] = option(
+        "none",
+        "weight of a position in the dense loss: overlap of the matched cells, or similarity of "
+        "their features squared",
+        group="model",
+    )
+    dense_negatives: Literal["position", "pooled"] = option(
+        "position",
+        "dense keys that become negatives: single grid positions, or their mean over the grid "
+        "(the paper's), which rewards features for telling their position alone",
+        group="model",
+    )
+    positions_per_image: Positive = option(
+        1, "grid positions an image adds to the dense queue", group="model"
+    )
+    symmetric: bool = option(
+        False, "let the views change places and take both losses; twice the work", group="model"
+    )
+    predictor_dim: Nothing | Positive = option(
+        "none", "hidden width of a predictor on the query side; none has none", group="model"
+    )
+    queue_length: Auto | Positive = option(
         "auto",
-        word_or("auto", integer(1)),
         "negatives in each queue; auto: the largest power of two up to half the images, at most "
         "65536",
         group="model",
     )
-    queue_dtype: str = option(
-        "fp32", choice("fp32", "bf16"), "storage and arithmetic of the queues", group="model"
+    queue_dtype: Literal["fp32", "bf16"] = option(
+        "fp32", "storage and arithmetic of the queues", group="model"
     )
-    queue_init: str = option(
-        "empty",
-        choice("empty", "random"),
-        "start the queues empty, or with random keys as the paper does",
-        group="model",
+    queue_init: Literal["empty", "random"] = option(
+        "empty", "start the queues empty, or with random keys as the paper does", group="model"
     )
-    key_momentum: float | str = option(
+    key_momentum: Auto | Fraction = option(
         "auto",
-        word_or("auto", number(0.0, 1.0)),
         "momentum of the key encoder; auto: 0.99 up to 1,000 steps, 0.999 from 10,000 on",
         group="model",
     )
-    key_momentum_schedule: str = option(
+    key_momentum_schedule: Literal["constant", "cosine"] = option(
         "constant",
-        choice("constant", "cosine"),
         "constant, as in the paper, or along a cosine up to 1 at the end of the run",
         group="model",
     )
-    key_bn_groups: int = option(
+    key_bn_groups: Positive = option(
         8,
-        integer(1),
         "groups of the key batch that are normalised apart (1 GPU's stand-in for Shuffle-BN)",
         group="model",
     )
-    temperature: float = option(
-        0.2, number(0.0, above=True), "temperature of both losses", group="model"
+    temperature: PositiveFloat = option(0.2, "temperature of both losses", group="model")
+    dense_temperature: Auto | PositiveFloat = option(
+        "auto", "temperature of the dense loss; auto: that of both", group="model"
     )
-    loss_lambda: float = option(
-        0.5, number(0.0, 1.0), "weight of the dense loss; 0 is MoCo v2", group="model"
-    )
-    lambda_warmup: int | str = option(
-        0, duration(), "train with loss_lambda 0 for so long first", group="model"
-    )
+    loss_lambda: Fraction = option(0.5, "weight of the dense loss; 0 is MoCo v2", group="model")
+    lambda_warmup: Duration = option(0, "train with loss_lambda 0 for so long first", group="model")
 
     # --- optimisation
-    epochs: int = option(200, integer(1), "passes over the images", group="optimisation")
-    batch_size: int = option(256, integer(1), "images a step", group="optimisation")
-    base_lr: float = option(
+    epochs: Positive = option(200, "passes over the images", group="optimisation")
+    batch_size: Positive = option(256, "images a step", group="optimisation")
+    base_lr: PositiveFloat = option(
         0.3,
-        number(0.0, above=True),
         "learning rate at batch 256; the rate used is base_lr * batch_size / 256",
         group="optimisation",
         may_change=True,
     )
-    lr: float | str = option(
+    lr: Auto | PositiveFloat = option(
         "auto",
-        word_or("auto", number(0.0, above=True)),
         "the learning rate itself, unscaled, instead of base_lr",
         group="optimisation",
         may_change=True,
     )
-    schedule: str = option(
+    schedule: Literal["step", "epoch"] = option(
         "step",
-        choice("step", "epoch"),
         "how often the cosine lowers the learning rate; the paper does every epoch",
         group="optimisation",
     )
-    weight_decay: float = option(
-        1e-4, number(0.0), "weight decay, on all parameters", group="optimisation"
+    lr_warmup: Duration = option(
+        0, "let the learning rate rise from 0 for so long first", group="optimisation"
     )
-    sgd_momentum: float = option(
-        0.9, number(0.0, 1.0, below=True), "momentum of SGD", group="optimisation"
+    optimizer: Literal["sgd", "adamw"] = option(
+        "sgd", "sgd as in the paper; adamw for vision transformers", group="optimisation"
     )
-    seed: int = option(0, integer(0, 2**31 - 1), "seed of everything random", group="optimisation")
+    layer_decay: Share = option(
+        1.0,
+        "learning rate of each layer of the backbone as a share of the next one's, for "
+        "pre-trained vision transformers",
+        group="optimisation",
+    )
+    weight_decay: NonNegativeFloat = option(
+        1e-4, "weight decay, on all parameters", group="optimisation"
+    )
+    sgd_momentum: Annotated[float, Field(ge=0, lt=1), is_number] = option(
+        0.9, "momentum of SGD", group="optimisation"
+    )
+    seed: Annotated[int, Field(ge=0, le=2**31 - 1), is_number] = option(
+        0, "seed of everything random", group="optimisation"
+    )
 
     # --- machine
-    device: str = option(
+    device: Text = option(
         "auto",
-        text("auto|cpu|cuda[:N]"),
         "where to train; auto takes the first GPU if there is one",
         group="machine",
         may_change=True,
+        metavar="auto|cpu|cuda[:N]",
     )
-    precision: str = option(
+    precision: Literal["auto", "fp32", "bf16"] = option(
         "auto",
-        choice("auto", "fp32", "bf16"),
         "arithmetic of the network, over float32 weights; auto: bf16 where the hardware multiplies "
         "it natively",
         group="machine",
@@ -175,69 +232,46 @@ class PretrainConfig:
     )
     cuda_graph: bool = option(
         False,
-        boolean(),
         "replay the whole training step as one CUDA graph, with the same bits; needs a GPU",
         group="machine",
         may_change=True,
     )
     compile: bool = option(
         False,
-        boolean(),
         "compile both encoders with torch.compile; changes the last bits",
         group="machine",
         may_change=True,
     )
     channels_last: bool = option(
-        True, boolean(), "channels-last memory format", group="machine", may_change=True
+        True, "channels-last memory format", group="machine", may_change=True
     )
-    threads: int | str = option(
-        "auto",
-        word_or("auto", integer(1)),
-        "CPU threads of torch; auto leaves torch's choice",
-        group="machine",
-        may_change=True,
+    threads: Auto | Positive = option(
+        "auto", "CPU threads of torch; auto leaves torch's choice", group="machine", may_change=True
     )
 
     # --- output
-    output: str = option("runs/densecl", text("DIR"), "run folder", group="output", may_change=True)
-    checkpoint_every: int | str = option(
-        "1ep",
-        duration(),
-        "how often checkpoints/last.pt is renewed",
-        group="output",
-        may_change=True,
+    output: Text = option(
+        "runs/densecl", "run folder", group="output", may_change=True, metavar="DIR"
     )
-    keep_every: int = option(
+    checkpoint_every: Duration = option(
+        "1ep", "how often checkpoints/last.pt is renewed", group="output", may_change=True
+    )
+    keep_every: Natural = option(
         0,
-        integer(0),
         "also keep checkpoints/epoch_N.pt every so many epochs; 0 keeps none",
         group="output",
         may_change=True,
     )
-    log_every: int = option(10, integer(1), "steps between two log rows", group="output")
+    log_every: Positive = option(10, "steps between two log rows", group="output")
     tensorboard: bool = option(
-        True,
-        boolean(),
-        "write TensorBoard logs beside metrics.csv",
-        group="output",
-        may_change=True,
+        True, "write TensorBoard logs beside metrics.csv", group="output", may_change=True
     )
-    max_steps: int | str = option(
+    max_steps: Nothing | Positive = option(
         "none",
-        word_or("none", integer(1)),
         "stop after so many steps, keeping the schedule of all epochs; resumable",
         group="output",
         may_change=True,
     )
-
-    def __post_init__(self) -> None:
-        """Converts and checks every value."""
-        for field in dataclasses.fields(self):
-            try:
-                value = field.metadata["parser"](getattr(self, field.name))
-            except ValueError as error:
-                raise ValueError(f"PretrainConfig: {field.name}: {error}") from None
-            setattr(self, field.name, value)
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], *, source: str = "config") -> PretrainConfig:
@@ -250,7 +284,12 @@ class PretrainConfig:
         Raises:
             ValueError: an unknown name (with the nearest known one), or a value that does not fit.
         """
-        return cls(**check_names(values, source=source))
+        return build(cls, values, source=source)
+
+    @classmethod
+    def of_run(cls, stored: Mapping[str, Any]) -> PretrainConfig:
+        """The configuration of a run, also of one from before some options existed."""
+        return cls(**{**BEFORE, **stored})
 
     def to_mapping(self) -> dict[str, Any]:
         """Returns plain names and values, ready for YAML or a checkpoint."""
@@ -292,65 +331,13 @@ class PretrainConfig:
         return dataclasses.replace(self, **values)
 
 
+# What options did before they existed, where it is not what their default does.
+BEFORE = {"dense_negatives": "pooled"}
+
+
 def auto_queue_length(images: int) -> int:
     """Largest power of two not above images / 2, from 1 to 65,536."""
     return min(65536, 1 << max(0, (images // 2).bit_length() - 1))
-
-
-def check_names(values: Mapping[str, Any], *, source: str) -> dict[str, Any]:
-    """Returns the mapping with field names, or raises ValueError with the nearest known name."""
-    known = [field.name for field in dataclasses.fields(PretrainConfig)]
-    checked = {}
-    for key, value in values.items():
-        name = str(key).replace("-", "_")
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}"
-            raise ValueError(f"{source}: unknown option {key!r}{hint}")
-        checked[name] = value
-    return checked
-
-
-def recipe_names() -> list[str]:
-    """Names of the recipes that come with the package."""
-    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
-
-
-def load_recipe(recipe: str | Path) -> dict[str, Any]:
-    """Reads a recipe: option names and raw values.
-
-    Args:
-        recipe: a YAML file, or the name of a recipe that comes with the package.
-
-    Returns:
-        Field name -> raw value, names checked.
-
-    Raises:
-        ValueError: no such recipe, not YAML, not a mapping, an unknown option.
-    """
-    import yaml
-
-    path = Path(recipe)
-    if not path.is_file():
-        path = RECIPES / f"{recipe}.yaml"
-    if not path.is_file():
-        near = difflib.get_close_matches(str(recipe), recipe_names(), n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(
-            f"recipe: {str(recipe)!r} is neither a file nor one of "
-            f"{', '.join(recipe_names())}{hint}"
-        )
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"recipe {path}: not valid YAML: {error}") from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise ValueError(
-            f"recipe {path}: expected lines `option: value`, got a {type(values).__name__}"
-        )
-    return check_names(values, source=f"recipe {path}")
 
 
 def merge_resumed(
@@ -369,18 +356,18 @@ def merge_resumed(
         ValueError: an option differs that must not change within a run.
     """
     values, changed = stored.to_mapping(), []
-    for field in dataclasses.fields(PretrainConfig):
-        asked, had = getattr(config, field.name), getattr(stored, field.name)
-        if asked == had or (asked == "auto" and field.name not in ("device", "workers", "threads")):
+    for name, schema in properties(PretrainConfig).items():
+        asked, had = getattr(config, name), getattr(stored, name)
+        if asked == had or (asked == "auto" and name not in ("device", "workers", "threads")):
             continue
-        if not field.metadata["may_change"]:
+        if not schema["may_change"]:
             raise ValueError(
-                f"pretrain: cannot resume with {field.name} = {asked!r}: the run in "
+                f"pretrain: cannot resume with {name} = {asked!r}: the run in "
                 f"{config.output} was started with {had!r}; leave the option out, or "
                 "start a new run in another --output"
             )
-        values[field.name] = asked
-        changed.append(field.name)
+        values[name] = asked
+        changed.append(name)
     if "base_lr" in changed and "lr" not in changed:
         values["lr"] = values["base_lr"] * values["batch_size"] / 256
         changed.append("lr")

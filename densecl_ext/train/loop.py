@@ -24,10 +24,9 @@ from densecl_ext.train.build import (
 from densecl_ext.train.config import PretrainConfig, merge_resumed
 from densecl_ext.train.machine import has_native_bf16, pick_device, set_up
 from densecl_ext.train.metrics import build_fabric, build_loggers
-from densecl_ext.train.options import duration_in_steps
 from densecl_ext.train.progress import Progress
 from densecl_ext.train.run_folder import RunFolder
-from densecl_ext.train.schedule import cosine_lr, cosine_momentum
+from densecl_ext.train.schedule import cosine_lr, cosine_momentum, duration_in_steps
 from densecl_ext.train.signals import StopRequest
 from densecl_ext.train.state import initial_state, restore, seed_everything, snapshot
 from densecl_ext.train.step import TrainingStep
@@ -112,7 +111,7 @@ def pretrain(
         cleanup.callback(folder.release)
         checkpoint = folder.prepare(resume=resume, overwrite=overwrite)
         if checkpoint is not None:
-            config, changed = merge_resumed(config, PretrainConfig(**checkpoint["config"]))
+            config, changed = merge_resumed(config, PretrainConfig.of_run(checkpoint["config"]))
             if changed:
                 progress.message(f"resuming with another {', '.join(changed)}")
         if config.cuda_graph and device.type != "cuda":
@@ -126,7 +125,7 @@ def pretrain(
         steps_per_epoch = len(loader)
         total = config.epochs * steps_per_epoch
         config = config.resolved(
-            images=len(loader.files), native_bf16=has_native_bf16(device), loader=loader.backend
+            images=loader.num_images, native_bf16=has_native_bf16(device), loader=loader.backend
         )
 
         # The model, and everything else that a run consists of, in one dict.
@@ -148,7 +147,7 @@ def pretrain(
         )
         window = Window(device)
         state = initial_state(
-            config, loader.files, model=model, optimizer=optimizer, loader=loader, window=window
+            config, model=model, optimizer=optimizer, loader=loader, window=window
         )
         if checkpoint is not None:
             restore(state, checkpoint)
@@ -205,10 +204,15 @@ def pretrain(
             total_steps=total,
             interrupted=stop.requested and state["step"] < last,
             metrics=state["metrics"],
-            skipped=loader.skipped,
+            skipped=dict(loader.skipped),
         )
 
 
+POSITION = (
+    "grid position explains more than half of the dense features: the run is learning where things "
+    "are instead of what they are. Use --matching geometric --dense-negatives position, or "
+    "--padding reflect (docs/training.md)"
+)
 STOPPING = "stopping after this step with a checkpoint; again to stop at once"
 
 
@@ -242,7 +246,9 @@ def batches(state: dict[str, Any], epochs: int, last: int, stop: StopRequest) ->
 def learning_rate(config: PretrainConfig, step: int, steps_per_epoch: int) -> float:
     """Learning rate of the step with this 0-based index."""
     every = steps_per_epoch if config.schedule == "epoch" else 1
-    return cosine_lr(float(config.lr), step, config.epochs * steps_per_epoch, every=every)
+    warmup = duration_in_steps(config.lr_warmup, steps_per_epoch)
+    total = config.epochs * steps_per_epoch
+    return cosine_lr(float(config.lr), step, total, every=every, warmup=warmup)
 
 
 def key_momentum(config: PretrainConfig, step: int, steps_per_epoch: int) -> float:
@@ -267,6 +273,9 @@ def log(
     }
     fabric.log_dict(state["metrics"], row.step)
     progress.log(state["metrics"])
+    if state["metrics"].get("position_share", 0.0) > 0.5 and not state.get("told_of_position"):
+        state["told_of_position"] = True  # not part of a checkpoint: a resumed run may say it again
+        progress.message(POSITION)
 
 
 def require_finite(state: dict[str, Any], folder: RunFolder) -> None:
@@ -295,7 +304,7 @@ def describe(state: dict[str, Any], total: int) -> str:
         [
             f"{begin} {total} steps ({config.epochs} epochs of {len(loader)}) on {device}, "
             f"{config.precision}, {torch.get_num_threads()} threads",
-            f"  data: {len(loader.files)} images through {loader.backend}, views of "
+            f"  data: {loader.num_images} images through {loader.backend}, views of "
             f"{config.image_size} px, batch {config.batch_size}",
             f"  model: {config.backbone} ({weights:.1f} million weights), matching "
             f"{config.matching}, lambda {config.loss_lambda:g}, queue {config.queue_length} "

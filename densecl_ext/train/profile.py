@@ -121,7 +121,7 @@ def profile(
     loader = open_loader(config, device)
     try:
         config = config.resolved(
-            images=len(loader.files), native_bf16=has_native_bf16(device), loader=loader.backend
+            images=loader.num_images, native_bf16=has_native_bf16(device), loader=loader.backend
         )
         seed_everything(config.seed)
         backbone = starting_backbone(config) if backbone is None else backbone

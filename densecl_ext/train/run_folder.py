@@ -19,6 +19,7 @@ from densecl_ext.checkpoints.storage import (
     save_checkpoint,
 )
 from densecl_ext.train.config import PretrainConfig
+from densecl_ext.train.recipes import dump_recipe
 
 
 class RunFolder:
@@ -110,10 +111,8 @@ class RunFolder:
 
     def write_config(self, config: PretrainConfig) -> None:
         """Writes config.yaml: a recipe that repeats this run."""
-        import yaml
-
         with atomic_file(self.config) as file:
-            file.write(yaml.safe_dump(config.to_mapping(), sort_keys=False).encode())
+            file.write(dump_recipe(config).encode())
 
     def save(self, state: dict[str, Any]) -> Path:
         """Writes checkpoints/last.pt atomically; the one before it stays as previous.pt.

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import random
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 
 from densecl_ext import _version
+from densecl_ext.data import ViewLoader
 from densecl_ext.train.config import PretrainConfig
 
 PARTS = ("model", "optimizer", "loader", "window")
@@ -20,12 +21,11 @@ VALUES = ("epoch", "step", "metrics")
 OWN = ("lr", "foreach", "fused", "capturable")
 
 
-def initial_state(config: PretrainConfig, files: Iterable[Path], **parts: Any) -> dict[str, Any]:
+def initial_state(config: PretrainConfig, **parts: Any) -> dict[str, Any]:
     """The state of a run before its first step.
 
     Args:
         config: the resolved configuration.
-        files: all images.
         parts: what has `state_dict` and `load_state_dict`, under the names in PARTS.
 
     Returns:
@@ -34,7 +34,7 @@ def initial_state(config: PretrainConfig, files: Iterable[Path], **parts: Any) -
     return {
         "densecl_ext": _version.__version__,
         "config": config.to_mapping(),
-        "data": data_identity(files),
+        "data": data_identity(parts["loader"]),
         "epoch": 0,
         "step": 0,
         "metrics": {},
@@ -61,7 +61,7 @@ def restore(state: dict[str, Any], checkpoint: Mapping[str, Any]) -> None:
         ValueError: the images are not those of the interrupted run.
         RuntimeError: the model does not fit.
     """
-    if checkpoint["data"] != state["data"]:
+    if not same_images(checkpoint["data"], state["loader"]):
         raise ValueError(
             f"pretrain: cannot resume: {state['config']['data']} holds {state['data']['images']} "
             f"images, and the run was started with {checkpoint['data']['images']} or with others"
@@ -77,11 +77,23 @@ def restore(state: dict[str, Any], checkpoint: Mapping[str, Any]) -> None:
     set_rng_state(checkpoint["rng"])
 
 
-def data_identity(files: Iterable[Path]) -> dict[str, Any]:
-    """Number and names of the images, to tell whether a resumed run sees the same ones."""
-    names = [path.name for path in files]  # without folders: the data may have moved
-    digest = hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape"))
-    return {"images": len(names), "names": digest.hexdigest()}
+def data_identity(loader: ViewLoader) -> dict[str, Any]:
+    """Number and identity of the images, to tell whether a resumed run sees the same ones."""
+    return {"images": loader.num_images, "identity": loader.identity}
+
+
+def same_images(stored: Mapping[str, Any], loader: ViewLoader) -> bool:
+    """Whether a checkpoint's `data_identity` is that of these images.
+
+    Older checkpoints hold a hash of the files' names without folders instead, and are compared by
+    that.
+    """
+    if "names" not in stored:
+        return dict(stored) == data_identity(loader)
+    digest = hashlib.sha256()
+    for number, path in enumerate(getattr(loader, "files", ())):
+        digest.update(b"\n" * (number > 0) + os.fsencode(path.name))
+    return dict(stored) == {"images": loader.num_images, "names": digest.hexdigest()}
 
 
 def seed_everything(seed: int) -> None:

@@ -23,7 +23,8 @@ class StepOutput(NamedTuple):
         loss: () the weighted sum.
         loss_global: () InfoNCE of the global vectors, 0 where it is not computed.
         loss_dense: () InfoNCE of the grid positions, 0 where it is not computed.
-        metrics: name to 0-d float32 tensor, see :class:`densecl_ext.DenseCL`.
+        metrics: name to 0-d float32 tensor, see :class:`densecl_ext.DenseCL`, and
+            ``gradient_norm``, the L2 norm of all gradients together.
     """
 
     loss: Tensor
@@ -105,7 +106,8 @@ class TrainingStep:
         """Set the rates of the steps to come; nothing waits, and a captured graph follows.
 
         Args:
-            lr: learning rate of all parameter groups; None leaves it.
+            lr: learning rate of all parameter groups, times a group's ``lr_scale`` where it has
+                one; None leaves it.
             key_momentum: momentum of the key encoder, in [0, 1]; None leaves it.
 
         Raises:
@@ -113,10 +115,11 @@ class TrainingStep:
         """
         if lr is not None:
             for group in self.optimizer.param_groups:
+                scaled = lr * group.get("lr_scale", 1.0)
                 if isinstance(group["lr"], Tensor):
-                    group["lr"].fill_(lr)
+                    group["lr"].fill_(scaled)
                 else:
-                    group["lr"] = lr
+                    group["lr"] = scaled
         if key_momentum is not None:
             if not 0.0 <= key_momentum <= 1.0:
                 raise ValueError(
@@ -159,10 +162,18 @@ class TrainingStep:
         with phase("backward"):
             output.loss.backward()
         with phase("optimizer"):
+            metrics = output.metrics | {"gradient_norm": self._gradient_norm()}
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         loss, loss_global, loss_dense = (term.detach() for term in output[:3])
-        return StepOutput(loss, loss_global, loss_dense, output.metrics)
+        return StepOutput(loss, loss_global, loss_dense, metrics)
+
+    @torch.no_grad()
+    def _gradient_norm(self) -> Tensor:
+        """() the L2 norm of all gradients together."""
+        groups = self.optimizer.param_groups
+        gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients).float()
 
 
 class CapturedStep:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -254,7 +253,7 @@ def _draw(axes: object, left: Tensor, right: Tensor, matches: Matches) -> None:
 def _read(path: str | os.PathLike[str]) -> Tensor:
     import numpy as np
 
-    from densecl_ext.data.folder import decode_rgb
+    from densecl_ext.data.images import read_rgb
 
-    pixels = np.array(decode_rgb(Path(path).read_bytes()))
+    pixels = np.array(read_rgb(path))
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()

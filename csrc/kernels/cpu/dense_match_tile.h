@@ -43,6 +43,31 @@ static inline float inverse_length(double square) {
   return square == 0.0 ? 0.0f : static_cast<float>(1.0 / __builtin_sqrt(square));
 }
 
+// Element (image, feature, position) of a grid.
+template <class V>
+double element_of(const GridView& grid, int64_t image, int64_t feature, int64_t position) {
+  float value;
+  load_strip<V>(
+      grid.data, grid.dtype,
+      image * grid.image_stride + feature * grid.feature_stride + position * grid.position_stride,
+      1, 1, &value);
+  return value;
+}
+
+// Whether products of such a vector may leave float32's range, or fall below its precision. A NaN
+// stays one in any arithmetic, and a zero vector is what it looks like unless squares vanished.
+template <class V>
+bool leaves_range(double square, const GridView& grid, int64_t image, int64_t features,
+                  int64_t position) {
+  if (square == 0.0) {
+    for (int64_t c = 0; c < features; ++c) {
+      if (element_of<V>(grid, image, c, position) != 0.0) return true;
+    }
+    return false;
+  }
+  return square < 1e-26 || square > 1e36;
+}
+
 // Some features of up to match_panel positions: feature c of position i at data[c * stride + i].
 // Elements beyond the positions may be read; they hold anything.
 struct Strip {
@@ -190,6 +215,21 @@ void multiply_across(const MatchTask& task, int64_t first, int64_t columns, Simi
   }
 }
 
+// Cosine of a query and a key position in double precision, which holds every float's square.
+template <class V>
+float exact_cosine(const MatchTask& task, int64_t query_position, int64_t key_position) {
+  double product = 0.0, query_square = 0.0, key_square = 0.0;
+  for (int64_t c = 0; c < task.problem->features; ++c) {
+    const double q = element_of<V>(*task.query, task.image, c, query_position);
+    const double k = element_of<V>(*task.key, task.image, c, key_position);
+    product += q * k;
+    query_square += q * q;
+    key_square += k * k;
+  }
+  if (query_square == 0.0 || key_square == 0.0) return static_cast<float>(0.0 * product);
+  return static_cast<float>(product / __builtin_sqrt(query_square) / __builtin_sqrt(key_square));
+}
+
 // D: how rows are multiplied that hold their features side by side.
 template <class V, class D>
 void match_positions(const MatchTask& task) {
@@ -197,6 +237,7 @@ void match_positions(const MatchTask& task) {
   constexpr int64_t padded_rows = (panel + V::match_rows - 1) / V::match_rows * V::match_rows;
   static_assert(panel % (4 * V::width) == 0 && padded_rows <= match_reach);
   const int64_t rows = task.end - task.begin;
+  const int64_t features = task.problem->features;
   const bool side_by_side = holds_rows(*task.query) && holds_rows(*task.key);
 
   AlignedFloats values(padded_rows * panel);
@@ -212,20 +253,32 @@ void match_positions(const MatchTask& task) {
     if (side_by_side) {
       const RowPanel queries{*task.query, task.image, task.begin, rows};
       const RowPanel keys{*task.key, task.image, first, columns};
-      multiply_rows<V, D>(queries, keys, task.problem->features, similarities.values,
-                          similarities.query_squares, similarities.key_squares);
+      multiply_rows<V, D>(queries, keys, features, similarities.values, similarities.query_squares,
+                          similarities.key_squares);
     } else {
       multiply_across<V>(task, first, columns, similarities);
     }
     float key_inverse[panel];
+    bool exact_key[panel], any_exact_key = false;
     for (int64_t j = 0; j < columns; ++j) {
-      key_inverse[j] = inverse_length(similarities.key_squares[j]);
+      const double square = similarities.key_squares[j];
+      key_inverse[j] = inverse_length(square);
+      exact_key[j] = leaves_range<V>(square, *task.key, task.image, features, first + j);
+      any_exact_key = any_exact_key || exact_key[j];
     }
     for (int64_t r = 0; r < rows; ++r) {
       const float query_inverse = inverse_length(similarities.query_squares[r]);
-      const float* row = similarities.values + r * panel;
+      float* row = similarities.values + r * panel;
+      for (int64_t j = 0; j < columns; ++j) row[j] *= query_inverse * key_inverse[j];
+      const bool exact_query = leaves_range<V>(similarities.query_squares[r], *task.query,
+                                               task.image, features, task.begin + r);
+      for (int64_t j = 0; (exact_query || any_exact_key) && j < columns; ++j) {
+        if (exact_query || exact_key[j]) {
+          row[j] = exact_cosine<V>(task, task.begin + r, first + j);
+        }
+      }
       for (int64_t j = 0; j < columns; ++j) {
-        const float cosine = row[j] * (query_inverse * key_inverse[j]);
+        const float cosine = row[j];
         const bool first_nan = cosine != cosine && best[r] == best[r];
         if (cosine > best[r] || first_nan) {
           best[r] = cosine;

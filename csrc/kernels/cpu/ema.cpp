@@ -28,6 +28,7 @@ EmaFunction mix_of(Isa isa) {
 Status ema_update(const EmaPair* pairs, int64_t pair_count, double momentum, Executor& executor) {
   Isa isa;
   if (const Status status = selected_isa(&isa); status != Status::ok) return status;
+  if (momentum == 1.0) return Status::ok;  // 0 times an infinite or NaN source would be NaN
   const EmaFunction mix = mix_of(isa);
 
   std::vector<int64_t> start(pair_count + 1, 0);  // of each pair on the line

@@ -18,8 +18,14 @@ void ema_serial(const EmaSpan&);
 void ema_neon(const EmaSpan&);
 void ema_avx2(const EmaSpan&);
 
+// Adds up target and source by their weights; without a weight of its own a target is not even
+// looked at: 0 times an infinite or NaN one would be NaN.
 template <class V>
 void mix_strip(float* target, const float* source, int64_t count, float keep, float take) {
+  if (keep == 0.0f) {
+    for (int64_t i = 0; i < count; ++i) target[i] = source[i];
+    return;
+  }
   const typename V::reg kept = V::broadcast(keep), taken = V::broadcast(take);
   const auto mix = [&](const float* t, const float* s) {
     return V::fma(kept, V::load(t), V::mul(taken, V::load(s)));

@@ -31,8 +31,11 @@ struct Table {
 static_assert(sizeof(Table<ema_large_table>) <= 32764, "kernel parameters");
 static_assert(sizeof(Table<ema_small_table>) <= 4096, "kernel parameters that launch fastest");
 
-// The order of operations of the CPU kernels, never contracted otherwise.
+// The order of operations of the CPU kernels, never contracted otherwise. Without a weight of its
+// own a side counts for nothing: 0 times an infinite or NaN one would be NaN.
 __device__ __forceinline__ float mix(float target, float source, float keep, float take) {
+  if (keep == 0.0f) return source;
+  if (take == 0.0f) return target;
   return __fmaf_rn(keep, target, __fmul_rn(take, source));
 }
 

@@ -22,7 +22,8 @@ void ema_update_cuda(std::vector<Tensor> targets, std::vector<Tensor> sources, d
     device.require(*scheduled, op, "momentum");
     on_device = scheduled_momentum(*scheduled, op);
   }
-  EmaPairs pairs(targets, sources, op);
+  check_momentum(momentum, op);
+  EmaPairs pairs(targets, sources, scheduled, op);
   check_launch(cuda::ema_update(pairs.data(), pairs.size(), momentum, device.stream(), on_device),
                op);
   pairs.copy_back();

@@ -15,13 +15,10 @@ void enqueue_cuda(Tensor queue, Tensor pointer, Tensor keys, std::optional<Tenso
   const OnDeviceOf device(queue, op, "queue");
   device.require(pointer, op, "pointer");
   device.require(keys, op, "keys");
-  const EnqueueProblem problem = enqueue_problem(queue, keys, normalize, op);
-  cuda::EnqueueCounters counters{counter_of(pointer, op, "pointer"), nullptr};
-  if (filled.has_value()) {
-    device.require(*filled, op, "filled");
-    counters.filled = counter_of(*filled, op, "filled");
-  }
-  check_launch(cuda::enqueue(problem, counters, device.stream()), op);
+  if (filled.has_value()) device.require(*filled, op, "filled");
+  const EnqueueTensors tensors = enqueue_tensors(queue, pointer, keys, filled, normalize, op);
+  const cuda::EnqueueCounters counters{tensors.pointer, tensors.filled};
+  check_launch(cuda::enqueue(tensors.problem, counters, device.stream()), op);
 }
 
 }  // namespace

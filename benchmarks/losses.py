@@ -1,0 +1,344 @@
+"""The loss: published formula, torch.compile, attention kernels, lightly, and ours."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.cases import (
+    Candidate,
+    Case,
+    NotAvailable,
+    Results,
+    compiled,
+    normal_numbers,
+    relative,
+    within,
+)
+from densecl_ext import ops, reference
+from densecl_ext.nn.losses import DenseCLLoss
+
+TEMPERATURE = 0.2
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+Attention = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # rows, keys -> output, log-sum-exp
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Arguments of the loss."""
+
+    query: Tensor  # (M, D) float32, requires grad where the gradient is wanted
+    positive: Tensor  # (M, D) float32
+    queue: Tensor  # (K, D) in the case's dtype
+
+
+@dataclass(frozen=True)
+class InfoNceCase(Case):
+    """info_nce of M rows against K negatives, as in training: a gradient for the query alone."""
+
+    names = (
+        "ours",
+        "ours, before backward",
+        "eager",
+        "eager TF32",
+        "eager autocast",
+        "torch.compile",
+        "torch.compile autocast",
+        "flash attention",
+        "cuDNN attention",
+        "lightly",
+    )
+    small = {"rows": 48, "queue_length": 512}
+    rows: int
+    queue_length: int
+    features: int = 128
+    dtype: str = "float32"
+    gradient: bool = True
+
+    def inputs(self, device: torch.device) -> Rows:
+        draw = normal_numbers(device)
+        query = draw(self.rows, self.features)
+        positive = query + draw(self.rows, self.features)
+        queue = F.normalize(draw(self.queue_length, self.features), dim=1)
+        query.requires_grad_(self.gradient)
+        return Rows(query, positive, queue.to(getattr(torch, self.dtype)))
+
+    def candidate(self, name: str, inputs: Rows) -> Candidate:
+        function, queue = self._function(name, inputs)
+        query, positive = inputs.query, inputs.positive
+
+        def results() -> Results:
+            with tf32_products(name == "eager TF32"):
+                return loss_and_gradient()
+
+        def loss_and_gradient() -> Results:
+            if not self.gradient:
+                with torch.no_grad():
+                    return (function(query, positive, queue),)
+            loss = function(query, positive, queue)
+            if name == "ours, before backward":
+                return (loss.detach(),)
+            (gradient,) = torch.autograd.grad(loss, query)
+            return loss.detach(), gradient
+
+        return Candidate(results, results)
+
+    def _function(self, name: str, inputs: Rows) -> tuple[Loss, Tensor]:
+        """The candidate's loss and the queue that it is given, in its preferred dtype."""
+        if "autocast" in name and self.dtype == "float32":
+            raise NotAvailable("16-bit queues only")
+        if name.startswith("ours"):
+            return ops.info_nce, inputs.queue
+        if name in ("eager", "eager TF32"):
+            return reference.info_nce, inputs.queue.float()
+        if name == "eager autocast":
+            return eager_autocast, inputs.queue
+        if name == "torch.compile":
+            return compiled(reference.info_nce), inputs.queue.float()
+        if name == "torch.compile autocast":
+            return compiled(eager_autocast), inputs.queue
+        if name == "flash attention":
+            return attention_formulation(flash_attention), inputs.queue
+        if name == "cuDNN attention":
+            return cudnn_attention_formulation(inputs.queue), inputs.queue
+        return lightly_loss(inputs.queue.float()), inputs.queue
+
+    def expected(self, inputs: Rows) -> Results:
+        if self.eager_bytes <= 2e9:
+            return self.candidate("eager", inputs).results()
+        if inputs.query.is_cuda:
+            return in_chunks(inputs)[: 2 if self.gradient else 1]
+        # Too large for eager; the attention formulation in float32 was held against it at the
+        # sizes that are not.
+        exact = replace(inputs, queue=inputs.queue.float())
+        return self.candidate("flash attention", exact).results()
+
+    def check(self, name: str, got: Results, expected: Results) -> dict[str, float]:
+        errors = {"loss": float((got[0].double() - expected[0].double()).abs())}
+        if self.gradient and len(got) > 1:
+            # The gradient is a difference of two terms of this size; with D = 1 nothing is left.
+            terms = self.features**-0.5 / (TEMPERATURE * self.rows**0.5)
+            errors["gradient"] = relative(got[1], expected[1], floor=terms)
+        return within(errors, 1e-4 if self.dtype == "float32" else 2e-2, name)
+
+    @property
+    def work(self) -> float:
+        return (4.0 if self.gradient else 2.0) * self.rows * self.queue_length * self.features
+
+    @property
+    def eager_bytes(self) -> float:
+        """About four matrices of logits."""
+        return 4.2 * 4.0 * self.rows * (self.queue_length + 1)
+
+
+def in_chunks(inputs: Rows, logits: int = 2**28) -> Results:
+    """The published formula in float32, so many rows at a time that the logits fit."""
+    queue, count = inputs.queue.float(), len(inputs.query)
+    chunk = max(1, logits // len(queue))
+    loss, gradients = 0.0, []
+    for query, positive in zip(
+        inputs.query.detach().split(chunk), inputs.positive.split(chunk), strict=True
+    ):
+        query.requires_grad_()
+        part = reference.info_nce(query, positive, queue, reduction="sum")
+        gradients.append(torch.autograd.grad(part, query)[0] / count)
+        loss = loss + part.detach().double() / count
+    return loss.float(), torch.cat(gradients)
+
+
+@contextmanager
+def tf32_products(allowed: bool) -> Iterator[None]:
+    """Inside, float32 matrix products on a GPU may keep ten bits of their operands, or must not."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def eager_autocast(query: Tensor, positive: Tensor, queue: Tensor) -> Tensor:
+    """The published formula with bfloat16 products, as mixed-precision training runs it."""
+    query, positive = F.normalize(query, dim=1), F.normalize(positive, dim=1)
+    with torch.autocast(query.device.type, torch.bfloat16):
+        positive_logit = torch.einsum("md,md->m", query, positive).unsqueeze(1)  # (M, 1)
+        negative_logits = torch.einsum("md,kd->mk", query, queue)  # (M, K)
+        logits = torch.cat([positive_logit, negative_logits], dim=1) / TEMPERATURE
+        target = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
+        return F.cross_entropy(logits.float(), target)
+
+
+class AttentionLoss(torch.autograd.Function):
+    """Loss of unit rows by attention with K = V = queue: output and log-sum-exp are all it needs.
+
+    L = log(exp(s_p) + exp(lse)), dl/dq = (1/T) [exp(lse - L) output - (1 - exp(s_p - L)) p].
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, positive: Tensor, queue: Tensor, kernel: Attention
+    ) -> Tensor:
+        rows, keys = query.to(queue.dtype)[None, None], queue[None, None]  # (1, 1, M or K, D)
+        output, lse = kernel(rows, keys)
+        output, lse = output[0, 0], lse.flatten()[: len(query)]  # (M, D), (M,)
+        positive_logit = (query * positive).sum(dim=1) / TEMPERATURE  # (M,)
+        total = torch.logaddexp(lse, positive_logit)  # (M,)
+        weight = (lse - total).exp().unsqueeze(1)
+        ctx.gradient = weight * (output.float() - positive) / (TEMPERATURE * len(query))
+        return (total - positive_logit).mean()
+
+    @staticmethod
+    def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad[0] * ctx.gradient, None, None, None
+
+
+def attention_formulation(kernel: Attention) -> Loss:
+    """The fastest that PyTorch alone can do: one of its fused attention kernels."""
+
+    def loss(query: Tensor, positive: Tensor, queue: Tensor) -> Tensor:
+        query, positive = F.normalize(query, dim=1), F.normalize(positive, dim=1)
+        return AttentionLoss.apply(query, positive, queue, kernel)
+
+    return loss
+
+
+def flash_attention(rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """softmax(q n / T) n and its log-sum-exp by torch's flash attention, or the next best.
+
+    On a GPU it splits the keys over the blocks as its own heuristic sees fit.
+    """
+    aten, scale = torch.ops.aten, 1.0 / TEMPERATURE
+    if rows.device.type == "cpu":
+        return aten._scaled_dot_product_flash_attention_for_cpu(rows, keys, keys, scale=scale)
+    if rows.dtype == torch.float32:  # flash attention is for 16 bits
+        efficient = aten._scaled_dot_product_efficient_attention
+        return efficient(rows, keys, keys, None, True, scale=scale)[:2]
+    return aten._scaled_dot_product_flash_attention(rows, keys, keys, scale=scale)[:2]
+
+
+def cudnn_attention(rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """The same by cuDNN."""
+    run = torch.ops.aten._scaled_dot_product_cudnn_attention
+    return run(rows, keys, keys, None, True, scale=1.0 / TEMPERATURE)[:2]
+
+
+def cudnn_attention_formulation(queue: Tensor) -> Loss:
+    """With cuDNN's kernel, where torch has it for such a queue."""
+    if not queue.is_cuda:
+        raise NotAvailable("on a GPU only")
+    if queue.dtype == torch.float32:
+        raise NotAvailable("16-bit queues only")
+    return attention_formulation(cudnn_attention)
+
+
+def lightly_loss(queue: Tensor) -> Loss:
+    """lightly's NTXentLoss with its memory bank holding the queue; updates the bank, as it does."""
+    if importlib.util.find_spec("lightly") is None:
+        raise NotAvailable("lightly is not installed")
+    from lightly.loss import NTXentLoss
+
+    module = NTXentLoss(temperature=TEMPERATURE, memory_bank_size=tuple(queue.shape))
+    module.memory_bank.bank = queue.clone()
+
+    def loss(query: Tensor, positive: Tensor, _: Tensor) -> Tensor:
+        return module(query, positive)
+
+    return loss
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """What the encoders hand to the losses of one step."""
+
+    query: Tensor  # (N, D) global vectors, requires grad
+    key: Tensor  # (N, D)
+    query_grid: Tensor  # (N, D, S, S), requires grad
+    key_grid: Tensor  # (N, D, S, S)
+    query_features: Tensor  # (N, C, S, S)
+    key_features: Tensor  # (N, C, S, S)
+    queues: tuple[Tensor, Tensor]  # (K, D) each
+
+
+@dataclass(frozen=True)
+class StepLossCase(Case):
+    """Both terms of a step: matching, global and dense loss, gradients of the query's outputs."""
+
+    names = ("ours", "reference ops")
+    small = {"pairs": 4, "queue_length": 256, "features": 32, "channels": 64}
+    pairs: int
+    queue_length: int = 65536
+    features: int = 128
+    channels: int = 2048
+    grid: int = 7
+    dtype: str = "bfloat16"
+
+    def inputs(self, device: torch.device) -> StepInputs:
+        draw = normal_numbers(device)
+        n, side, dtype = self.pairs, self.grid, getattr(torch, self.dtype)
+        vectors, grids = draw(n, self.features), draw(n, self.features, side, side)
+        maps = draw(n, self.channels, side, side)
+        queues = [F.normalize(draw(self.queue_length, self.features), dim=1) for _ in range(2)]
+        return StepInputs(
+            vectors.clone().requires_grad_(),
+            vectors + draw(*vectors.shape),
+            grids.clone().requires_grad_(),
+            grids + draw(*grids.shape),
+            maps.to(dtype, memory_format=torch.channels_last),
+            (maps + draw(*maps.shape)).to(dtype, memory_format=torch.channels_last),
+            (queues[0].to(dtype), queues[1].to(dtype)),
+        )
+
+    def candidate(self, name: str, inputs: StepInputs) -> Candidate:
+        step = step_loss if name == "ours" else reference_step_loss
+
+        def results() -> Results:
+            loss = step(inputs)
+            wanted = (inputs.query, inputs.query_grid)
+            return loss.detach(), *torch.autograd.grad(loss, wanted)
+
+        return Candidate(results, results)
+
+    def expected(self, inputs: StepInputs) -> Results:
+        return self.candidate("reference ops", inputs).results()
+
+    def check(self, name: str, got: Results, expected: Results) -> dict[str, float]:
+        errors = {"loss": float((got[0].double() - expected[0].double()).abs())}
+        errors["gradient"] = relative(got[1], expected[1])
+        errors["gradient of the grid"] = relative(got[2], expected[2])
+        return within(errors, 2e-2, name)
+
+    @property
+    def work(self) -> float:
+        rows = self.pairs * (1 + self.grid**2)
+        return 4.0 * rows * self.queue_length * self.features
+
+    @property
+    def eager_bytes(self) -> float:
+        """As of InfoNceCase; its rows are the grid's."""
+        return 4.2 * 4.0 * self.pairs * self.grid**2 * (self.queue_length + 1)
+
+
+def step_loss(inputs: StepInputs) -> Tensor:
+    """DenseCLLoss as the model calls it."""
+    return DenseCLLoss(temperature=TEMPERATURE)(
+        inputs.query, inputs.key, inputs.query_grid, inputs.key_grid, *inputs.queues,
+        query_features=inputs.query_features, key_features=inputs.key_features,
+    ).loss  # fmt: skip
+
+
+def reference_step_loss(inputs: StepInputs) -> Tensor:
+    """The same by the published formulas."""
+    match = reference.dense_match(inputs.query_features, inputs.key_features)
+    queues = inputs.queues
+    dense = reference.dense_info_nce(
+        inputs.query_grid, inputs.key_grid, match, queues[1], temperature=TEMPERATURE
+    )
+    whole = reference.info_nce(inputs.query, inputs.key, queues[0], temperature=TEMPERATURE)
+    return 0.5 * whole + 0.5 * dense

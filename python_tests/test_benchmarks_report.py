@@ -1,0 +1,182 @@
+"""The benchmarks' report: what is asked and what came of it, on numbers that are known."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import report
+from benchmarks.losses import InfoNceCase
+from benchmarks.rows import Asked, Row, rows
+
+ROOT = Path(__file__).resolve().parent.parent
+CASE = InfoNceCase(32, 64, 128)
+MACHINE = {
+    "processor": "some CPU", "cores": 2, "threads": 2, "memory_gb": 8.0, "selected": "avx2",
+    "torch": "2", "python_version": "3", "densecl_ext": "0", "gpu": None,
+    "device": {"name": "some GPU", "kind": "cuda", "l2_mb": 50.0}, "state": {"clocks.sm": "1 MHz"},
+    "ceilings": {"fma": {"avx2": 2e11}, "gemm_float32": 1e11, "copy": 2e10},
+}  # fmt: skip
+
+
+def measured(suite: str, candidates: dict[str, Any], **info: Any) -> dict[str, Any]:
+    """results.json of one row."""
+    info = {
+        "row": "row", "title": "a row", "device": "cpu", "isa": None, "beside": [],
+        "case": CASE.message(), "absent": {"lightly": "lightly is not installed"},
+        "candidates": candidates,
+    } | info  # fmt: skip
+    return {
+        "suite": suite, "machine_info": MACHINE, "datetime": "2030-01-02T03:04:05",
+        "benchmarks": [{"extra_info": info}], "quick": False,
+        "skipped": {"other": "this machine lacks avx2"},
+    }  # fmt: skip
+
+
+def on_cpu() -> dict[str, Any]:
+    def candidate(seconds: float, peak: int, work: float) -> dict[str, Any]:
+        return {"seconds": [9.0, seconds, seconds / 2], "peak_bytes": peak, "work": work}
+
+    ours, eager = candidate(0.5, 3_000_000, 1e9), candidate(2.0, 6_000_000, 2e9)
+    return measured("cpu", {"ours": ours, "eager": eager})
+
+
+def on_gpu() -> dict[str, Any]:
+    def candidate(**modes: float) -> dict[str, Any]:
+        samples = {mode: [seconds] * 3 for mode, seconds in modes.items()}
+        first = samples.get("graph") or samples["calls"]
+        return {"seconds": first, "modes": samples, "missing": {}, "work": 1e9, "traffic": 1e6,
+                "peak_bytes": 5_000_000}  # fmt: skip
+
+    candidates = {
+        "ours": candidate(graph=1e-4, cold=3e-4, calls=2e-4),
+        "fast": candidate(graph=3e-4, calls=3e-4),
+        "slow": candidate(graph=4e-4, calls=4e-4),
+        "loop": candidate(calls=8e-4),
+    }
+    absent = {"cuDNN attention": "no kernel"}
+    return measured("gpu", candidates, device="cuda", absent=absent, host_waits="")
+
+
+def on_step() -> dict[str, Any]:
+    def candidate(seconds: float, peak: int) -> dict[str, Any]:
+        return {"seconds": [seconds], "modes": {"calls": [seconds]}, "work": 0.0, "images": 32,
+                "peak_bytes": peak, "missing": {"graph": "timed as it is called"}}  # fmt: skip
+
+    candidates = {"ours": candidate(0.1, 18 * 10**9), "reference": candidate(0.13, 30 * 10**9)}
+    parts = {"momentum": 2e-4, "losses": 3e-4, "backward": 0.05, "step": 0.1}
+    found = measured("step", candidates, device="cuda", parts={"ours": parts, "reference": {}})
+    largest = {"ours": {"batch": 1024, "tries": {"1024": "fits"}}, "reference": {"batch": 640}}
+    return found | {"largest": largest}
+
+
+@pytest.mark.parametrize(
+    ("results", "asked", "ours", "ratio", "met"),
+    [
+        (on_cpu(), Asked("speed-up", "eager", 4.0, True), "500 ms", "4.00x", True),
+        (on_cpu(), Asked("speed-up", "eager", 4.1, True), "500 ms", "4.00x", False),
+        (on_cpu(), Asked("time", "eager", 0.2), "500 ms", "0.25x", False),
+        (on_cpu(), Asked("rate", "eager", 2.0, True), "2 GFLOP/s", "2.00x", True),
+        (on_cpu(), Asked("memory", "", 1e6), "3 MB extra", "3 MB", False),
+        (on_cpu(), Asked("memory", "eager", 0.5), "3 MB extra", "0.50x", True),
+        (on_cpu(), Asked("speed-up", "lightly", 1.0, True), "", "lightly is not installed", None),
+        (on_cpu(), Asked("syncs", "", 0), "", "not measured", None),
+        (on_gpu(), Asked("seconds", "", 1e-4), "100 us", "", True),
+        (on_gpu(), Asked("seconds", "", 0.9e-4), "100 us", "", False),
+        (on_gpu(), Asked("speed-up", "slow | fast", 2.9, True), "100 us", "3.00x", True),
+        (on_gpu(), Asked("speed-up", "cuDNN attention | slow", 4.1, True), "100 us", "4.00x", False),
+        (on_gpu(), Asked("speed-up", "loop", 3.9, True), "200 us, called from Python", "4.00x", True),
+        (on_gpu(), Asked("speed-up", "cuDNN attention", 1.0, True), "", "no kernel", None),
+        (on_gpu(), Asked("copy", "", 0.4, True), "10 GB/s", "50 %", True),
+        (on_gpu(), Asked("copy", "", 0.6, True), "10 GB/s", "50 %", False),
+        (on_gpu(), Asked("syncs", "", 0), "the host never waits", "", True),
+        (on_gpu(), Asked("rate", "slow", 3.9, True), "10 TFLOP/s", "4.00x", True),
+        (on_gpu(), Asked("speed-up", "slow", 1.3, True, "fast"), "fast: 300 us", "1.33x", True),
+        (on_step(), Asked("speed-up", "reference", 1.2, True), "100 ms", "1.30x", True),
+        (on_step(), Asked("saved", "reference", 10e9, True), "18 GB extra", "12 GB", True),
+        (on_step(), Asked("parts", "", 0.02), "500 us", "0.5 %", True),
+        (on_step(), Asked("largest", "reference", 1.7, True), "1024", "1.60x", False),
+        (on_step() | {"largest": {"ours": {"reason": "hung"}}}, Asked("largest", "", 1.3, True), "",
+         "hung", None),
+    ],
+)  # fmt: skip
+def test_verdicts(
+    results: dict[str, Any],
+    asked: Asked,
+    ours: str,
+    ratio: str,
+    met: bool | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lost = [Row(name, name, CASE, asked=(asked,)) for name in ("other", "third")]
+    monkeypatch.setattr(
+        report, "rows", lambda suite: [Row("row", "a row", CASE, asked=(asked,)), *lost]
+    )
+    (verdict, *missing) = report.verdicts(results)
+    assert (verdict.ours, verdict.ratio, verdict.met) == (ours, ratio, met)
+    if asked.measure != "largest":
+        assert [v.ratio for v in missing] == ["this machine lacks avx2", report.NOT_RUN]
+    assert "| a row" in report.asked_table(results)
+
+
+def test_tables() -> None:
+    lines = report.markdown(on_cpu()).splitlines()
+    (ours,) = (line for line in lines if line.startswith("| ours"))
+    assert [cell.strip() for cell in ours.split("|")[2:-1]] == ["500 ms", "", "2 GFLOP/s", "3 MB"]
+    (eager,) = (line for line in lines if line.startswith("| eager"))
+    assert "4.00x" in eager
+    assert any("lightly is not installed" in line for line in lines)
+    assert "- this machine lacks avx2: other" in lines
+    asked = sum(len(row.asked) for row in rows("cpu"))
+    assert f"0 of 0 measured demands are met; {asked} were not measured." in lines
+    text = report.markdown(on_gpu())
+    assert "| 100 us (100 us to 100 us) | 300 us (300 us to 300 us) |" in text
+    text = report.markdown(on_step())
+    assert "no loader takes part" in text and "320 images/s" in text and "200 us, 0.2 %" in text
+    empty = on_step() | {"machine_info": None, "benchmarks": []}
+    assert "The machine is not known" in report.markdown(empty)
+
+
+def test_a_row_without_ours_still_shows_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    results = on_gpu()
+    info = results["benchmarks"][0]["extra_info"]
+    del info["candidates"]["ours"]
+    info["absent"]["ours"] = "wrong: gradient is off"
+    asked = (Asked("seconds", "", 1.0),)
+    monkeypatch.setattr(report, "rows", lambda suite: [Row("row", "a row", CASE, asked=asked)])
+    (verdict,) = report.verdicts(results)
+    assert (verdict.ratio, verdict.met) == ("wrong: gradient is off", None)
+    assert "| fast" in report.markdown(results)
+    results["skipped"]["third"] = "failed: no answer within 60 s"
+    assert report.failures(results) == [
+        "third: failed: no answer within 60 s",
+        "row: ours: wrong: gradient is off",
+    ]
+
+
+@pytest.mark.parametrize("name", ["epyc-zen4-2cores", "xeon-emerald-rapids-2cores"])
+def test_committed_results_give_their_committed_tables(name: str) -> None:
+    folder = ROOT / "benchmarks" / "results" / name
+
+    def cells(text: str) -> set[str]:
+        lines = (re.sub(r"[ -]+", " ", line) for line in text.splitlines())
+        return {line for line in lines if line.strip("| ")}
+
+    fresh = report.markdown(report.load(folder / "results.json"))
+    assert cells(fresh) == cells((folder / "table.md").read_text(encoding="utf-8"))
+
+
+def test_a_chart_keeps_the_point_that_knows_its_memory() -> None:
+    charts = pytest.importorskip("benchmarks.charts")
+    (row,) = report.entries(on_gpu())
+    known, unknown = row, replace(row, peaks=dict.fromkeys(row.peaks))
+    for order in ((known, unknown), (unknown, known)):
+        line: dict[int, tuple[float, float | None]] = {}
+        for entry in order:
+            charts.add_point(line, 32, entry, "ours")
+        assert line == {32: (1e-4, 5_000_000)}
+    assert charts.baselines(row) == ["fast", "slow", "loop"]
