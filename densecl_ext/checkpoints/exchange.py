@@ -111,6 +111,7 @@ def read_backbone(
                 wanted, missing = backbone.state_dict(), backbone.left_out
             shapes = {key: value.shape for key, value in wanted.items()}
             tensors, left_out, form = extract_named(found, shapes, prefix)
+        tensors = {key: _count(key, tensor) for key, tensor in tensors.items()}
         check_weights(tensors)
         tensors, notes = _as_float32(tensors, wanted)
     except ValueError as error:
@@ -192,6 +193,14 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
     # Files from before torch 0.4.1 have no num_batches_tracked, and batch norm's loading fills it
     # in.
     return {k: v.shape for k, v in tensors.items() if not k.endswith("num_batches_tracked")}
+
+
+def _count(key: str, tensor: Tensor) -> Tensor:
+    """Batch norm's count as an integer again, where a file has turned all its tensors to floats."""
+    counts = key.endswith("num_batches_tracked") and tensor.is_floating_point()
+    if counts and tensor.numel() == 1 and bool(tensor == tensor.round()):
+        return tensor.to(torch.int64)
+    return tensor
 
 
 def _as_float32(
