@@ -2,7 +2,7 @@
 #   make demo     render scenes, pre-train a small network on the CPU, show what it learned
 #   make test     the whole Python test suite
 #   make bench    measure the ops against PyTorch, torch.compile, attention kernels and lightly; OUT=folder
-#   make gpu      on a machine with a GPU: build for it, test, sanitize, measure; PART=build|test|bench|step|sanitize OUT=folder
+#   make gpu      on a machine with a GPU: build for it, test, sanitize, measure; PART="smoke bench" OUT=folder
 #   make schema   after a change of the options: densecl_ext/recipes/schema.json anew
 #   make lint     formatting, lint and types, of Python and C++
 # Needs Python 3.10+ (with its headers), a C++20 compiler and make.
@@ -57,10 +57,11 @@ $(VENV)/.bench-packages: $(VENV)/.packages benchmarks/requirements.txt
 bench: $(VENV)/.built $(VENV)/.bench-packages
 	$(BIN)/python -m benchmarks --out $(OUT) $(BENCH)
 
-# Needs no package index: it runs under $(PYTHON), with the torch that is there.
+# Needs no package index: it runs under $(PYTHON), with the torch that is there. PART: build, smoke, test, sanitize, bench,
+# step, or several of them; GPU="--seconds 300 --archive FILE" says how long and where the archive of all results goes.
 PART ?= all
 gpu:
-	$(PYTHON) -m benchmarks.gpu --part $(PART) --out $(if $(filter file,$(origin OUT)),build/gpu,$(OUT))
+	$(PYTHON) -m tools.gpu --part $(PART) --out $(if $(filter file,$(origin OUT)),build/gpu,$(OUT)) $(GPU)
 
 # The CUDA kernels' machine code: no spills, and Hopper's instructions where they belong.
 cuda-check: $(VENV)/.built

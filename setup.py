@@ -4,7 +4,8 @@ densecl_ext._C     the ops: torch stable ABI, bindings (csrc/ops) and CPU kernel
 densecl_ext._host  what the machine can do: pybind11, without torch (csrc/host and the same kernels)
 densecl_ext._C_cuda the ops on CUDA tensors: csrc/ops/cuda and csrc/kernels/cuda, where nvcc is
 
-Environment: DENSECL_CUDA=auto|0|1, DENSECL_CUDA_ARCHS, CUDA_HOME, MAX_JOBS, CXX.
+Environment: DENSECL_CUDA=auto|0|1, DENSECL_CUDA_ARCHS, DENSECL_CUDA_WARNINGS=error|allow,
+CUDA_HOME, MAX_JOBS, CXX.
 """
 
 from __future__ import annotations
@@ -28,7 +29,6 @@ ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "build_backend"))
 
 import build_plan
-import plain_wheel
 
 # How CUDA launches are cut is host code, which every build holds and tests.
 KERNELS = build_plan.sources(ROOT, "csrc/kernels/cpu/*.cpp", "csrc/kernels/cuda/plan/*.cpp")
@@ -156,7 +156,8 @@ class BuildModules(build_ext):
         """Adds what is known only now, and the objects that are compiled apart."""
         hopper = build_plan.HOPPER in archs
         defines = [f"-DDENSECL_HOPPER={int(hopper)}"]
-        nvcc_flags = [*build_plan.NVCC_FLAGS, *defines]
+        warnings = os.environ.get("DENSECL_CUDA_WARNINGS")
+        nvcc_flags = [*build_plan.nvcc_flags(warnings), *defines]
         cuda.extra_compile_args = {
             # USE_CUDA declares torch's C function for the current stream.
             "cxx": [*build_plan.CXX_FLAGS, *build_plan.STABLE_ABI_FLAGS, *defines, "-DUSE_CUDA"],
@@ -264,9 +265,4 @@ def compiler_line(cxx: str) -> str:
     return printed.splitlines()[0]
 
 
-commands: dict[str, Any] = {"build_ext": BuildModules}
-if plain_wheel.is_needed():
-    commands["bdist_wheel"] = plain_wheel.PlainWheel
-# The licence is told here because setuptools before 77 and after 2026 read different spellings in
-# pyproject.toml.
-setup(license="Apache-2.0", ext_modules=extensions(), cmdclass=commands)
+setup(ext_modules=extensions(), cmdclass={"build_ext": BuildModules})

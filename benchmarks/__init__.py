@@ -1,21 +1,15 @@
-"""Benchmarks of the ops and of data loading against what people use today.
+"""Benchmarks of the ops, of data loading and of the training step against what people use today.
 
-`make bench`, or `python -m benchmarks --out DIR`, measures and writes one folder: `results.json`
-(pytest-benchmark's format, with the machine's description), `table.md` and the charts.
+`make bench`, or `python -m benchmarks --out DIR`, measures and writes one folder: `results.json`,
+`table.md` and the charts. `--suite gpu` and `--suite step` are a GPU's; `make gpu` runs them, and
+results/README.md says how to fill the tables.
 
-On a GPU: `make gpu`, or `python -m benchmarks.gpu`, which needs neither pytest-benchmark nor a
-package index. results/README.md says how to fill the tables.
-
-cases.py, loss_cases.py   what is measured: inputs of one size, and every way to compute the result
-measure.py, memory.py     how: interleaved rounds; resident-set high-water mark in a process apart
-machine.py, ceiling.cpp   where: the machine, its arithmetic and copy ceilings
-test_*.py                 the rows; conftest.py runs one
-thresholds.py             what is asked of them
-report.py, charts.py      what people read
-gpu.py                    `make gpu`: its parts
-gpu_suites.py, gpu_thresholds.py, gpu_timing.py, gpu_machine.py, gpu_report.py
-                          the same for a GPU; gpu_rows.py runs the rows in the process gpu_worker.py
-step.py                   the whole training step: `make gpu PART=step`
-scale.py, scale_model.py  on paper: images/s, hours and cost of many GPUs (docs/scale.md)
-vit_memory.py             peak memory of a vision transformer's step, beside the formula's logits
+rows.py                     the one table: what is measured against whom, and what is asked of it
+cases.py, losses.py, step.py  inputs of one size, and every way to compute the result
+timing.py                   interleaved rounds, by the device's own clock
+worker.py, processes.py     the process that measures, and how one that hangs or faults ends
+machine.py, ceiling.cpp     the machine, its arithmetic and copy ceilings
+report.py, charts.py        what people read
+scale.py                    on paper: images/s, hours and cost of many GPUs (docs/scale.md)
+vit_memory.py               peak memory of a vision transformer's step, beside the formula's logits
 """

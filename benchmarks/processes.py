@@ -129,7 +129,9 @@ class Worker:
         except ValueError:
             pass
         gone, status = ended(self._process), self.close()
-        raise Lost(f"the process ended: {status_text(status)}" if gone else f"answered {line!r:.99}")
+        raise Lost(
+            f"the process ended: {status_text(status)}" if gone else f"answered {line!r:.99}"
+        )
 
     def _exchange(self, process: subprocess.Popen[bytes], line: bytes, limit: float) -> bytes:
         assert process.stdin is not None and process.stdout is not None

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +39,8 @@ HOW = {
     "step": "Whole pre-training steps at 224 px in bfloat16 autocast, channels-last, fused SGD, "
     "queues of 65,536. The views lie on the device already: no loader takes part. *Reference*: the "
     "same trainer with reference.py's ops, the matrix of logits in memory, the published update "
-    "loop and the published queues. Medians of interleaved rounds; memory is the peak of "
-    "everything, by torch's allocator. Demands were set for an H200.",
+    "loop and an enqueue whose pointer the host reads. Medians of interleaved rounds; memory is "
+    "the peak of everything, by torch's allocator. Demands were set for an H200.",
 }
 CEILINGS = (
     ("gemm_float32", "torch's matrix product, float32"),
@@ -57,46 +57,45 @@ PARTS = ("momentum", "query_forward", "key_forward", "matching", "losses", "enqu
 OUR_PARTS = ("momentum", "matching", "losses", "enqueue")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Entry:
-    """One measured row, and why a candidate is missing."""
+    """One measured row: what results.json says of it, and its times."""
 
-    id: str
-    title: str
-    case: dict[str, Any]
-    isa: str | None
-    device: str
-    modes: dict[str, dict[str, list[float]]]  # seconds of one call by candidate and mode
-    peaks: dict[str, int | None]  # bytes
-    work: dict[str, float]  # FLOP of one call
-    absent: dict[str, str]
-    beside: tuple[str, ...] = ()  # candidates that are ours at another size
-    traffic: dict[str, float] = field(default_factory=dict)  # bytes of one call
-    missing: dict[str, str] = field(default_factory=dict)  # why a candidate is not in a graph
-    host_waits: str | None = None  # what makes the host wait in ours; "" for nothing
-    images: int = 0
-    parts: dict[str, dict[str, float]] = field(default_factory=dict)  # seconds of a step's parts
+    info: dict[str, Any]
 
-    def median(self, name: str, mode: str = "") -> float | None:
-        """Seconds of one call; in a graph where it can, or None where it did not run so."""
-        modes = self.modes.get(name, {})
-        samples = modes.get(mode) if mode else modes.get("graph") or modes.get("calls")
-        return statistics.median(samples) if samples else None
+    def __post_init__(self) -> None:
+        info = self.info
+        self.id, self.title, self.case = info["row"], info["title"], info["case"]
+        self.absent: dict[str, str] = info["absent"]
+        self.found: dict[str, dict[str, Any]] = info["candidates"]
+        self.images = max((c.get("images", 0) for c in self.found.values()), default=0)
+        self.on_gpu = "graph" in {mode for name in self.found for mode in self.modes(name)}
+        self.on_gpu |= info["device"] == "cuda"
+
+    def modes(self, name: str) -> dict[str, list[float]]:
+        """Seconds of one call, a sample a round, by mode; none where the candidate did not run."""
+        found = self.found.get(name)
+        return (found.get("modes") or {"calls": found["seconds"]}) if found else {}
 
     def seconds(self, name: str) -> float:
-        """Seconds of one call of a candidate that ran."""
-        found = self.median(name)
-        assert found is not None
-        return found
+        """The median of one call, in a graph where it can."""
+        modes = self.modes(name)
+        return statistics.median(modes.get("graph") or modes["calls"])
 
     def pair(self, one: str, other: str) -> tuple[float, float, str]:
         """Seconds of two, timed in the same way: in a graph where both can, and how if not."""
-        for mode in ("graph", "calls"):
-            mine, its = self.median(one, mode), self.median(other, mode)
-            if mine is not None and its is not None:
-                called = mode == "calls" and "graph" in {**self.modes[one], **self.modes[other]}
-                return mine, its, ", called from Python" if called else ""
-        raise KeyError(other)
+        mine, its = self.modes(one), self.modes(other)
+        mode = "graph" if "graph" in mine and "graph" in its else "calls"
+        how = ", called from Python" if mode == "calls" and "graph" in {**mine, **its} else ""
+        return statistics.median(mine[mode]), statistics.median(its[mode]), how
+
+    def peak(self, name: str) -> int | None:
+        """Bytes, None where it is not known."""
+        return self.found.get(name, {}).get("peak_bytes")
+
+    def work(self, name: str) -> float:
+        """FLOP of one call."""
+        return self.found[name]["work"]
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -112,28 +111,7 @@ def suite_of(results: dict[str, Any]) -> str:
 def entries(results: dict[str, Any]) -> list[Entry]:
     """The measured rows, in the order they ran."""
     infos = [benchmark["extra_info"] for benchmark in results["benchmarks"]]
-    return [entry(info) for info in infos if "candidates" in info]
-
-
-def entry(info: dict[str, Any]) -> Entry:
-    found: dict[str, Any] = info["candidates"]
-    return Entry(
-        id=info["row"],
-        title=info["title"],
-        case=info["case"],
-        isa=info["isa"],
-        device=info["device"],
-        modes={n: c.get("modes") or {"calls": c["seconds"]} for n, c in found.items()},
-        peaks={n: c["peak_bytes"] for n, c in found.items()},
-        work={n: c["work"] for n, c in found.items()},
-        absent=info["absent"],
-        beside=tuple(info["beside"]),
-        traffic={n: c.get("traffic", 0.0) for n, c in found.items()},
-        missing={n: c.get("missing", {}).get("graph", "") for n, c in found.items()},
-        host_waits=info.get("host_waits"),
-        images=max((c.get("images", 0) for c in found.values()), default=0),
-        parts={n: parts for n, parts in info.get("parts", {}).items() if parts},
-    )
+    return [Entry(info) for info in infos if "candidates" in info]
 
 
 @dataclass(frozen=True)
@@ -166,70 +144,68 @@ def judge(asked: Asked, row: Entry | None, row_id: str, results: dict[str, Any])
     """One demand against the row it is about."""
     title = row.title if row else row_id
     try:
-        if row is None and asked.measure != "largest":
+        if asked.measure == "largest":
+            ours, other, value = largest(results)
+        elif row is None:
             raise Missing(results.get("skipped", {}).get(row_id, NOT_RUN))
-        ours, other, value = value_of(asked, row, results)  # type: ignore[arg-type]
+        else:
+            ours, other, value = value_of(asked, row, ceilings(results))
     except Missing as reason:
         return Verdict(title, "", asked.against, str(reason), bound(asked), None)
-    absolute = not asked.against and asked.measure in ("seconds", "memory", "syncs")
-    text = size(value) if asked.measure in ("memory", "saved") else ""
-    if not absolute:
-        text = text if asked.measure == "saved" else times(value)
+    text = times(value)
     if asked.measure in ("copy", "parts"):
         text = percent(value)
+    elif asked.measure in ("seconds", "syncs"):
+        text = ""
+    elif asked.measure == "saved" or not asked.against:
+        text = size(value)
     return Verdict(title, ours, other, text, bound(asked), asked.met(value))
 
 
-def value_of(asked: Asked, row: Entry, results: dict[str, Any]) -> tuple[str, str, float]:
+def value_of(asked: Asked, row: Entry, limits: dict[str, Any]) -> tuple[str, str, float]:
     """Ours and the other in words, and the value that is asked about; raises Missing."""
-    who, measure = asked.who, asked.measure
-    if measure == "largest":
-        return largest(results)
-    if who not in row.modes:
+    who, measure, against = asked.who, asked.measure, asked.against
+    if who not in row.found:
         raise Missing(row.absent.get(who, NOT_RUN))
     if measure == "syncs":
-        if row.host_waits is None:
-            raise Missing("not measured")
-        return row.host_waits or "the host never waits", "", float(bool(row.host_waits))
+        waits = known(row.info.get("host_waits"))
+        return waits or "the host never waits", "", float(bool(waits))
     if measure in ("memory", "saved"):
-        return memory(row, asked.against, measure)
+        ours, theirs = known(row.peak(who)), known(row.peak(against)) if against else 0
+        value = ours / max(theirs, 1) if against else float(ours)
+        other = f"{against}: {size(theirs)} extra" if against else ""
+        return f"{size(ours)} extra", other, float(theirs - ours) if measure == "saved" else value
     if measure == "parts":
-        parts = row.parts.get(who)
-        if not parts:
-            raise Missing("not measured")
+        parts = known(row.info.get("parts", {}).get(who) or None)
         ours = sum(parts.get(name, 0.0) for name in OUR_PARTS)
         return duration(ours), f"step: {duration(parts['step'])}", ours / parts["step"]
     if measure == "seconds":
         return duration(row.seconds(who)), "", row.seconds(who)
     if measure == "copy":
-        mine, copied = row.traffic[who] / row.seconds(who), ceilings(results).get("copy", NOT_RUN)
-        if isinstance(copied, str):
-            raise Missing(copied)
-        return bandwidth(mine), f"copy: {bandwidth(copied)}", mine / copied
-    names = asked.against.split(" | ")
-    others = [name for name in names if name in row.modes]
+        rate_of_ours, copied = row.found[who]["traffic"] / row.seconds(who), limits.get("copy")
+        if not isinstance(copied, float):
+            raise Missing(copied or NOT_RUN)
+        return bandwidth(rate_of_ours), f"copy: {bandwidth(copied)}", rate_of_ours / copied
+    names = against.split(" | ")
+    others = [name for name in names if name in row.found]
     if not others:
         reasons = [row.absent[name] for name in names if name in row.absent]
         raise Missing("; ".join(reasons) or NOT_RUN)
     other = min(others, key=lambda name: row.pair(who, name)[1])
     ours, theirs, how = row.pair(who, other)
     if measure == "rate":
-        mine, its = row.work[who] / ours, row.work[other] / theirs
+        mine, its = row.work(who) / ours, row.work(other) / theirs
         return rate(mine), f"{other}: {rate(its)}", mine / its
     value = theirs / ours if measure == "speed-up" else ours / theirs
     left = duration(ours) + how if who == "ours" else f"{who}: {duration(ours)}{how}"
     return left, f"{other}: {duration(theirs)}", value
 
 
-def memory(row: Entry, other: str, measure: str) -> tuple[str, str, float]:
-    """Peak memory in bytes, beside another candidate's, or less than another's."""
-    ours, theirs = row.peaks.get("ours"), row.peaks.get(other)
-    if ours is None or (other and theirs is None):
+def known(value: Any) -> Any:
+    """The value, or Missing where there is none."""
+    if value is None:
         raise Missing("not measured")
-    if theirs is None:
-        return f"{size(ours)} extra", "", float(ours)
-    value = float(theirs - ours) if measure == "saved" else ours / max(theirs, 1)
-    return f"{size(ours)} extra", f"{other}: {size(theirs)} extra", value
+    return value
 
 
 def largest(results: dict[str, Any]) -> tuple[str, str, float]:
@@ -292,15 +268,15 @@ def markdown(results: dict[str, Any]) -> str:
         parts.append(f"![speed-up against each baseline]({prefix}speedup.png)")
     limits = ceilings(results)
     for row in ran:
-        others = len(row.modes) + len(row.absent) - 1 - len(row.beside)
+        others = len(row.found) + len(row.absent) - 1 - len(row.info["beside"])
         if suite != "cpu" or (others > 0 and not row.id.startswith("scale")):
-            of = f" ({row.device})" if suite == "cpu" else ""
+            of = f" ({row.info['device']})" if suite == "cpu" else ""
             parts += [f"### {row.title}{of}", candidate_table(row, limits), *notes(row)]
     if results.get("largest"):
         lines = [f"- {name}: {one}" for name, one in results["largest"].items()]
         parts += ["## Batches that were tried", "\n".join(lines)]
-    losses = [row for row in ran if row.case["kind"] == "InfoNceCase" and "ours" in row.modes]
-    losses = [row for row in losses if row.isa is None]
+    losses = [row for row in ran if row.case["kind"] == "InfoNceCase" and "ours" in row.found]
+    losses = [row for row in losses if row.info["isa"] is None]
     if losses:
         parts += [
             "## Growth",
@@ -323,6 +299,12 @@ def ceilings(results: dict[str, Any]) -> dict[str, Any]:
     return (results["machine_info"] or {}).get("ceilings") or {}
 
 
+def machine_words(info: dict[str, Any]) -> str:
+    """As in `AMD EPYC, 2 threads, AVX-512`."""
+    threads = f"{info['threads']} thread{'' if info['threads'] == 1 else 's'}"
+    return f"{info['processor']}, {threads}, {ISA_NAMES.get(info['selected'], info['selected'])}"
+
+
 def machine_lines(results: dict[str, Any]) -> list[str]:
     """The machine, its state, its ceilings."""
     info = results["machine_info"]
@@ -336,10 +318,9 @@ def machine_lines(results: dict[str, Any]) -> list[str]:
         for when in ("state", "state_after"):
             told = ", ".join(f"{key} {value}" for key, value in info.get(when, {}).items())
             lines.append(f"nvidia-smi, {when.replace('_', ' ')}: {told}.")
-    isa = ISA_NAMES.get(info["selected"], info["selected"])
-    threads = f"{info['threads']} thread{'' if info['threads'] == 1 else 's'}"
+    processor, threads, isa = machine_words(info).rsplit(", ", 2)
     described += [
-        f"{info['processor']}, {info['cores']} cores, {threads}, {info['memory_gb']:g} GB",
+        f"{processor}, {info['cores']} cores, {threads}, {info['memory_gb']:g} GB",
         f"kernels: {isa}",
         f"torch {info['torch']}, Python {info['python_version']}, densecl_ext "
         f"{info['densecl_ext']}",
@@ -363,61 +344,61 @@ def machine_lines(results: dict[str, Any]) -> list[str]:
 
 
 def candidate_table(row: Entry, limits: dict[str, Any]) -> str:
-    """All candidates of a row, ours first; columns that say nothing are left out."""
-    on_gpu = any("graph" in modes for modes in row.modes.values()) or row.device == "cuda"
-    modes = ("graph", "cold", "calls") if on_gpu else ("calls",)
-    times_of = list(modes) if on_gpu else ["time"]
-    header = ["", *times_of, "time / ours", "rate", "of the limit", "extra memory"]
+    """All candidates of a row, ours first."""
+    gpu = row.on_gpu
+    modes = ("graph", "cold", "calls") if gpu else ("calls",)
     cells = []
-    for name in row.modes:
-        measured = [interval(row.modes[name].get(mode), spread=on_gpu) for mode in modes]
-        against = ""
-        if name != "ours" and "ours" in row.modes:
+    for name, found in row.found.items():
+        seconds, against, speed = row.seconds(name), "", ""
+        if name != "ours" and "ours" in row.found:
             ours, theirs, _ = row.pair("ours", name)
             against = times(theirs / ours)
-        seconds = row.seconds(name)
-        speed = f"{row.images / seconds:,.0f} images/s" if row.images else ""
-        speed = rate(row.work[name] / seconds) if row.work[name] else speed
-        share = share_of_limit(row, name, seconds, limits) if on_gpu else ""
-        cells.append([name, *measured, against, speed, share, size(row.peaks[name])])
+        if row.images:
+            speed = f"{row.images / seconds:,.0f} images/s"
+        elif found["work"]:
+            speed = rate(found["work"] / seconds)
+        line = [name, *(interval(row.modes(name).get(mode), spread=gpu) for mode in modes), against]
+        line += [speed, *([share_of_limit(row, name, limits)] if gpu else []), size(row.peak(name))]
+        cells.append(line)
+    header = ["", *(modes if gpu else ["time"]), "time / ours", "rate"]
+    header += [*(["of the limit"] if gpu else []), "extra memory"]
     cells += [[name, reason, *[""] * (len(header) - 2)] for name, reason in row.absent.items()]
-    if not on_gpu:
-        header = ["", "time", "time / ours", "rate", "extra memory"]
-        cells = [[*cell[:4], cell[5]] for cell in cells]
     return table(header, cells)
 
 
-def share_of_limit(row: Entry, name: str, seconds: float, limits: dict[str, Any]) -> str:
+def share_of_limit(row: Entry, name: str, limits: dict[str, Any]) -> str:
     """The time that operations or bytes need at the ceilings' rates, over the time taken.
 
     The ceiling of 16-bit products for 16-bit inputs, that of float32 for others: not said for
     baselines, which choose for themselves.
     """
-    exact = row.case.get("dtype", "float32") == "float32"
-    gemm, copy = limits.get("gemm_float32" if exact else "gemm_bfloat16"), limits.get("copy")
-    known = isinstance(gemm, float) and isinstance(copy, float)
-    if known and (name == "ours" or name in row.beside):
-        least = max(row.work[name] / gemm, row.traffic[name] / copy)
-        return f"{100 * least / seconds:.0f} %" if least else ""
-    return ""
+    dtype = "float32" if row.case.get("dtype", "float32") == "float32" else "bfloat16"
+    gemm, copy = limits.get(f"gemm_{dtype}"), limits.get("copy")
+    if not (isinstance(gemm, float) and isinstance(copy, float)):
+        return ""
+    if not (name.startswith("ours") or name in row.info["beside"]):
+        return ""
+    least = max(row.work(name) / gemm, row.found[name].get("traffic", 0.0) / copy)
+    return f"{100 * least / row.seconds(name):.0f} %" if least else ""
 
 
 def notes(row: Entry) -> list[str]:
     """What a table's reader must know besides."""
     found = []
-    if row.host_waits:
-        found.append(f"**Ours makes the host wait**: {row.host_waits}.")
-    missing = [f"{name}: {why}" for name, why in row.missing.items() if why]
-    if missing and not row.images:
-        found.append("Not in a graph: " + "; ".join(missing) + ".")
-    if row.parts:
-        names = [name for name in PARTS if any(name in parts for parts in row.parts.values())]
-        cells = [
-            [who, duration(parts["step"])]
-            + [f"{duration(parts[n])}, {percent(parts[n] / parts['step'])}" if n in parts else ""
-               for n in names]
-            for who, parts in row.parts.items()
-        ]  # fmt: skip
+    if waits := row.info.get("host_waits"):
+        found.append(f"**Ours makes the host wait**: {waits}.")
+    missing = {name: c.get("missing", {}).get("graph") for name, c in row.found.items()}
+    told = [f"{name}: {why}" for name, why in missing.items() if why and not row.images]
+    if told:
+        found.append("Not in a graph: " + "; ".join(told) + ".")
+    timed = {who: parts for who, parts in row.info.get("parts", {}).items() if parts}
+    if timed:
+        names = [name for name in PARTS if any(name in parts for parts in timed.values())]
+        cells = []
+        for who, parts in timed.items():
+            shares = [parts.get(name, 0.0) / parts["step"] for name in names]
+            words = [f"{duration(s * parts['step'])}, {percent(s)}" if s else "" for s in shares]
+            cells.append([who, duration(parts["step"]), *words])
         found.append(table(["", "step", *names], cells))
     return found
 
@@ -431,11 +412,11 @@ def scaling_table(found: Sequence[Entry]) -> str:
         case, ours = row.case, row.seconds("ours")
         if case["features"] != 128 or not case["gradient"]:
             continue
-        speed = rate(row.work["ours"] / ours)
+        speed = rate(row.work("ours") / ours)
         line = [case["dtype"], f"{case['rows']:,}", f"{case['queue_length']:,}", duration(ours)]
-        line += [speed, size(row.peaks["ours"])]
-        if "eager" in row.modes:
-            line += [duration(row.seconds("eager")), size(row.peaks["eager"])]
+        line += [speed, size(row.peak("ours"))]
+        if "eager" in row.found:
+            line += [duration(row.seconds("eager")), size(row.peak("eager"))]
         else:
             line += [row.absent.get("eager", ""), ""]
         cells.append(line)
@@ -448,7 +429,7 @@ def feature_table(found: Sequence[Entry]) -> str:
     cells = []
     for row in found:
         ours = row.seconds("ours")
-        speed = rate(row.work["ours"] / ours)
+        speed = rate(row.work("ours") / ours)
         cells.append([row.case["dtype"], str(row.case["features"]), duration(ours), speed])
     return table(["queue", "D", "time", "rate"], cells)
 

@@ -15,6 +15,7 @@ M, K, D = 1568, 65536, 128  # 32 images of 7 x 7 positions, MoCo's queue, MoCo's
 GPU_M = 12544  # 256 images
 SHORT = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 ATTENTION = "flash attention | cuDNN attention"
+SWEEPS = ("base", "overlap", "uniform", "threshold")  # as csrc's DENSECL_CUDA_SWEEP has them
 FORMULA = "normalise + matmul + max"
 
 
@@ -169,13 +170,16 @@ def gpu_rows() -> list[Row]:
     """A GPU's, in the order of what is asked of them."""
     first = InfoNceCase(GPU_M, K, D, "bfloat16")
     before, attention = "ours, before backward", ("flash attention", "cuDNN attention")
-    large = "M=12,544 K=65,536"
+    large, portable = "M=12,544 K=65,536", "ours [DENSECL_CUDA_KERNEL=portable]"
     found = [
         nce("nce", first, before, *attention, "eager", "eager TF32", "eager autocast",
             seconds=8.0, memory=("ours", "flash attention", "eager", "eager autocast"),
             asked=(Asked("seconds", "", 620 * US), Asked("seconds", "", 570 * US),
                    faster(ATTENTION, 1.25), faster("eager", 8.0), faster("eager autocast", 5.0),
                    Asked("memory", "", 30 * MB))),
+        # The steps of Hopper's schedule, each with the ones before it; ours has all.
+        nce("nce-sweep", first, *(f"ours [DENSECL_CUDA_SWEEP={step}]" for step in SWEEPS),
+            "ours [DENSECL_CUDA_PDL=0]", portable, title=", by kernel", seconds=5.0, memory=()),
         nce("nce-m256", replace(first, rows=256), before, *attention, "eager autocast",
             seconds=2.0, memory=("ours", "eager autocast"),
             asked=(Asked("seconds", "", 25 * US),)),
@@ -194,14 +198,11 @@ def gpu_rows() -> list[Row]:
             asked = Asked("seconds", "", most * US), faster(FORMULA, 5.0)
             found.append(match(f"match-{SHORT[dtype]}{short}", 256, dtype, last, *asked))
     step, half = StepLossCase(256, K, D), replace(first, dtype="float16")
-    portable = "ours [DENSECL_CUDA_KERNEL=portable]"
     found += [
         Row("step-loss", "matching and both losses, N=256 K=65,536, bfloat16", step,
             StepLossCase.names[1:], memory=StepLossCase.names),
         nce("nce-compile", first, "torch.compile", "torch.compile autocast", title=", compiled",
             memory=(), asked=(faster("torch.compile | torch.compile autocast", 3.0),)),
-        nce("nce-kernels", first, portable, "ours [DENSECL_CUDA_PDL=0]", title=", by kernel",
-            seconds=2.0, memory=()),
         nce("nce-f16", half, portable, *attention, seconds=2.0, memory=()),
     ]  # fmt: skip
     for size in (64, 96, 192, 256):
@@ -216,7 +217,7 @@ def gpu_rows() -> list[Row]:
 
 
 def step_rows() -> list[Row]:
-    """The whole training step; a capture comes last, for one that fails keeps others from theirs."""
+    """The whole step; a capture comes last, for one that fails keeps others from theirs."""
     graph = "CUDA graph"
 
     def row(id: str, title: str, batch: int, *others: str, **named: Any) -> Row:

@@ -15,8 +15,8 @@ import math
 import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ IMAGE_BYTES = 3 * 224 * 224 * 4  # float32
 # read by the next convolution. Backward: ReLU 3, batch norm 5, both products of the convolution 4.
 FORWARD_ACCESSES, BACKWARD_ACCESSES = 7, 12
 GPUS = (1, 8, 64, 512)
+COLOURS = ("#8a8f98", "#0072b2", "#d55e00")
 # Paper, table 9: 1'46'' an epoch of COCO on 8 V100, batch 256: 462 steps of 256 images.
 PUBLISHED = 462 * 256 / 106 / 8
 PUBLISHED_SOURCE = "published: DenseCL, table 9, 1'46'' an epoch of COCO on 8 V100, float32"
@@ -41,21 +42,13 @@ RECIPES = {
 }
 
 
-@dataclass(frozen=True)
-class Network:
-    """An encoder at 224 pixels, per image.
+class Network(NamedTuple):
+    """An encoder with both heads at 224 pixels, per image."""
 
-    Attributes:
-        macs: multiply-adds of a forward, heads included.
-        activations: numbers that its convolutions write.
-        parameters: trainable weights, both heads included.
-        positions: of the dense grid.
-    """
-
-    macs: float
-    activations: float
+    macs: float  # multiply-adds of a forward
+    activations: float  # numbers that its convolutions write
     parameters: float
-    positions: int
+    positions: int  # of the dense grid
 
 
 def count(backbone: str = "resnet50") -> Network:
@@ -80,27 +73,17 @@ def count(backbone: str = "resnet50") -> Network:
     return Network(macs, activations, parameters, features.shape[2] * features.shape[3])
 
 
-@dataclass(frozen=True)
-class Machine:
-    """A GPU, its links, and where the numbers come from.
-
-    Attributes:
-        name, source: as people say it; of the numbers.
-        flops, memory: dense FLOP/s in the network's precision, bytes/s.
-        element: bytes of an activation.
-        local, remote: bytes/s that a GPU sends to others of its node, and to other nodes.
-        price: of a GPU-hour, in dollars.
-        per_node: GPUs of a node.
-    """
+class Machine(NamedTuple):
+    """A GPU, its links, and where the numbers come from."""
 
     name: str
     source: str
-    flops: float
-    memory: float
-    element: int
-    local: float
-    remote: float
-    price: float
+    flops: float  # dense, in the network's precision
+    memory: float  # bytes/s
+    element: int  # bytes of an activation
+    local: float  # bytes/s that a GPU sends to others of its node
+    remote: float  # ... and to other nodes
+    price: float  # dollars a GPU-hour
     per_node: int = 8
 
 
@@ -122,30 +105,18 @@ MACHINES = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Assumptions:
-    """What no data sheet says.
+class Assumptions(NamedTuple):
+    """What no data sheet says."""
 
-    Attributes:
-        link: share of a link's speed that a collective reaches.
-        latency: seconds of one hop of a collective.
-        hidden: share of the step (the query's backward pass) that gradients may travel behind.
-        fixed_bytes: memory traffic of a step whatever its batch, per parameter: momentum update 12,
-            SGD 20 (reads of weight, gradient and momentum, writes of weight and momentum).
-    """
-
-    link: float = 0.8
-    latency: float = 5e-6
-    hidden: float = 0.5
-    fixed_bytes: float = 32.0
+    link: float = 0.8  # share of a link's speed that a collective reaches
+    latency: float = 5e-6  # seconds of one hop of a collective
+    hidden: float = 0.5  # share of the step that gradients may travel behind
+    fixed_bytes: float = 32.0  # a step's traffic per parameter: momentum update 12, SGD 20
 
 
 def roofline(network: Network, machine: Machine) -> tuple[float, float]:
-    """Seconds an image needs at least: arithmetic, memory traffic; the larger one limits.
-
-    Query forward and backward and key forward: 4 forwards of arithmetic. The losses: 4 K D FLOP for
-    each of the positions and the global vector.
-    """
+    """Seconds an image needs at least: arithmetic, memory traffic; the larger one limits."""
+    # Query forward and backward, key forward; 4 K D for each position and the global vector.
     flop = 4 * 2 * network.macs + 4 * (network.positions + 1) * QUEUE * DIM
     passes = 2 * FORWARD_ACCESSES + BACKWARD_ACCESSES
     traffic = passes * network.activations * machine.element
@@ -153,11 +124,7 @@ def roofline(network: Network, machine: Machine) -> tuple[float, float]:
 
 
 def exchange(size: float, gpus: int, machine: Machine, a: Assumptions, kind: str) -> float:
-    """Seconds of a collective: within the node, and over nodes by each GPU for its share.
-
-    "sum": `size` bytes are scattered, summed over nodes, gathered. "gather": until every GPU has
-    the `size` bytes of each, over nodes first.
-    """
+    """Seconds to "sum" `size` bytes, or to "gather" those of each GPU: in the node and between."""
     if gpus == 1:
         return 0.0
     inside = min(gpus, machine.per_node)
@@ -170,24 +137,16 @@ def exchange(size: float, gpus: int, machine: Machine, a: Assumptions, kind: str
     return sent / a.link + a.latency * math.ceil(math.log2(gpus))
 
 
-@dataclass(frozen=True)
-class Step:
-    """A step on G GPUs of `batch` images each; times in seconds.
-
-    Attributes:
-        compute: without any exchange.
-        gradients: that gradients travel; `shown`: what of it the backward pass does not hide.
-        keys: to gather keys, which nothing hides.
-        shuffle: that MoCo's Shuffle-BN would gather images; not part of the step here.
-    """
+class Step(NamedTuple):
+    """A step on G GPUs of `batch` images each; times in seconds."""
 
     gpus: int
     batch: float
-    compute: float
-    gradients: float
-    shown: float
-    keys: float
-    shuffle: float
+    compute: float  # without any exchange
+    gradients: float  # that they travel
+    shown: float  # what of it the backward pass does not hide
+    keys: float  # to gather them, which nothing hides
+    shuffle: float  # that MoCo's Shuffle-BN would gather images; no part of the step here
 
     @property
     def seconds(self) -> float:
@@ -195,17 +154,14 @@ class Step:
 
     @property
     def images_per_second(self) -> float:
-        """Of all GPUs together."""
         return self.gpus * self.batch / self.seconds
 
     @property
     def shuffled_images_per_second(self) -> float:
-        """The same with the gathered images of MoCo's Shuffle-BN."""
         return self.gpus * self.batch / (self.seconds + self.shuffle)
 
     @property
     def efficiency(self) -> float:
-        """Share of what G separate GPUs would reach."""
         return self.compute / self.seconds
 
 
@@ -291,14 +247,16 @@ def markdown(rate: float, batch: int, source: str, n: Network, m: Machine, a: As
     return "\n".join([*lines, "", f"The paper's authors report, on 8 V100: {reported}.", ""])
 
 
-def draw(found: Sequence[tuple[Machine, float, int, str]], n: Network, a: Assumptions, png: Path) -> None:
+def draw(
+    found: Sequence[tuple[Machine, float, int, str]], n: Network, a: Assumptions, png: Path
+) -> None:
     """Images/s over GPUs, and how much of the GPUs the exchanges leave."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.4), dpi=110, layout="constrained")
     total, share = figure.subplots(1, 2)
     counts = [2**power for power in range(10)]
-    for (machine, rate, batch, source), colour in zip(found, ("#8a8f98", "#0072b2", "#d55e00")):
+    for (machine, rate, batch, source), colour in zip(found, COLOURS, strict=False):
         steps = [step_of(gpus, batch, rate, n, machine, a) for gpus in counts]
         few = [step_of(gpus, 256 / gpus, rate, n, machine, a) for gpus in counts[:9]]
         label = f"{machine.name} ({source.partition(':')[0].partition(',')[0]})"
@@ -340,14 +298,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", help='which of it, as in "step-256, CUDA graph"')
     parser.add_argument("--batch", type=int, help="images a GPU; default: the measured, or 32")
     parser.add_argument("--price", type=float, help="dollars a GPU-hour")
-    for field in fields(Assumptions):
-        flag = f"--{field.name.replace('_', '-')}"
-        parser.add_argument(flag, type=float, default=field.default, help="see Assumptions")
+    for name, value in Assumptions()._asdict().items():
+        flag = f"--{name.replace('_', '-')}"
+        parser.add_argument(flag, type=float, default=value, help="see Assumptions")
     parser.add_argument("--out", type=Path, default=Path("build/scale"))
     options = parser.parse_args(arguments)
     if (options.step or options.images_per_second) and len(options.machine) != 1:
         parser.error("a given rate is that of one --machine")
-    assumed = Assumptions(*(getattr(options, field.name) for field in fields(Assumptions)))
+    assumed = Assumptions(*(getattr(options, name) for name in Assumptions._fields))
     network = count(options.backbone)
     share = PUBLISHED * max(roofline(network, MACHINES["v100"]))
     found, texts = [], []
@@ -363,7 +321,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif name == "v100":
             rate, source = PUBLISHED, PUBLISHED_SOURCE
         if options.price is not None:
-            machine = replace(machine, price=options.price)
+            machine = machine._replace(price=options.price)
         texts.append(markdown(rate, batch, source, network, machine, assumed))
         found.append((machine, rate, batch, source))
     options.out.mkdir(parents=True, exist_ok=True)

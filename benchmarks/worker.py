@@ -180,7 +180,9 @@ def start_peak(device: torch.device) -> int:
     return 1024 * int(machine.kilobytes(str(PROC / "status"), "VmRSS"))
 
 
-def peak_of(request: dict[str, Any], known: dict[Case, Any], device: torch.device) -> dict[str, Any]:
+def peak_of(
+    request: dict[str, Any], known: dict[Case, Any], device: torch.device
+) -> dict[str, Any]:
     """Bytes that one call needs beyond what was there before it, and what it returned."""
     case, name = from_message(request["case"]), request["name"]
     small = case.shrunk()

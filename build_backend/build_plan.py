@@ -17,6 +17,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 MINIMUM_TORCH = (2, 10)
+MINIMUM_SETUPTOOLS = (77, 0)
 TARGET_ABI = "2.10"
 TORCH_REQUIREMENT = f"torch>={TARGET_ABI}"
 
@@ -30,16 +31,10 @@ CUDA_SETTINGS = ("auto", "0", "1")
 # the driver compiles for whatever comes later.
 CUDA_ARCHS = "8.0+PTX;9.0a"
 HOPPER = "9.0a"
-# No torch header is compiled by nvcc, so what it warns of is ours.
-NVCC_FLAGS = (
-    "-std=c++20",
-    "-O3",
-    "-lineinfo",
-    "-Werror",
-    "all-warnings",
-    "--compiler-options",
-    "-fvisibility=hidden",
-)
+NVCC_FLAGS = ("-std=c++20", "-O3", "-lineinfo", "--compiler-options", "-fvisibility=hidden")
+# No torch header is compiled by nvcc, so what it warns of is ours; a warning that a new host
+# compiler brings must not cost a machine its build, though: DENSECL_CUDA_WARNINGS=allow.
+WARNING_FLAGS = {"error": ("-Werror", "all-warnings"), "allow": ()}
 
 
 class BuildError(RuntimeError):
@@ -123,6 +118,17 @@ def cuda_archs(setting: str | None) -> list[str]:
     return archs
 
 
+def nvcc_flags(warnings: str | None) -> list[str]:
+    """What nvcc is given beside the architectures; ``warnings``: ``DENSECL_CUDA_WARNINGS``.
+
+    Raises:
+        ValueError: ``warnings`` is neither "error", which is the default, nor "allow".
+    """
+    if (warnings or "error") not in WARNING_FLAGS:
+        raise ValueError(f"DENSECL_CUDA_WARNINGS must be one of error, allow; got {warnings!r}")
+    return [*NVCC_FLAGS, *WARNING_FLAGS[warnings or "error"]]
+
+
 def gencode_flags(archs: Sequence[str]) -> list[str]:
     """What tells nvcc to compile for the architectures."""
     flags = []
@@ -146,6 +152,16 @@ def release(version: str) -> tuple[int, int]:
     """Major and minor of a version such as "2.11.0+cu130"; (0, 0) where it has none."""
     match = re.match(r"(\d+)\.(\d+)", version)
     return (int(match[1]), int(match[2])) if match else (0, 0)
+
+
+def require_setuptools(version: str) -> None:
+    """Raises BuildError for a setuptools that cannot read pyproject.toml's licence."""
+    if release(version) < MINIMUM_SETUPTOOLS:
+        raise BuildError(
+            f"building densecl_ext needs setuptools {MINIMUM_SETUPTOOLS[0]} or later, this "
+            f"environment has {version}: pip install --upgrade setuptools, or install without "
+            "--no-build-isolation"
+        )
 
 
 def environment_paths() -> list[str]:

@@ -9,19 +9,22 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from importlib.metadata import version
 from importlib.util import find_spec
 
-import plain_wheel
 from build_plan import (
     MINIMUM_TORCH,
     TORCH_REQUIREMENT,
-    BuildError,
     environment_paths,
     release,
+    require_setuptools,
     torch_version,
 )
 from setuptools import build_meta
 from setuptools.build_meta import build_sdist as build_sdist
+
+# pip checks what a build requires in isolation alone, and an older one stops at pyproject.toml.
+require_setuptools(version("setuptools"))
 
 Settings = Mapping[str, object] | None
 
@@ -63,11 +66,6 @@ def build_editable(
     wheel_directory: str, config_settings: Settings = None, metadata_directory: str | None = None
 ) -> str:
     """Builds the modules in place and the wheel that points at them."""
-    if plain_wheel.is_needed():
-        raise BuildError(
-            "an editable install with a setuptools older than 70.1 needs the package wheel: "
-            "pip install wheel, or install without --no-build-isolation"
-        )
     _reach_torch()
     return build_meta.build_editable(wheel_directory, config_settings, metadata_directory)
 

@@ -143,8 +143,12 @@ def told(cls: type, error: ValidationError, values: Mapping[str, Any]) -> str:
 
 
 def check_names(cls: type, values: Mapping[str, Any], *, source: str) -> dict[str, Any]:
-    """Returns the mapping with field names, or raises ValueError with the nearest known name."""
-    known = list(properties(cls))
+    """Returns the mapping with field names, or raises ValueError with the nearest known name.
+
+    A number of a choice (`Literal[8, 16]`), which was written as text, becomes that number.
+    """
+    schemas = properties(cls)
+    known = list(schemas)
     checked: dict[str, Any] = {}
     for key, value in values.items():
         name = str(key).replace("-", "_")
@@ -154,7 +158,8 @@ def check_names(cls: type, values: Mapping[str, Any], *, source: str) -> dict[st
             raise ValueError(f"{source}: unknown option {key!r}{hint}")
         if name in checked:
             raise ValueError(f"{source}: option {name} is given twice, as {key!r} too")
-        checked[name] = value
+        numbers = {str(word): word for word in words(schemas[name])}
+        checked[name] = numbers.get(value, value) if isinstance(value, str) else value
     return checked
 
 

@@ -31,15 +31,17 @@ def unit_rows(rows: Tensor) -> Tensor:
 def info_nce(
     query: Tensor,
     positive: Tensor,
-    queue: Tensor,
+    queue: Tensor | Any,
     *,
-    temperature: float = 0.2,
+    temperature: float | Tensor = 0.2,
     normalize: bool = True,
     filled: int | Tensor | None = None,
     row_weight: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
     """InfoNCE of rows against a queue (MoCo, eq. 1); see :func:`densecl_ext.ops.info_nce`."""
+    if not isinstance(queue, Tensor):  # a KeyQueue
+        queue, filled = queue.keys, queue.filled
     dtype = torch.promote_types(torch.promote_types(query.dtype, positive.dtype), torch.float32)
     query, positive = query.to(dtype), positive.to(dtype)
     if normalize:
@@ -61,8 +63,9 @@ def dense_match(query_features: Tensor, key_features: Tensor, *, mutual: bool = 
     DenseCL, section 3.3, eq. 3.
     """
     dtype = torch.promote_types(query_features.dtype, torch.float32)
-    query = F.normalize(query_features.flatten(2).to(dtype), dim=1)  # (N, C, Sq)
-    key = F.normalize(key_features.flatten(2).to(dtype), dim=1)  # (N, C, Sk)
+    tiny = torch.finfo(dtype).tiny  # in float64 vectors of any float32 length keep their direction
+    query = F.normalize(query_features.flatten(2).to(dtype), dim=1, eps=tiny)  # (N, C, Sq)
+    key = F.normalize(key_features.flatten(2).to(dtype), dim=1, eps=tiny)  # (N, C, Sk)
     similarity = query.transpose(1, 2) @ key  # (N, Sq, Sk)
     match = similarity.argmax(dim=2)  # (N, Sq)
     if mutual:
@@ -76,9 +79,9 @@ def dense_info_nce(
     query_grid: Tensor,
     key_grid: Tensor,
     match: Tensor,
-    queue: Tensor,
+    queue: Tensor | Any,
     *,
-    temperature: float = 0.2,
+    temperature: float | Tensor = 0.2,
     normalize: bool = True,
     filled: int | Tensor | None = None,
     row_weight: Tensor | None = None,
@@ -111,13 +114,13 @@ def dense_info_nce(
 def joint_info_nce(
     query: Tensor,
     positive: Tensor,
-    queue: Tensor,
+    queue: Tensor | Any,
     query_grid: Tensor,
     key_grid: Tensor,
     match: Tensor,
-    dense_queue: Tensor,
+    dense_queue: Tensor | Any,
     *,
-    temperature: float = 0.2,
+    temperature: float | Tensor = 0.2,
     normalize: bool = True,
     filled: int | Tensor | None = None,
     dense_filled: int | Tensor | None = None,
@@ -151,6 +154,10 @@ def ema_update_(
 ) -> None:
     """Momentum update, one parameter at a time (MoCo, eq. 2); see ``densecl_ext.ops``."""
     for target, source in zip(targets, sources, strict=True):
+        if not isinstance(momentum, Tensor) and momentum in (0.0, 1.0):
+            if momentum == 0.0:
+                target.copy_(source)  # 0 times an infinite or NaN target would be NaN
+            continue
         dtype = torch.promote_types(target.dtype, torch.float32)
         target.copy_(momentum * target.to(dtype) + (1.0 - momentum) * source.to(dtype))
 

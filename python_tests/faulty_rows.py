@@ -1,4 +1,4 @@
-"""benchmarks/worker.py, but rows named in FAULTS go wrong, and "sm90" ones unless all is portable."""
+"""benchmarks/worker.py, but rows named in FAULTS go wrong; "sm90" ones unless all is portable."""
 
 from __future__ import annotations
 

@@ -71,11 +71,24 @@ def on_device(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+    return torch.Generator("cpu").manual_seed(seed)
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=generator(seed))
+    """The same numbers on every device, on the one that new tensors go to."""
+    drawn = torch.randn(shape, generator=generator(seed), device="cpu")
+    return drawn.to(torch.get_default_device())
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The test's new tensors go to each device in turn."""
+    torch.set_default_device(request.param)
+    yield request.param
+    torch.set_default_device(None)
+
+
+on_each_device = pytest.mark.usefixtures("device")
 
 
 def unit(rows: Tensor) -> Tensor:

@@ -189,6 +189,24 @@ def test_shuffled_forward_restores_the_order_of_every_output() -> None:
     assert torch.equal(pair[1], images + 1)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_layer_of_16_bit_parameters(dtype: torch.dtype, affine: bool, device: str) -> None:
+    torch.manual_seed(0)
+    plain = nn.BatchNorm2d(5, affine=affine).to(device, dtype)
+    x = torch.randn(12, 5, 4, 3, device=device).to(dtype)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        for with_grad in (True, False):
+            split = split_batch_norms(copy.deepcopy(plain), 4)
+            expected, mean, var = group_by_group(plain, x.contiguous(memory_format=layout), 4)
+            with torch.set_grad_enabled(with_grad):
+                got = split(x.contiguous(memory_format=layout))
+            assert got.dtype == dtype and torch.equal(got, expected)
+            torch.testing.assert_close(split.running_mean, mean)
+            torch.testing.assert_close(split.running_var, var)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,4 +1,4 @@
-"""Workers and commands that hang, fault, chatter or leave children: the next one runs, none stays."""
+"""Workers and commands that hang, fault or leave children: the next one runs, none stays."""
 
 from __future__ import annotations
 
@@ -88,7 +88,8 @@ def test_a_commands_whole_group_ends(then: str, status: int, tmp_path: Path) -> 
 def test_termination_ends_what_runs(tmp_path: Path) -> None:
     code = (
         "import sys; from benchmarks.processes import call, end_on_termination; "
-        f"end_on_termination(); call([sys.executable, '-c', {LEAVES_A_CHILD + 'time.sleep(60)'!r}], 60.0)"
+        "end_on_termination(); "
+        f"call([sys.executable, '-c', {LEAVES_A_CHILD + 'time.sleep(60)'!r}], 60.0)"
     )
     driver = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE)
     assert driver.stdout is not None

@@ -1,4 +1,4 @@
-"""How the benchmarks time: on a clock of ours, and CudaClock on a layer that only keeps a record."""
+"""How the benchmarks time: on a clock of ours, and CudaClock on a layer that keeps a record."""
 
 from __future__ import annotations
 

@@ -18,6 +18,7 @@ import train_runs as runs
 from densecl_ext import cli, info
 from densecl_ext.checkpoints import load_checkpoint
 from densecl_ext.cli.pretraining import pretrain, pretrain_config
+from densecl_ext.train import load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = ("pretrain", "export", "import", "evaluate", "visualize", "info")
@@ -115,29 +116,16 @@ def test_a_reader_that_has_gone_is_no_error() -> None:
     assert process.stderr.read() == b"" and process.wait() == 141
 
 
-def test_a_missing_package_is_told_with_how_to_get_it(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for missing in ("pydantic", "yaml"):
-        code = (
-            f"import sys; sys.modules[{missing!r}] = None\n"
-            "from densecl_ext import cli; sys.exit(cli.main(['pretrain', '--data', 'x']))"
-        )
-        result = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT
-        )
-        assert result.returncode == 2
-        assert result.stderr == (
-            f"densecl pretrain: error: needs {missing}, which is not installed: "
-            "pip install 'densecl_ext[train]'\n"
-        )
-    monkeypatch.delitem(sys.modules, "densecl_ext.train.loop", raising=False)
-    monkeypatch.setitem(sys.modules, "lightning.fabric", None)
-    monkeypatch.setitem(sys.modules, "lightning", None)
-    assert cli.main(["pretrain", "--data", "x"]) == 2
-    error = capsys.readouterr().err
-    assert "needs lightning" in error and "pip install 'densecl_ext[train]'" in error
-    assert error.count("\n") == 1
+@pytest.mark.parametrize("missing", ["pydantic", "yaml", "lightning"])
+def test_a_missing_package_is_told_with_how_to_get_it(missing: str) -> None:
+    code = (
+        f"import sys; sys.modules[{missing!r}] = None\n"
+        "from densecl_ext import cli; sys.exit(cli.main(['pretrain', '--data', 'x']))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 2
+    assert f"needs {missing}" in result.stderr and result.stderr.count("\n") == 1
+    assert "which is not installed: pip install 'densecl_ext[train]'" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -199,24 +187,56 @@ def test_options_override_the_recipe(tmp_path: Path) -> None:
     assert (config.batch_size, config.epochs, config.tensorboard) == (32, 9, False)
 
 
+def test_dry_run_prints_the_recipe_and_writes_nothing(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["pretrain", "--data", str(data), "--output", str(tmp_path / "run"), *TINY]
+    threads = torch.get_num_threads()
+    try:
+        assert cli.main([*words, "--dry-run"]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    captured = capsys.readouterr()
+    assert "queue_length: 8\n" in captured.out and "lr: 0.009375\n" in captured.out
+    assert captured.err.endswith("26 images, 6 steps on cpu; nothing written\n")
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "again.yaml").write_text(captured.out)
+    assert load_recipe(tmp_path / "again.yaml")["queue_length"] == "8"
+    assert cli.main([*words, "--dry-run", "--weights", "none.pth"]) == 2
+
+
+def test_torchrun_is_told_clearly(data: Path, tmp_path: Path) -> None:
+    """Two processes, as torchrun starts them; neither says that another one is training."""
+    pytest.importorskip("lightning")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    words = ["-m", "densecl_ext", "pretrain", "--data", data, "--output", tmp_path / "run", *TINY]
+    result = subprocess.run([*launch, *words], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode != 0
+    assert "started as one of 2 processes (WORLD_SIZE)" in result.stderr
+    assert "another process is training" not in result.stderr
+
+
 def test_from_photographs_to_torchvision(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torchvision = pytest.importorskip("torchvision")
     pytest.importorskip("lightning")
     (data / "broken.png").write_bytes(b"not an image")
-    run, threads = str(tmp_path / "run"), torch.get_num_threads()
+    run, threads = str(tmp_path / "my run"), torch.get_num_threads()
     try:
         begin = ["pretrain", "--data", str(data), "--output", run, *TINY]
         assert cli.main([*begin, "--max-steps", "2"]) == 0
         captured = capsys.readouterr()
         assert "skipped 1 files that do not decode" in captured.err
-        assert "step 2 of 6" in captured.out and "--resume --max-steps none" in captured.out
+        assert "step 2 of 6" in captured.out
+        assert f"--output '{run}' --resume --max-steps none" in captured.out
         assert cli.main(begin) == 2
         assert "--resume" in capsys.readouterr().err
         # Nothing but the folder is needed to go on.
         assert cli.main(["pretrain", "--output", run, "--resume", "--max-steps", "none"]) == 0
-        assert "step 6 of 6, loss" in capsys.readouterr().out
+        out = capsys.readouterr().out
+        assert "step 6 of 6, loss" in out and f"wrote {run}/backbone.pth; use it:" in out
+        assert "minus mean (0.485, 0.456, 0.406)" in out
         assert cli.main(["pretrain", "--output", run, "--resume", "--epochs", "5"]) == 2
         assert "cannot resume with epochs = 5" in capsys.readouterr().err
     finally:

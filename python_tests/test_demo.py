@@ -52,7 +52,7 @@ def test_demo_runs_to_the_end(
 
 def test_the_network_before_is_what_pre_training_starts_from(demo: ModuleType) -> None:
     from densecl_ext.train.build import starting_backbone
-    from densecl_ext.train.state import seed_everything
+    from densecl_ext.train.run import seed_everything
 
     config = demo.PretrainConfig.from_mapping({**demo.PRETRAINING, "seed": 5})
     seed_everything(config.seed)

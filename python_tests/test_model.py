@@ -13,7 +13,7 @@ import torch.multiprocessing as mp
 from tiny_models import TinyBackbone, crops, two_views
 from torch import Tensor, nn
 
-from densecl_ext.nn.distributed import gather_keys
+from densecl_ext.nn.distributed import gather_keys, mean_over_ranks
 from densecl_ext.nn.matching import MATCHINGS, geometric_match
 from densecl_ext.nn.model import DenseCL, DenseCLOutput
 
@@ -356,9 +356,62 @@ def test_examples_run(name: str) -> None:
     assert result.attempted > 0 and result.failed == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_whole_model_of_16_bit_numbers_trains(dtype: torch.dtype) -> None:
+    """With the default number of batch-norm groups; the loss stays float32."""
+    model = build(key_bn_groups=8, queue_init="random", matching="dense").to(dtype)
+    assert model.global_queue.keys.dtype == dtype
+    optimizer = sgd(model)
+    exact = build(key_bn_groups=8, queue_init="random", matching="dense")
+    exact.load_state_dict(model.state_dict())
+    for step in range(3):
+        views = two_views(16, seed=step)
+        torch.manual_seed(step)
+        out = model(*(view.to(dtype) for view in views))
+        if step == 0:
+            torch.manual_seed(step)
+            assert out.loss.dtype == torch.float32
+            assert out.loss.item() == pytest.approx(exact(*views).loss.item(), rel=0.05)
+        optimizer.zero_grad()
+        out.loss.backward()
+        optimizer.step()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+SETTINGS: list[dict[str, object]] = [
+    {},
+    {"lambda_warmup_steps": 2},
+    {"matching": "geometric"},
+    {"matching": "dense", "mutual_matching": True},
+    {"matching": "random", "loss_lambda": 1.0},
+    {"loss_lambda": 0.0},
+]
+
+
+@pytest.mark.parametrize("groups", [1, 8])
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_a_training_step_compiles_in_one_graph(settings: dict[str, object], groups: int) -> None:
+    torch._dynamo.reset()
+    model = build(key_bn_groups=groups, queue_init="random", **settings)
+    eager = copy.deepcopy(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    views, boxes = two_views(16), {"crop_q": crops(16), "crop_k": crops(16, 50)}
+    torch.manual_seed(1)
+    compiled(*views, **boxes).loss.backward()
+    torch.manual_seed(1)
+    eager(*views, **boxes).loss.backward()
+    for (name, got), expected in zip(model.named_parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(got.grad, expected.grad, msg=name)
+        torch.testing.assert_close(got, expected, msg=name)
+    assert int(model.step) == 1
+    torch._dynamo.reset()
+
+
 def test_gathering_alone_changes_nothing() -> None:
     keys = torch.randn(3, 4)
     assert gather_keys(keys) is keys
+    mean = torch.tensor(2.0)
+    assert mean_over_ranks(mean, torch.tensor([[0, -1]])) is mean
 
 
 def _one_rank(rank: int, folder: str) -> None:
@@ -374,6 +427,71 @@ def _one_rank(rank: int, folder: str) -> None:
         optimizer.step()
     torch.save(model.state_dict(), f"{folder}/rank{rank}.pt")
     dist.destroy_process_group()
+
+
+class FlatBackbone(nn.Sequential):
+    """No batch norm: what a process computes of an image depends on no other image."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Conv2d(3, 12, 8, stride=8), nn.Tanh())
+        self.out_channels = 12
+
+
+MASKED: list[dict[str, object]] = [
+    {"matching": "geometric"},
+    {"matching": "geometric", "loss_lambda": 1.0},
+    {"mutual_matching": True},
+    {"matching": "backbone"},
+]
+
+
+def _gradients(settings: dict[str, object], ranks: int, rank: int) -> list[Tensor]:
+    """Of 12 images, of which this process has its part."""
+    torch.manual_seed(0)
+    defaults = {"dim": 8, "hidden_dim": 16, "queue_length": 20, "key_bn_groups": 1}
+    model = DenseCL(FlatBackbone(), queue_init="random", **{**defaults, **settings})
+    parallel = nn.parallel.DistributedDataParallel(model) if ranks > 1 else model
+    part = slice(12 // ranks * rank, 12 // ranks * (rank + 1))
+    # Crops that hardly meet in one half of the images: the processes have different counts.
+    boxes = crops(12), crops(12, 50)
+    boxes[1][6:, :4] += 45.0
+    views = two_views(12)
+    out = parallel(views[0][part], views[1][part], crop_q=boxes[0][part], crop_k=boxes[1][part])
+    out.loss.backward()
+    return [p.grad for p in model.parameters() if p.grad is not None]
+
+
+def _half_a_batch(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    gradients = [_gradients(settings, 2, rank) for settings in MASKED]
+    match = torch.tensor([[0, -1], [2, -1]] if rank == 0 else [[1, 1], [1, 0]])
+    weight = torch.tensor([[2.0, 9.0], [1.0, 9.0]] if rank == 0 else [[1.0, 0.0], [1.0, 3.0]])
+    shares = [
+        mean_over_ranks(torch.tensor(10.0 + rank), match),
+        mean_over_ranks(torch.tensor(10.0 + rank), match, weight),
+        mean_over_ranks(torch.tensor(0.0), torch.full((2, 2), -1)),
+    ]
+    torch.save((gradients, shares), f"{folder}/rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="torch was built without distributed")
+def test_two_processes_have_the_gradients_of_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twice 6 images and once 12, where positions without a match are spread unevenly."""
+    here = os.path.dirname(__file__)
+    path = os.pathsep.join([here, os.path.dirname(here), os.environ.get("PYTHONPATH", "")])
+    monkeypatch.setenv("PYTHONPATH", path)
+    mp.spawn(_half_a_batch, args=(str(tmp_path),), nprocs=2)
+    (first, shares), (second, others) = (torch.load(tmp_path / f"rank{r}.pt") for r in range(2))
+    for settings, got, same in zip(MASKED, first, second, strict=True):
+        for ours, theirs, expected in zip(got, same, _gradients(settings, 1, 0), strict=True):
+            assert torch.equal(ours, theirs)
+            torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-4, msg=str(settings))
+    means = [float(a + b) / 2 for a, b in zip(shares, others, strict=True)]
+    assert means == pytest.approx([(2 * 10 + 4 * 11) / 6, (3 * 10 + 5 * 11) / 8, 0.0])
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="torch was built without distributed")

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny_models import TinyBackbone
-from torch import nn
+from torch import Tensor, nn
 
 from densecl_ext.nn.momentum import MomentumEncoder
 
@@ -79,3 +79,50 @@ def test_errors() -> None:
     with pytest.raises(ValueError, match=r"'weight'.*\(2, 3\).*\(2, 4\)"):
         encoder.update_(nn.Linear(4, 2))
     assert torch.equal(encoder.module.weight, before)
+
+
+def test_wrappers_of_the_query_encoder_are_looked_through() -> None:
+    """torch.compile of the module, of a part of it, in place; DataParallel; and both at once."""
+    torch.manual_seed(0)
+    module = TinyBackbone()
+    part = TinyBackbone()
+    part.layers[0] = torch.compile(part.layers[0], backend="eager")
+    part.load_state_dict(
+        {
+            name.replace("layers.0.", "layers.0._orig_mod."): value
+            for name, value in module.state_dict().items()
+        }
+    )
+    ways = [
+        torch.compile(module, backend="eager"),
+        nn.DataParallel(module),
+        nn.DataParallel(torch.compile(module, backend="eager")),
+        torch.compile(nn.DataParallel(module), backend="eager"),
+        part,
+    ]
+    for wrapped in ways:
+        for start in (TinyBackbone(), wrapped):
+            encoder = MomentumEncoder(start, momentum=0.5)
+            middle = [(a + b) / 2 for a, b in pairs(encoder, module)]
+            encoder.update_(wrapped)
+            for (moved, _), expected in zip(pairs(encoder, module), middle, strict=True):
+                torch.testing.assert_close(moved, expected)
+            encoder.copy_(wrapped)
+            assert all(torch.equal(a, b) for a, b in pairs(encoder, module))
+        expected = module.layers[0](torch.ones(1, 3, 8, 8))
+        assert torch.equal(encoder.module.layers[0](torch.ones(1, 3, 8, 8)), expected)
+
+
+def pairs(encoder: MomentumEncoder, module: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """Parameters of both, without gradient."""
+    both = zip(encoder.module.parameters(), module.parameters(), strict=True)
+    return [(a.detach(), b.detach()) for a, b in both]
+
+
+def test_parts_by_name_stand_for_the_module() -> None:
+    module = nn.ModuleDict({"backbone": nn.Linear(3, 2), "neck": nn.Linear(2, 2)})
+    encoder = MomentumEncoder(nn.ModuleDict(module), momentum=0.5)
+    with torch.no_grad():
+        module["neck"].bias.add_(1.0)
+    encoder.update_(dict(module))
+    torch.testing.assert_close(encoder.module["neck"].bias, module["neck"].bias - 0.5)

@@ -59,5 +59,7 @@ def test_errors() -> None:
         DenseCLNeck(6, grid_size=0)
     with pytest.raises(ValueError, match=r"\(N, 6, H, W\).*\(2, 5, 4, 4\)"):
         DenseCLNeck(6)(torch.randn(2, 5, 4, 4))
+    with pytest.raises(ValueError, match=r"tokens .*\.transpose\(1, 2\)\.unflatten"):
+        DenseCLNeck(6)(torch.randn(2, 16, 6))
     with pytest.raises(ValueError, match="last feature map"):
         DenseCLNeck(6)(torch.randn(2, 6))

@@ -6,10 +6,19 @@ import math
 
 import pytest
 import torch
-from op_cases import ISAS, QUEUE_DTYPES, assert_same_bits, randn, snapshot
+from op_cases import (  # noqa: F401
+    BACKENDS,
+    ISAS,
+    QUEUE_DTYPES,
+    assert_same_bits,
+    device,
+    on_each_device,
+    randn,
+    snapshot,
+)
 from torch import Tensor, nn
 
-from densecl_ext import ops
+from densecl_ext import ops, reference
 
 # Half a unit in the last place, in units of the value's power of two.
 ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -24,7 +33,7 @@ def assert_mixed(target: Tensor, before: Tensor, source: Tensor, momentum: float
     assert ((target.double() - (old + new)).abs() <= bound).all()
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("backend", BACKENDS[:-1])
 @pytest.mark.parametrize("momentum", [0.0, 0.25, 0.9, 0.999, 1.0])
 @pytest.mark.parametrize("source_dtype", QUEUE_DTYPES, ids=str)
 @pytest.mark.parametrize("target_dtype", QUEUE_DTYPES, ids=str)
@@ -32,10 +41,13 @@ def test_against_float64(
     target_dtype: torch.dtype,
     source_dtype: torch.dtype,
     momentum: float,
-    isa: str,
+    backend: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("DENSECL_CPU_ISA", isa)
+    if backend in ISAS:
+        monkeypatch.setenv("DENSECL_CPU_ISA", backend)
+    else:
+        monkeypatch.setattr(torch, "get_default_device", lambda: torch.device(backend))
     shapes = [(1,), (3, 5), (7,), (16,), (1023,), (2, 3, 4, 5), (40_000,), ()]
     targets = [randn(*s, seed=i).to(target_dtype) for i, s in enumerate(shapes)]
     sources = [randn(*s, seed=50 + i).to(source_dtype) for i, s in enumerate(shapes)]
@@ -51,6 +63,7 @@ def test_against_float64(
         assert all(torch.equal(t, c) for t, c in zip(targets, copies, strict=True))
 
 
+@on_each_device
 @pytest.mark.parametrize("momentum", [0.0, 0.9, 0.999, 1.0])
 def test_a_momentum_in_a_tensor_gives_the_bits_of_the_number(momentum: float) -> None:
     expected, target, other = randn(1003), randn(1003), randn(1003, seed=1)
@@ -80,9 +93,13 @@ def test_a_momentum_in_a_tensor_is_checked() -> None:
         assert (target == 1.0).all() and target._version == 0
 
 
+@on_each_device
 def test_hundreds_of_tensors() -> None:
-    """Spans of a task cross the borders between tensors; empty ones lie in between."""
-    sizes = [(i * 37) % 500 for i in range(600)] + [70_000, 0, 1]
+    """Spans of a task cross the borders between tensors; empty ones lie in between.
+
+    More than a GPU's launch takes.
+    """
+    sizes = [(i * 37) % 500 for i in range(1100)] + [70_000, 0, 1]
     targets = [randn(size, seed=i) for i, size in enumerate(sizes)]
     sources = [randn(size, seed=1000 + i) for i, size in enumerate(sizes)]
     before = snapshot(targets)
@@ -91,6 +108,7 @@ def test_hundreds_of_tensors() -> None:
         assert_mixed(target, old, source, 0.9)
 
 
+@on_each_device
 def test_mixed_dtypes_in_one_list() -> None:
     dtypes = [torch.float32, torch.bfloat16, torch.float16]
     pairs = [(t, s) for t in dtypes for s in dtypes]
@@ -120,6 +138,7 @@ def _strided(values: Tensor, kind: str) -> Tensor:
 KINDS = ["contiguous", "channels_last", "transposed", "sliced"]
 
 
+@on_each_device
 @pytest.mark.parametrize("source_kind", KINDS)
 @pytest.mark.parametrize("target_kind", KINDS)
 def test_layouts(target_kind: str, source_kind: str) -> None:
@@ -135,18 +154,34 @@ def test_layouts(target_kind: str, source_kind: str) -> None:
     assert target.stride() == stride and base.isnan().sum() == outside
 
 
+@on_each_device
+@pytest.mark.parametrize("dtype", QUEUE_DTYPES, ids=str)
+def test_tensors_at_odd_addresses(dtype: torch.dtype) -> None:
+    """No pair begins where a vector may be read whole."""
+    size, count = 40_003, 9
+    targets = [randn(size + i, seed=i).to(dtype)[i:] for i in range(count)]
+    sources = [randn(size + 3, seed=50 + i)[3:] for i in range(count)]
+    before = snapshot(targets)
+    ops.ema_update_(targets, sources, 0.9)
+    for target, old, source in zip(targets, before, sources, strict=True):
+        assert_mixed(target, old, source, 0.9)
+
+
+@on_each_device
 def test_offset_target_leaves_its_neighbours_alone() -> None:
     base = torch.full((50,), 7.0)
     ops.ema_update_([base[3:36]], [torch.zeros(33)], 0.5)
     assert (base[3:36] == 3.5).all() and (base[:3] == 7.0).all() and (base[36:] == 7.0).all()
 
 
+@on_each_device
 def test_expanded_source() -> None:
     target = torch.ones(4, 3)
     ops.ema_update_([target], [torch.tensor([3.0]).expand(4, 3)], 0.5)
     assert (target == 2.0).all()
 
 
+@on_each_device
 def test_empty_lists_and_tensors() -> None:
     ops.ema_update_([], [], 0.5)
     target = torch.ones(2)
@@ -155,6 +190,7 @@ def test_empty_lists_and_tensors() -> None:
     assert (target == 0.5).all()
 
 
+@on_each_device
 def test_special_values_pass_as_they_would_in_torch() -> None:
     target = torch.tensor([math.nan, 1.0, math.inf, 1.0, math.inf])
     source = torch.tensor([1.0, math.nan, 1.0, -math.inf, -math.inf])
@@ -163,6 +199,29 @@ def test_special_values_pass_as_they_would_in_torch() -> None:
     torch.testing.assert_close(target, expected, equal_nan=True)
 
 
+@on_each_device
+@pytest.mark.parametrize("scheduled", [False, True])
+@pytest.mark.parametrize("target_dtype", QUEUE_DTYPES, ids=str)
+@pytest.mark.parametrize("source_dtype", QUEUE_DTYPES, ids=str)
+def test_a_side_without_weight_counts_for_nothing(
+    source_dtype: torch.dtype, target_dtype: torch.dtype, scheduled: bool
+) -> None:
+    """Momentum 1 keeps targets beside NaN sources, 0 replaces NaN targets."""
+    bad = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0] * 7)
+    good = randn(35)
+    for update in (ops.ema_update_, reference.ema_update_):
+        if scheduled and update is reference.ema_update_:
+            continue
+        for value, target, source in ((1.0, good, bad), (0.0, bad, good)):
+            momentum = torch.tensor(value) if scheduled else value
+            moved, other = target.clone().to(target_dtype), source.to(source_dtype)
+            expected = moved.clone() if value == 1.0 else other.to(target_dtype)
+            update([moved], [other], momentum)
+            assert torch.equal(moved, expected)
+            assert torch.equal(moved.signbit(), expected.signbit())
+
+
+@on_each_device
 def test_one_tensor_as_source_of_many_and_of_itself() -> None:
     targets, source = [torch.zeros(5), torch.ones(5)], torch.full((5,), 2.0)
     ops.ema_update_(targets, [source, source], 0.5)
@@ -171,6 +230,7 @@ def test_one_tensor_as_source_of_many_and_of_itself() -> None:
     assert (source == 2.0).all()
 
 
+@on_each_device
 def test_a_modules_parameters() -> None:
     """As it is used: parameters that require grad on both sides, nothing recorded."""
     key, query = nn.Linear(6, 4), nn.Linear(6, 4)
@@ -182,6 +242,7 @@ def test_a_modules_parameters() -> None:
         assert source.grad is None and source.is_leaf
 
 
+@on_each_device
 def test_the_version_counter_moves() -> None:
     targets, source = [torch.ones(3), torch.ones(4)], torch.ones(3)
     versions = [t._version for t in targets]
@@ -190,6 +251,7 @@ def test_the_version_counter_moves() -> None:
     assert source._version == 0
 
 
+@on_each_device
 def test_backward_refuses_an_updated_weight() -> None:
     weight = torch.ones(3)
     x = torch.ones(3, requires_grad=True)
@@ -199,6 +261,7 @@ def test_backward_refuses_an_updated_weight() -> None:
         product.backward()
 
 
+@on_each_device
 def test_inference_tensors() -> None:
     with torch.inference_mode():
         target = torch.ones(3)

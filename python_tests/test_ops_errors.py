@@ -135,6 +135,7 @@ TABLE: list[tuple[Callable[[], Arguments], str, Any, type[Exception], str]] = [
     (dense_info_nce, "match", torch.full((2, 6), -2), V, r"match must lie in \[-1, 4\).*from -2"),
     (dense_info_nce, "match", meta(2, 6, dtype=torch.int64), R, r"match must be on .*got meta"),
     (dense_info_nce, "row_weight", torch.ones(12), V, r"row_weight must be \(2, 6\), got \(12,\)"),
+    (dense_match, "key_features", torch.ones(2, 4, 3), V, r"tokens \(N, S, C\).*transpose\(1, 2\)"),
     (dense_match, "query_features", torch.ones(2, 8), V, r"query_features must be \(N, C, \*Sq\)"),
     (dense_match, "query_features", torch.ones(2, 8, 3).int(), T, r"query_features.*got int32"),
     (dense_match, "key_features", torch.ones(8), V, r"key_features must be \(N, C, \*Sk\)"),
@@ -250,3 +251,17 @@ def test_the_native_op_guards_its_memory(good: Callable[[], Arguments], match: i
             native(*call, 0.2, True, False, False)
     with pytest.raises(RuntimeError, match="temperature"):
         native(query, query, None, queue, None, 0.0, True, False, False)
+
+
+def test_tokens_are_told_how_to_become_grids() -> None:
+    tokens, keys = torch.ones(2, 6, 8), torch.ones(2, 4, 8)
+    with pytest.raises(ValueError, match=r"tokens \(N, S, C\) are a grid by \.transpose\(1, 2\)"):
+        ops.dense_match(tokens, keys)
+    match = torch.zeros(2, 8, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"query_grid must be \(N, 8, .*\.transpose\(1, 2\)"):
+        ops.dense_info_nce(tokens, tokens, match, torch.ones(5, 8))
+    match = torch.zeros(2, 6, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"query_grid must be \(N, 8, .*\.transpose\(1, 2\)"):
+        ops.dense_info_nce(tokens, keys, match, torch.ones(5, 8))
+    with pytest.raises(ValueError, match=r"query must be \(M, D\).*tokens.*flatten\(0, 1\)"):
+        ops.info_nce(tokens, tokens, torch.ones(5, 8))

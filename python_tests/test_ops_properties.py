@@ -129,6 +129,34 @@ def test_dense_match(data: st.DataObject, isa: str, mutual: bool) -> None:
 
 
 @quick
+@given(st.data(), isas, st.booleans())
+def test_dense_match_at_every_scale(data: st.DataObject, isa: str, channels_last: bool) -> None:
+    """Every position has a length of its own, all that its type holds; some are zero vectors."""
+    n, c, sq, sk = (data.draw(st.integers(1, high)) for high in (2, 40, 70, 70))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 999)))
+    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    low, high = data.draw(st.sampled_from([(-120, 115), (-100, -60), (58, 115), (-1, 1)]))
+
+    def grid(positions: int) -> Tensor:
+        values = torch.randn(n, c, positions, generator=generator, dtype=torch.float64)
+        power = torch.randint(low, high + 1, (n, 1, positions), generator=generator)
+        zero = torch.rand(n, 1, positions, generator=generator) < 0.1
+        values = torch.where(zero, 0.0, torch.ldexp(values, power)).to(dtype)
+        return values.transpose(1, 2).contiguous().transpose(1, 2) if channels_last else values
+
+    query, key = grid(sq), grid(sk)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DENSECL_CPU_ISA", isa)
+        match = ops.dense_match(query, key)
+    tiny = torch.finfo(torch.float64).tiny
+    similarity = torch.nn.functional.normalize(query.double(), dim=1, eps=tiny).transpose(
+        1, 2
+    ) @ torch.nn.functional.normalize(key.double(), dim=1, eps=tiny)
+    chosen = similarity.gather(2, match.unsqueeze(2)).squeeze(2)
+    assert (similarity.amax(dim=2) - chosen <= 2e-6).all()
+
+
+@quick
 @given(st.data())
 def test_enqueue(data: st.DataObject) -> None:
     k, b, d = (data.draw(st.integers(low, high)) for low, high in ((1, 12), (0, 30), (1, 9)))

@@ -8,14 +8,19 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import zipfile
 from pathlib import Path
 
 import build_plan
 import densecl_build
-import plain_wheel
 import pytest
-from build_plan import BuildError, cuda_archs, cuda_decision, gencode_flags, toolchain_problem
+from build_plan import (
+    BuildError,
+    cuda_archs,
+    cuda_decision,
+    gencode_flags,
+    nvcc_flags,
+    toolchain_problem,
+)
 from setuptools import build_meta
 
 import densecl_ext
@@ -58,6 +63,15 @@ def test_nvcc_and_torch_of_different_cuda_are_told() -> None:
     assert decision.reason == "nvcc is of CUDA 13.0, torch for CUDA 12.8"
     with pytest.raises(BuildError, match="nvcc is of CUDA 13.0"):
         cuda_decision("1", ["a.cu"], "12.8", "/cuda/bin/nvcc", "13.0")
+
+
+def test_a_warning_need_not_cost_a_build() -> None:
+    assert nvcc_flags(None) == nvcc_flags("error")
+    assert [flag for flag in nvcc_flags(None) if flag not in nvcc_flags("allow")] == [
+        "-Werror", "all-warnings",
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="DENSECL_CUDA_WARNINGS must be one of error, allow"):
+        nvcc_flags("0")
 
 
 def test_architectures() -> None:
@@ -138,27 +152,10 @@ def test_an_importable_torch_is_left_alone(monkeypatch: pytest.MonkeyPatch, tmp_
     assert str(tmp_path) not in sys.path
 
 
-def test_a_wheel_is_written_without_the_package_wheel(tmp_path: Path) -> None:
-    egg_info, tree = tmp_path / "egg", tmp_path / "tree"
-    egg_info.mkdir()
-    (egg_info / "PKG-INFO").write_text("Metadata-Version: 2.1\nName: x\n\nWhat it is.\n")
-    (egg_info / "requires.txt").write_text(
-        "torch>=2.10\n\n[train]\npillow\n\n[train:os == 'y']\nz\n"
-    )
-    dist_info = tree / "x-1.dist-info"
-    plain_wheel.write_dist_info(egg_info, dist_info)
-    metadata = (dist_info / "METADATA").read_text()
-    assert metadata == (
-        "Metadata-Version: 2.1\nName: x\nRequires-Dist: torch>=2.10\n"
-        'Requires-Dist: pillow ; extra == "train"\n'
-        "Requires-Dist: z ; (os == 'y') and extra == \"train\"\n\nWhat it is.\n"
-    )
-    (tree / "x.py").write_text("")
-    plain_wheel.write_wheel(tree, tmp_path / "x.whl", dist_info.name)
-    with zipfile.ZipFile(tmp_path / "x.whl") as archive:
-        assert {"x.py", "x-1.dist-info/METADATA", "x-1.dist-info/RECORD"} <= set(archive.namelist())
-        record = archive.read("x-1.dist-info/RECORD").decode()
-    assert "x.py,sha256=47DEQpj8HBSa-_TImW-5JCeuQeRkm5NMpJWZG3hSuFU,0\n" in record
+def test_an_old_setuptools_is_told_and_not_its_own_traceback() -> None:
+    build_plan.require_setuptools("77.0.1")
+    with pytest.raises(BuildError, match="needs setuptools 77 or later, this environment has 65.5"):
+        build_plan.require_setuptools("65.5.0")
 
 
 def test_the_toolkit_is_the_one_that_nvcc_names() -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from densecl_ext import ops, reference
 from densecl_ext.nn.queue import KeyQueue
 
 
@@ -63,3 +64,29 @@ def test_errors() -> None:
         KeyQueue(4, 4, init="full")
     with pytest.raises(ValueError, match="keys"):
         KeyQueue(4, 4).enqueue_(torch.randn(2, 2, 4))
+
+
+def test_losses_take_the_queue_itself() -> None:
+    """Forgetting `filled` would count rows that hold no key."""
+    torch.manual_seed(0)
+    queue, dense_queue = KeyQueue(16, 8), KeyQueue(12, 8)
+    queue.enqueue_(torch.randn(3, 8))
+    dense_queue.enqueue_(torch.randn(4, 8))
+    query, positive = torch.randn(2, 8), torch.randn(2, 8)
+    grid, key, match = torch.randn(2, 8, 5), torch.randn(2, 8, 4), torch.zeros(2, 5).long()
+    for module in (ops, reference):
+        expected = module.info_nce(query, positive, queue.keys[:3])
+        dense = module.dense_info_nce(grid, key, match, dense_queue.keys[:4])
+        torch.testing.assert_close(module.info_nce(query, positive, queue), expected)
+        torch.testing.assert_close(module.dense_info_nce(grid, key, match, dense_queue), dense)
+        both = module.joint_info_nce(query, positive, queue, grid, key, match, dense_queue)
+        torch.testing.assert_close(both, (expected, dense))
+    assert not torch.allclose(ops.info_nce(query, positive, queue.keys), expected)
+    for filled in (2, queue.filled):
+        with pytest.raises(ValueError, match="info_nce: filled must be None with a KeyQueue"):
+            ops.info_nce(query, positive, queue, filled=filled)
+    compiled = torch.compile(ops.info_nce, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(
+        compiled(query, positive, queue), ops.info_nce(query, positive, queue)
+    )
+    torch._dynamo.reset()

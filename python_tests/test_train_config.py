@@ -23,7 +23,9 @@ def test_strings_become_values() -> None:
         queue_length="512",
         tensorboard="false",  # type: ignore[arg-type]
         checkpoint_every="0.5ep",
+        output_stride="16",  # type: ignore[arg-type]
     )
+    assert config.output_stride == 16
     assert config.batch_size == 64 and isinstance(config.batch_size, int)
     assert config.weight_decay == 1e-4
     assert config.queue_length == 512

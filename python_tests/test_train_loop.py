@@ -359,6 +359,107 @@ def test_graph_and_late_rows_write_the_rows_of_an_eager_run(data: Path, tmp_path
         assert graphed == pytest.approx(eager, rel=1e-3)
 
 
+def test_one_image_of_one_position_is_refused_before_anything_is_written(
+    data: Path, tmp_path: Path
+) -> None:
+    config = runs.tiny_config(data, tmp_path, backbone="resnet18", batch_size=1, key_bn_groups=1)
+    with pytest.raises(ValueError, match="batch_size 1 at image_size 32 leaves batch norm one va"):
+        pretrain(config)
+    assert not list(tmp_path.rglob("*.pt"))
+    # Where the grid is larger, one image will do.
+    assert runs.tiny_run(runs.tiny_config(data, tmp_path, batch_size=1, max_steps=2)).step == 2
+
+
+def test_a_launcher_is_told_so_and_not_that_the_folder_is_taken(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RuntimeError, match="one of 2 processes .WORLD_SIZE.*without torchrun"):
+        runs.tiny_run(runs.tiny_config(data, tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_loader_of_the_callers(data: Path, whole: runs.PretrainResult, tmp_path: Path) -> None:
+    from densecl_ext.data import build_loader
+
+    with build_loader(
+        data, batch_size=runs.BATCH, size=32, backend="torchvision", workers=0, channels_last=True
+    ) as loader:
+        config = runs.tiny_config("", tmp_path, loader="auto")
+        result = runs.tiny_run(config, loader=loader)
+        got, expected = load_checkpoint(result.checkpoint), load_checkpoint(whole.checkpoint)
+        runs.assert_same(got["model"], expected["model"])
+        again = runs.tiny_config("", tmp_path, loader="auto", epochs=3)
+        assert runs.tiny_run(again, loader=loader, resume=True).step == 9
+        with pytest.raises(ValueError, match="batch_size is 4, the loader's is 8"):
+            runs.tiny_run(runs.tiny_config("", tmp_path / "b", batch_size=4), loader=loader)
+        loader.set_epoch(7)
+        assert next(iter(loader)).view_q.shape[0] == runs.BATCH  # it stays open
+
+
+def test_moved_images_are_found_again(data: Path, tmp_path: Path) -> None:
+    first = runs.image_folder(tmp_path / "first")
+    output = tmp_path / "run"
+    runs.tiny_run(runs.tiny_config(first, output, max_steps=2))
+    assert f"data: {first}\n" in (output / "config.yaml").read_text()
+    first.rename(tmp_path / "second")
+    config = runs.tiny_config(tmp_path / "second", output, max_steps=4)
+    assert runs.tiny_run(config, resume=True).step == 4
+
+
+def test_a_run_of_version_0_1_0_goes_on(tmp_path: Path, data: Path) -> None:
+    """As that version did itself: it printed the loss below at the last of these steps."""
+    import shutil
+
+    shutil.copytree(Path(__file__).parent / "data" / "old_run", tmp_path / "run")
+    options = {"lambda_warmup": "0.5ep", "key_momentum_schedule": "cosine"}
+    options |= {"matching": "backbone", "dense_negatives": "pooled"}  # then the defaults
+    config = runs.tiny_config(data, tmp_path / "run", **options)
+    result = runs.tiny_run(config, resume=True)
+    assert [row["step"] for row in runs.rows(result)] == ["2", "4", "6", "8", "9"]
+    assert result.metrics["loss"] == pytest.approx(2.882522, rel=1e-3)
+
+
+def test_the_finished_runs_backbone_lies_beside_it(data: Path, tmp_path: Path) -> None:
+    torchvision = pytest.importorskip("torchvision")
+    config = runs.tiny_config(data, tmp_path, backbone="resnet18", max_steps=2, epochs=1)
+    assert pretrain(config).backbone is None  # not finished
+    config = runs.tiny_config(data, tmp_path, backbone="resnet18", max_steps=3, epochs=1)
+    result = pretrain(config, resume=True)
+    assert result.backbone == tmp_path / "backbone.pth"
+    torchvision.models.resnet18().load_state_dict(torch.load(result.backbone), strict=True)
+
+
+@pytest.mark.parametrize("logger", ["wandb", "mlflow"])
+def test_a_logger_that_is_not_installed(
+    logger: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, logger, None)
+    config = runs.tiny_config(data, tmp_path, logger=logger)
+    with pytest.raises(ImportError, match=f"logger {logger} needs {logger}.*pip install {logger}"):
+        runs.tiny_run(config)
+
+
+def test_compiling_is_told(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: None)  # it takes minutes
+    progress = runs.CallAt(-1, None)
+    runs.tiny_run(runs.tiny_config(data, tmp_path, compile=True, max_steps=2), progress=progress)
+    assert "compiling both encoders" in progress.messages
+    assert progress.messages.count("compiled after") == 1
+
+
+def test_weights_that_cannot_be_downloaded(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nobody listens
+    config = runs.tiny_config(data, tmp_path, backbone="resnet18", weights="IMAGENET1K_V1")
+    with pytest.raises(OSError, match="weights: IMAGENET1K_V1 of resnet18 cannot be downloaded"):
+        pretrain(config)
+
+
 def test_wrong_device_and_missing_data(data: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="device must be auto, cpu, cuda"):
         pretrain(runs.tiny_config(data, tmp_path, device="tpu"))

@@ -80,7 +80,7 @@ def test_command_leaves_a_run_alone(
 def test_what_cannot_be_measured(data: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
         profile(runs.tiny_config(data, tmp_path), steps=0)
-    with pytest.raises(ValueError, match="cuda_graph needs a GPU, the device is cpu"):
+    with pytest.raises(ValueError, match="cuda_graph needs a GPU, the run's device is cpu"):
         profile(runs.tiny_config(data, tmp_path, cuda_graph=True))
     with pytest.raises(ValueError, match="data must name a folder"):
         profile(runs.tiny_config("", tmp_path))

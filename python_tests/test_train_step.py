@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import doctest
 import functools
+import gc
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -209,6 +210,27 @@ def test_emulated_graph_gives_the_bits_of_the_eager_step(
     )
     assert graphed.graph_replays == 27 and eager.graph_replays == 0
     assert_same_runs(eager, graphed)
+
+
+def test_a_failed_capture_leaves_the_step_unusable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said by the call that captures and by every later one; no collection runs meanwhile."""
+    graph_emulator.install(monkeypatch)
+    collects = []
+
+    def run(*_: Tensor | None) -> step_module.StepOutput:
+        collects.append(gc.isenabled())
+        if len(collects) > step_module.WARMUP_STEPS:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return step_module.StepOutput(*[torch.ones(())] * 3, {})
+
+    step = step_module.CapturedStep(run, graph_emulator.GPU)
+    for _ in range(step_module.WARMUP_STEPS):
+        step(torch.ones(1), None, None, None)
+    with pytest.raises(RuntimeError, match="unusable.* The capture failed: operation not"):
+        step(torch.ones(1), None, None, None)
+    with pytest.raises(RuntimeError, match="TrainingStep: this step could not be captured"):
+        step(torch.ones(1), None, None, None)
+    assert collects == [True, True, True, False] and gc.isenabled()
 
 
 class Run(NamedTuple):

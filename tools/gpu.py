@@ -142,7 +142,7 @@ class Run:
         options = ["-m", "gpu", "-v", "-p", "no:cacheprovider", "--tb=short"]
         if importlib.util.find_spec("pytest_timeout"):
             options += ["--timeout=30", "--timeout-method=thread"]
-        marked = ("pytest.mark.gpu", "BACKENDS")
+        marked = ("pytest.mark.gpu", "BACKENDS", "on_each_device")
         files = [
             path
             for path in sorted((ROOT / "python_tests").glob("test_*.py"))

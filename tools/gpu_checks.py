@@ -1,7 +1,8 @@
-"""Every op and kernel once, on small shapes, against the CPU: `python -m tools.gpu_checks [NAME ...]`.
+"""Every op and kernel once, on small shapes, against the CPU.
 
-Each check runs in a process of its own first (`make gpu PART=smoke`), then under compute-sanitizer
-(`PART=sanitize`). The portable kernels come first, then Hopper's, whose names begin with "sm90".
+`python -m tools.gpu_checks [NAME ...]`. Each check runs in a process of its own first (`make gpu
+PART=smoke`), then under compute-sanitizer (`PART=sanitize`). The portable kernels come first, then
+Hopper's, whose names begin with "sm90".
 """
 
 from __future__ import annotations
@@ -41,7 +42,11 @@ def close(name: str, got: Tensor, truth: Tensor, tolerance: float) -> None:
 
 
 def as_on_cpu(
-    name: str, function: Callable[..., Outputs], given: Sequence[Any], device: Device, *bounds: float
+    name: str,
+    function: Callable[..., Outputs],
+    given: Sequence[Any],
+    device: Device,
+    *bounds: float,
 ) -> None:
     """The function's outputs on the device beside the CPU's, each within its bound."""
 
@@ -112,7 +117,10 @@ def joint(device: Device, dtypes: Sequence[torch.dtype]) -> None:
 def key_gradient(device: Device) -> None:
     """Rows added up key by key."""
     for images, positions, keys, features in ((3, 49, 49, 128), (2, 784, 5, 40)):
-        given = torch.randn(images, positions, features), torch.randint(-1, keys, (images, positions))
+        given = (
+            torch.randn(images, positions, features),
+            torch.randint(-1, keys, (images, positions)),
+        )
 
         def once(rows: Tensor, match: Tensor, keys: int = keys) -> Outputs:
             return (torch.ops.densecl_ext._key_gradient(rows, match, keys),)

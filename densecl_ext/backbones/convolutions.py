@@ -49,6 +49,8 @@ def dilate(stage: nn.Module, dilation: int) -> int:
     factor = max(conv.stride[0] for _, _, conv in found)
     for parent, name, conv in found:
         rate = dilation if conv.stride[0] > 1 else dilation * factor
+        if conv.kernel_size == (1, 1):
+            rate = 1  # it changes nothing there, but may choose a slower algorithm
         padding = tuple(rate * (side - 1) // 2 for side in conv.kernel_size)
         setattr(parent, name, _rebuilt(conv, stride=1, dilation=rate, padding=padding))
     return dilation * factor

@@ -1,4 +1,4 @@
-"""The command line: `densecl pretrain | export | import | evaluate | visualize | info`.
+"""The command line: `densecl pretrain | export | import | evaluate | visualize | ablate | info`.
 
 Everything heavy is imported by the command that needs it. The library raises; here is where errors
 become one line on standard error and exit code 2.
@@ -42,6 +42,10 @@ COMMANDS = {
     "visualize": (
         "densecl_ext.cli.visualizing:visualize",
         "draw a run's loss curves, or the positions that its features match",
+    ),
+    "ablate": (
+        "densecl_ext.cli.ablating:ablate",
+        "compare values of one option over seeds, on your own images",
     ),
     "info": (
         "densecl_ext.cli.informing:info",

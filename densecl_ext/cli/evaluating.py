@@ -90,7 +90,8 @@ def evaluate(weights: str, **values: Any) -> None:
         raise ValueError(f"{options.data} has no classes.txt: give --num-classes")
     if options.compare_random:
         torch.manual_seed(options.seed)
-        networks = {"random": build_backbone(read_backbone(path).architecture), **networks}
+        read = read_backbone(path)
+        networks = {"random": build_backbone(read.architecture, **read.options), **networks}
     device = pick_device(options.device)
     results: dict[str, SegmentationResult] = {}
     for name, network in networks.items():

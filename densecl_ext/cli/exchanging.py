@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
 from densecl_ext.cli.command import Word, command
@@ -44,14 +46,31 @@ def export(checkpoint: str, output: str, to: str, no_fc: bool) -> None:
     name = written.architecture.removeprefix("timm/")
     through_timm = to in ("timm", "huggingface") or name != written.architecture
     library = "timm" if through_timm else "torchvision"
+    without = f" without {', '.join(written.missing)}" if written.missing else ""
     print(
-        f"wrote {written.path}: {written.architecture}, {len(written.tensors)} tensors; "
-        f"loaded strictly into {library}'s model, features equal"
+        f"wrote {written.path}: {written.architecture}, {len(written.tensors)} tensors; loaded "
+        f"{'' if without else 'strictly '}into {library}'s model{without}, features equal"
     )
     for note in written.notes:
         print(f"note: {note}")
     if written.usage:
         print("use it:\n  " + written.usage.replace("\n", "\n  "))
+
+
+def usage(path: Path, architecture: str, *, strict: bool = True) -> str:
+    """How another program loads an exported file and prepares images for it."""
+    from densecl_ext.data import Augmentation
+
+    name = architecture.removeprefix("timm/")
+    made = f"torchvision.models.{name}()"
+    if name != architecture:
+        made = f"timm.create_model({name!r}, num_classes=0)"
+    load = f"torch.load({str(path)!r}){'' if strict else ', strict=False'}"
+    defaults = Augmentation()
+    return (
+        f"use it:\n  model = {made}\n  model.load_state_dict({load})\n"
+        f"  images: RGB, 0 to 1, minus mean {defaults.mean}, divided by deviation {defaults.std}"
+    )
 
 
 @command(
@@ -67,8 +86,8 @@ def export(checkpoint: str, output: str, to: str, no_fc: bool) -> None:
     click.Option(
         ["--backbone"],
         metavar="NAME",
-        help="the architecture it must have (resnet50); default: any ResNet. A file with timm's "
-        "names needs it (timm/vit_small_patch16_224)",
+        help="the architecture it must have (resnet50); default: any ResNet. A file of another "
+        "network needs it (convnext_tiny, timm/vit_small_patch16_224)",
     ),
     click.Option(
         ["--prefix"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from typing import Any
 
@@ -13,8 +14,9 @@ from densecl_ext.cli.command import (
     given,
     options_of,
 )
+from densecl_ext.cli.exchanging import usage
 from densecl_ext.train.config import PretrainConfig
-from densecl_ext.train.recipes import load_recipe, recipe_names
+from densecl_ext.train.recipes import dump_recipe, load_recipe, recipe_names
 
 
 @command(
@@ -32,6 +34,11 @@ from densecl_ext.train.recipes import load_recipe, recipe_names
     Option(["--resume"], is_flag=True, help="go on with the run in --output, exactly"),
     Option(["--overwrite"], is_flag=True, help="replace the run in --output"),
     Option(
+        ["--dry-run"],
+        is_flag=True,
+        help="check everything, print the recipe with all automatic values filled in, and stop",
+    ),
+    Option(
         ["--profile"],
         is_flag=False,
         flag_value="20",
@@ -42,12 +49,19 @@ from densecl_ext.train.recipes import load_recipe, recipe_names
     *options_of(PretrainConfig),
 )
 def pretrain(
-    recipe: str | None, resume: bool, overwrite: bool, profile: str | None, **options: Any
+    recipe: str | None,
+    resume: bool,
+    overwrite: bool,
+    dry_run: bool,
+    profile: str | None,
+    **options: Any,
 ) -> int:
-    """Trains, or profiles."""
-    if profile is not None and (resume or overwrite):
-        raise ValueError("densecl pretrain: --profile neither resumes nor replaces a run")
+    """Trains, or profiles, or tells what it would do."""
+    if profile is not None and (resume or overwrite or dry_run):
+        raise ValueError("--profile neither resumes nor replaces a run, and needs no --dry-run")
     config = pretrain_config(recipe, resume, options)
+    if dry_run:
+        return _dry_run(config)
     if profile is not None:
         return _profile(config, profile)
     from densecl_ext.train import pretrain
@@ -56,7 +70,8 @@ def pretrain(
     result = pretrain(config, resume=resume, overwrite=overwrite, progress=ConsoleProgress())
     if result.skipped:
         print(f"skipped {len(result.skipped)} files that do not decode", file=sys.stderr)
-    go_on = f"densecl pretrain --output {result.output} --resume"
+    output = shlex.quote(str(result.output))
+    go_on = f"densecl pretrain --output {output} --resume"
     if result.interrupted:
         print(
             f"stopped at step {result.step} of {result.total_steps}, saved in {result.checkpoint}; "
@@ -68,7 +83,10 @@ def pretrain(
     print(f"step {result.step} of {result.total_steps}{told}, saved in {result.checkpoint}")
     if result.step < result.total_steps:
         print(f"the rest of the schedule:\n  {go_on} --max-steps none")
-    print(f"use it:\n  densecl export {result.output} --output backbone.pth")
+    if result.backbone is None:
+        print(f"its backbone:\n  densecl export {output} --output backbone.pth")
+    else:
+        print(f"wrote {result.backbone}; {usage(result.backbone, config.backbone)}")
     return 0
 
 
@@ -81,20 +99,38 @@ def pretrain_config(recipe: str | None, resume: bool, options: dict[str, Any]) -
     """
     values = (load_recipe(recipe) if recipe else {}) | given(options)
     if resume:
-        from densecl_ext.train.run_folder import RunFolder
+        from densecl_ext.checkpoints.run_folder import RunFolder
 
         output = PretrainConfig(**values).output
-        values = RunFolder(output).stored_config().to_mapping() | {"output": output} | values
+        values = (
+            PretrainConfig.of_run(RunFolder(output).read()["config"]).to_mapping()
+            | {"output": output}
+            | values
+        )
     return PretrainConfig(**values)
+
+
+def _dry_run(config: PretrainConfig) -> int:
+    from densecl_ext.train.machine import pick_device
+    from densecl_ext.train.run import build_run
+
+    if not config.data:
+        raise ValueError("pretrain: data must name a folder of images, got nothing (--data DIR)")
+    run = build_run(config, pick_device(config.device))
+    run.loader.close()
+    print(dump_recipe(run.config), end="")
+    print(
+        f"{run.loader.num_images} images, {run.total_steps} steps on {run.device}; nothing written",
+        file=sys.stderr,
+    )
+    return 0
 
 
 def _profile(config: PretrainConfig, text: str) -> int:
     try:
         steps = int(text)
     except ValueError:
-        raise ValueError(
-            f"densecl pretrain: --profile: expected a number of steps, got {text!r}"
-        ) from None
+        raise ValueError(f"--profile: expected a number of steps, got {text!r}") from None
     from densecl_ext.train.profile import profile
 
     result = profile(

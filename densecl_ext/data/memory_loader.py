@@ -131,7 +131,7 @@ class MemoryLoader(EpochLoader):
                 pin_memory=self.device.type == "cuda",
             ).to(self.device, non_blocking=True)
             pixels = augment(self._cropped(files + files, drawn), drawn)
-            views = torch.addcmul(self._offset, pixels, self._scale).to(self.dtype)
+            views = torch.addcmul(self._offset, pixels.float(), self._scale).to(self.dtype)
             layout = torch.channels_last if self.channels_last else torch.contiguous_format
             views = views.contiguous(memory_format=layout)
             count = len(samples)
@@ -147,14 +147,14 @@ class MemoryLoader(EpochLoader):
         raise AssertionError("one file reads")
 
     def _cropped(self, files: list[int], drawn: list[ViewParameters]) -> Tensor:
-        """Cut out and resized, (views, 3, size, size), whole levels as float32."""
+        """Cut out and resized, uint8 (views, 3, size, size)."""
         shrunk = self._stored[files] / self._source[files]
         boxes = np.array([one.box for one in drawn]) * np.concatenate([shrunk, shrunk], axis=1)
         if self._store is None:
             made = np.stack(
                 [self._cut(file, box) for file, box in zip(files, boxes.tolist(), strict=True)]
             )
-            return torch.from_numpy(made).permute(0, 3, 1, 2).float().contiguous()
+            return torch.from_numpy(made).permute(0, 3, 1, 2).contiguous()
         starts, widths = self._starts[files], self._stored[files, 0]
         parts = (slice(first, first + _RESAMPLED) for first in range(0, len(files), _RESAMPLED))
         return torch.cat(

@@ -76,13 +76,16 @@ class SplitBatchNorm(_NormBase):
 
         # Groups are blocks, so a group is a dense part of x in every memory format: nothing is
         # gathered first. Nor are results copied together, where they can be written in place;
-        # torch does that rightly in its own two memory formats alone.
+        # torch does that rightly in its own two memory formats alone, and takes unused statistics
+        # of one dtype on every device only beside float32 parameters.
         bounds = [group * samples // groups for group in range(groups + 1)]
         parts = [x[first:last] for first, last in zip(bounds, bounds[1:], strict=False)]
         means = _repeated(self.running_mean if self.training else None, groups)  # G x (C,)
         variances = _repeated(self.running_var if self.training else None, groups)
         in_place = x.is_contiguous() or x.is_contiguous(memory_format=_channels_last(x))
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not in_place:
+        narrow = any(t is not None and t.dtype != torch.float32 for t in (self.weight, means[0]))
+        copied = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        if copied or narrow or not in_place:
             y = torch.cat(
                 [
                     F.batch_norm(part, mean, var, self.weight, self.bias, True, factor, self.eps)

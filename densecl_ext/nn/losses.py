@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from densecl_ext import ops
+from densecl_ext.nn.distributed import mean_over_ranks
 from densecl_ext.nn.queue import KeyQueue
 
 
@@ -97,6 +98,10 @@ class DenseCLLoss(nn.Module):
 
     A term whose weight is exactly 0 (lambda 0 or 1) is not computed at all, and its inputs may be
     None; it is returned as 0. Queries and keys are scaled to unit length inside.
+
+    Under ``torch.distributed``, in training mode, the dense term's mean is over the matched
+    positions of all processes: each gets its share, whose average over the processes is that mean
+    (:func:`densecl_ext.nn.distributed.mean_over_ranks`). Every process must then call it.
 
     Args:
         loss_lambda: weight of the dense term, in [0, 1]; the paper's value is 0.5.
@@ -192,9 +197,11 @@ class DenseCLLoss(nn.Module):
         keys, filled = _keys_and_filled(global_queue)
         dense_keys, dense_filled = _keys_and_filled(dense_queue)
 
+        loss_global: Tensor | None = None
+        loss_dense: Tensor | None = None
         if with_global and with_dense and self.own_dense_temperature is None:
             assert match is not None
-            both = ops.joint_info_nce(
+            loss_global, loss_dense = ops.joint_info_nce(
                 _given("query_global", query_global),
                 _given("key_global", key_global),
                 keys,
@@ -207,9 +214,9 @@ class DenseCLLoss(nn.Module):
                 dense_filled=dense_filled,
                 dense_row_weight=row_weight,
             )
-            return DenseCLTerms(weighted(*both, weight), *both)
-        loss_global: Tensor | None = None
-        loss_dense: Tensor | None = None
+            if self.training:
+                loss_dense = mean_over_ranks(loss_dense, match, row_weight)
+            return DenseCLTerms(weighted(loss_global, loss_dense, weight), loss_global, loss_dense)
         if with_global:
             loss_global = ops.info_nce(
                 _given("query_global", query_global),
@@ -229,6 +236,8 @@ class DenseCLLoss(nn.Module):
                 filled=dense_filled,
                 row_weight=row_weight,
             )
+            if self.training:
+                loss_dense = mean_over_ranks(loss_dense, match, row_weight)
         if loss_dense is None:
             assert loss_global is not None
             return DenseCLTerms(loss_global, loss_global, torch.zeros_like(loss_global))

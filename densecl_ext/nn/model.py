@@ -94,7 +94,7 @@ class DenseCL(nn.Module):
         Those of a branch that does not run are left out, as are those that need crops without them.
 
     Args:
-        backbone: name of a torchvision ResNet or ``timm/NAME`` (random start), or a module
+        backbone: a name for ``build_backbone`` (random start), or a module
             (N, 3, H, W) -> (N, C, h, w); load pre-trained weights into it first and both encoders
             start from them.
         dim: D, size of the vectors.

@@ -92,10 +92,16 @@ class DenseCLNeck(nn.Module):
             with_dense: run the dense head.
         """
         if features.dim() != 4 or features.shape[1] != self.in_channels:
+            tokens = features.dim() == 3 and features.shape[2] == self.in_channels
+            hint = (
+                "; tokens (N, H * W, C) are a map by .transpose(1, 2).unflatten(2, (H, W))"
+                if tokens
+                else "; a backbone must return its last feature map, and backbone_channels= states "
+                "its channels where they cannot be found out"
+            )
             raise ValueError(
                 f"DenseCLNeck: features must be (N, {self.in_channels}, H, W), got "
-                f"{tuple(features.shape)}; a backbone must return its last feature map, and "
-                "backbone_channels= states its channels where they cannot be found out"
+                f"{tuple(features.shape)}{hint}"
             )
         vector = grid = pooled = None
         if with_global:

@@ -18,6 +18,9 @@ def dense_match(query_features: Tensor, key_features: Tensor, *, mutual: bool = 
     the best. The (Sq, Sk) similarities are never stored as a whole; where few images must fill a
     GPU, parts of their sums take at most 33 MB. There is no gradient.
 
+    On a CPU vectors may have any length that float32 holds. On a GPU they must be 0 or between
+    1e-13 and 1e18 long, or the match is wrong without a word: squares leave float32's range.
+
     Args:
         query_features: (N, C, *Sq) float32, bfloat16 or float16; any strides.
         key_features: (N, C, *Sk), the same types, at least one position.
@@ -38,9 +41,11 @@ def dense_match(query_features: Tensor, key_features: Tensor, *, mutual: bool = 
     _checks.is_grid(op, "query_features", query_features, "(N, C, *Sq)")
     _checks.is_grid(op, "key_features", key_features, "(N, C, *Sk)")
     if key_features.shape[:2] != query_features.shape[:2]:
+        tokens = query_features.dim() == 3 and query_features.shape[2] == key_features.shape[-1]
+        hint = "; tokens (N, S, C) are a grid by .transpose(1, 2)" if tokens else ""
         raise ValueError(
             f"{op}: key_features must be ({query_features.shape[0]}, {query_features.shape[1]}, "
-            f"*Sk) to match query_features, got {_checks.size(key_features)}"
+            f"*Sk) to match query_features, got {_checks.size(key_features)}{hint}"
         )
     query, key = query_features.detach().flatten(2), key_features.detach().flatten(2)
     if key.shape[2] == 0:

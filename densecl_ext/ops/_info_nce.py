@@ -198,6 +198,8 @@ def grid_inputs(
     """Checked arguments of :func:`dense_info_nce`."""
     _checks.is_grid(op, "query_grid", query_grid, "(N, D, *Sq)")
     _checks.is_grid(op, "key_grid", key_grid, "(N, D, *Sk)")
+    keys, filled = _unpacked(op, queue, filled)
+    _refuse_tokens(op, query_grid, keys)
     if key_grid.shape[:2] != query_grid.shape[:2]:
         raise ValueError(
             f"{op}: key_grid must be ({query_grid.shape[0]}, {query_grid.shape[1]}, *Sk) to match "
@@ -213,7 +215,6 @@ def grid_inputs(
             f"{op}: match must be {expected}, a key position for every query position, "
             f"got {_checks.size(match)}"
         )
-    keys, filled = _unpacked(op, queue, filled)
     _check_common(op, query, key, keys, temperature, filled, reduction)
     _checks.on_one_device(op, {"query_grid": query, "match": match})
     _checks.is_weight(op, row_weight, expected, query)
@@ -266,6 +267,18 @@ def _unpacked(
     if filled is not None:
         raise ValueError(f"{op}: filled must be None with a KeyQueue, which has its own")
     return queue.keys, queue.filled
+
+
+def _refuse_tokens(op: str, query_grid: Tensor, keys: object) -> None:
+    """ValueError for (N, S, D) tokens, told by the queue's feature size."""
+    if not isinstance(keys, Tensor) or keys.dim() != 2 or query_grid.dim() != 3:
+        return
+    positions, features = query_grid.shape[1:]
+    if keys.shape[1] == features and features != positions:
+        raise ValueError(
+            f"{op}: query_grid must be (N, {features}, *Sq) to match queue {_checks.size(keys)}, "
+            f"got {_checks.size(query_grid)}; tokens (N, S, D) are a grid by .transpose(1, 2)"
+        )
 
 
 def _unit(grid: Tensor) -> Tensor:

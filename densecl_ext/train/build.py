@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 
 import torch
 from torch import nn
 
-from densecl_ext.backbones import build_backbone
+from densecl_ext.backbones import build_backbone, feature_grid
 from densecl_ext.backbones.build import load_weights
 from densecl_ext.checkpoints import read_backbone
 from densecl_ext.data import ViewLoader, build_loader
@@ -50,7 +51,13 @@ def starting_backbone(config: PretrainConfig) -> nn.Module:
     if name == "none":
         return build_backbone(config.backbone, **shape)
     if not Path(name).is_file() and len(Path(name).parts) == 1 and not Path(name).suffix:
-        return build_backbone(config.backbone, weights=name, **shape)
+        try:
+            return build_backbone(config.backbone, weights=name, **shape)
+        except URLError as error:
+            raise OSError(
+                f"pretrain: weights: {name} of {config.backbone} cannot be downloaded "
+                f"({error.reason}); download the file elsewhere and name it, or weights none"
+            ) from error
     read = read_backbone(name)
     if read.architecture != config.backbone:
         raise ValueError(
@@ -60,6 +67,19 @@ def starting_backbone(config: PretrainConfig) -> nn.Module:
     backbone = build_backbone(config.backbone, **shape)
     load_weights(backbone, read.tensors)
     return backbone
+
+
+def check_batch(config: PretrainConfig, backbone: nn.Module) -> None:
+    """Raises ValueError for one image a batch where batch norm would see one value a channel."""
+    norms = any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in backbone.modules())
+    if config.batch_size > 1 or not norms:
+        return
+    stride = feature_grid(backbone).stride
+    if config.image_size <= stride:
+        raise ValueError(
+            f"pretrain: batch_size 1 at image_size {config.image_size} leaves batch norm one value "
+            f"a channel (the backbone's stride is {stride}), and it needs two: raise either"
+        )
 
 
 def build_model(config: PretrainConfig, backbone: nn.Module, steps_per_epoch: int) -> DenseCL:

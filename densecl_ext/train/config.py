@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -24,6 +25,7 @@ from densecl_ext.options import (
     option,
     options,
     properties,
+    words,
 )
 
 
@@ -44,7 +46,13 @@ class PretrainConfig:
     """
 
     # --- data
-    data: str = option("", "folder of images, any tree, no labels", group="data", metavar="DIR")
+    data: str = option(
+        "",
+        "folder of images, any tree, no labels; a resumed run finds the same images elsewhere",
+        group="data",
+        may_change=True,
+        metavar="DIR",
+    )
     image_size: Annotated[int, Field(ge=16), is_number] = option(
         224, "side of the square views in pixels", group="data"
     )
@@ -64,7 +72,7 @@ class PretrainConfig:
     # --- model
     backbone: Text = option(
         "resnet50",
-        "name of a torchvision ResNet, or timm/NAME for any network of timm's",
+        "ResNet, RegNet or ConvNeXt by torchvision's name, or timm/NAME for any network of timm's",
         group="model",
         metavar="NAME",
     )
@@ -263,6 +271,13 @@ class PretrainConfig:
         may_change=True,
     )
     log_every: Positive = option(10, "steps between two log rows", group="output")
+    logger: Literal["auto", "csv", "tensorboard", "wandb", "mlflow"] = option(
+        "auto",
+        "where log rows go beside metrics.csv; csv: nowhere; auto: TensorBoard, unless "
+        "--no-tensorboard",
+        group="output",
+        may_change=True,
+    )
     tensorboard: bool = option(
         True, "write TensorBoard logs beside metrics.csv", group="output", may_change=True
     )
@@ -306,7 +321,8 @@ class PretrainConfig:
           its random start; below 0.99 it follows so closely that features collapse.
         - lr: base_lr * batch_size / 256 (linear scaling).
         - precision: bf16 if `native_bf16`, else fp32.
-        - loader: `loader`.
+        - loader: `loader`, unless it is a loader of the caller's.
+        - data: the absolute path, so that the run goes on from any folder.
 
         Args:
             images: number of images in the data set.
@@ -324,8 +340,10 @@ class PretrainConfig:
             values["key_momentum"] = min(0.999, max(0.99, 1.0 - 10.0 / steps))
         if self.lr == "auto":
             values["lr"] = self.base_lr * self.batch_size / 256
-        if self.loader == "auto":
+        if self.loader == "auto" and loader in words(properties(PretrainConfig)["loader"]):
             values["loader"] = loader
+        if self.data:
+            values["data"] = os.path.abspath(self.data)
         if self.precision == "auto":
             values["precision"] = "bf16" if native_bf16 else "fp32"
         return dataclasses.replace(self, **values)
@@ -358,6 +376,9 @@ def merge_resumed(
     values, changed = stored.to_mapping(), []
     for name, schema in properties(PretrainConfig).items():
         asked, had = getattr(config, name), getattr(stored, name)
+        if name == "data":  # relative to where this process is, or not given with a loader
+            asked = os.path.abspath(asked) if asked else had
+            had = os.path.abspath(had) if had else had
         if asked == had or (asked == "auto" and name not in ("device", "workers", "threads")):
             continue
         if not schema["may_change"]:

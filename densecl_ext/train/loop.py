@@ -4,33 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from lightning.fabric import Fabric
+from lightning.fabric.loggers.logger import Logger
 from torch import nn
 
-from densecl_ext.data import TwoViews
-from densecl_ext.nn.model import DenseCL
-from densecl_ext.train.build import (
-    build_model,
-    build_optimizer,
-    open_loader,
-    starting_backbone,
-)
+from densecl_ext.backbones.timm import TIMM
+from densecl_ext.checkpoints import export_backbone
+from densecl_ext.checkpoints.run_folder import RunFolder
+from densecl_ext.data import TwoViews, ViewLoader
 from densecl_ext.train.config import PretrainConfig, merge_resumed
-from densecl_ext.train.machine import has_native_bf16, pick_device, set_up
-from densecl_ext.train.metrics import build_fabric, build_loggers
+from densecl_ext.train.launch import launch
+from densecl_ext.train.machine import pick_device, set_up
+from densecl_ext.train.metrics import build_loggers
 from densecl_ext.train.progress import Progress
-from densecl_ext.train.run_folder import RunFolder
-from densecl_ext.train.schedule import cosine_lr, cosine_momentum, duration_in_steps
+from densecl_ext.train.recipes import dump_recipe
+from densecl_ext.train.run import Run, build_run
+from densecl_ext.train.schedule import duration_in_steps
 from densecl_ext.train.signals import StopRequest
-from densecl_ext.train.state import initial_state, restore, seed_everything, snapshot
-from densecl_ext.train.step import TrainingStep
-from densecl_ext.train.window import Row, Window, weights_finite
+from densecl_ext.train.window import Row, weights_finite
 
 OWN_BACKBONE = "custom"
 
@@ -51,6 +47,8 @@ class PretrainResult:
         interrupted: whether Ctrl-C or SIGTERM ended it early; resume goes on.
         metrics: the last row of metrics.csv.
         skipped: files that did not decode, and why.
+        backbone: OUT/backbone.pth, the finished run's backbone as its library loads it; None where
+            the run has not finished, or that library has no such network.
     """
 
     output: Path
@@ -60,6 +58,7 @@ class PretrainResult:
     interrupted: bool
     metrics: dict[str, float]
     skipped: dict[Path, str]
+    backbone: Path | None = None
 
 
 def pretrain(
@@ -68,11 +67,13 @@ def pretrain(
     resume: bool = False,
     overwrite: bool = False,
     backbone: nn.Module | None = None,
+    loader: ViewLoader | None = None,
     progress: Progress | None = None,
 ) -> PretrainResult:
     """Pre-trains a backbone with DenseCL on a folder of unlabelled images.
 
-    Writes OUT/config.yaml, OUT/metrics.csv, OUT/tensorboard/ and OUT/checkpoints/last.pt. A
+    Writes OUT/config.yaml, OUT/metrics.csv, OUT/tensorboard/, OUT/checkpoints/last.pt and, at the
+    end, OUT/backbone.pth. A
     resumed run goes on with the very next batch, and on the CPU ends with the same bits as one
     that was never interrupted.
 
@@ -86,6 +87,8 @@ def pretrain(
         overwrite: replace the run in `config.output`.
         backbone: a network of your own, (N, 3, H, W) -> (N, C, h, w), instead of
             `config.backbone` and `config.weights`. To resume, pass the same network.
+        loader: a loader of your own, on the run's device, instead of `config.data` and all that
+            decides how images are read; `config.batch_size` must be its own. It stays open.
         progress: told about every step; None is silent.
 
     Returns:
@@ -100,11 +103,12 @@ def pretrain(
         RuntimeError: the device is not there, or another process trains in the folder.
     """
     progress = progress or Progress()
-    if not config.data:
+    if loader is None and not config.data:
         raise ValueError("pretrain: data must name a folder of images, got nothing (--data DIR)")
     if backbone is not None:
         config = dataclasses.replace(config, backbone=OWN_BACKBONE, weights="none")
     device = pick_device(config.device)
+    launch(device)
     set_up(device, config.threads)
     folder = RunFolder(config.output)
     with contextlib.ExitStack() as cleanup:
@@ -114,97 +118,78 @@ def pretrain(
             config, changed = merge_resumed(config, PretrainConfig.of_run(checkpoint["config"]))
             if changed:
                 progress.message(f"resuming with another {', '.join(changed)}")
-        if config.cuda_graph and device.type != "cuda":
-            raise ValueError(f"pretrain: cuda_graph needs a GPU, the run's device is {device}")
         stop = cleanup.enter_context(StopRequest(lambda: progress.message(STOPPING)))
         cleanup.callback(progress.close)
 
-        # Data first: the number of images decides what "auto" means.
-        loader = open_loader(config, device)
-        cleanup.callback(loader.close)
-        steps_per_epoch = len(loader)
-        total = config.epochs * steps_per_epoch
-        config = config.resolved(
-            images=loader.num_images, native_bf16=has_native_bf16(device), loader=loader.backend
-        )
-
-        # The model, and everything else that a run consists of, in one dict.
-        seed_everything(config.seed)
-        if backbone is None:
-            backbone = starting_backbone(config)
-        model = build_model(config, backbone, steps_per_epoch).to(device).train()
-        optimizer = build_optimizer(config, model)
+        run = build_run(config, device, backbone=backbone, loader=loader)
+        if loader is None:
+            cleanup.callback(run.loader.close)
+        config = run.config
         if checkpoint is None:
             folder.clear()  # not earlier: an error above would have cost the run that is replaced
+        else:
+            run.load_state_dict(checkpoint)
         loggers = build_loggers(config, folder, checkpoint["step"] if checkpoint else None)
-        fabric = build_fabric(device, loggers)
-        train_step = TrainingStep(
-            model,
-            optimizer,
-            precision=config.precision,
-            cuda_graph=config.cuda_graph,
-            compile=config.compile,
-        )
-        window = Window(device)
-        state = initial_state(
-            config, model=model, optimizer=optimizer, loader=loader, window=window
-        )
-        if checkpoint is not None:
-            restore(state, checkpoint)
 
         # The first checkpoint, before the first step, shows that the disk takes one.
-        folder.write_config(config)
-        folder.save(snapshot(state))
+        folder.write_config(dump_recipe(config))
+        folder.save(run.state_dict())
         folder.require_space()
 
+        total = run.total_steps
         last = total if config.max_steps == "none" else min(total, int(config.max_steps))
-        save_every = duration_in_steps(config.checkpoint_every, steps_per_epoch) or total
-        keep_every = config.keep_every * steps_per_epoch or total + 1
+        save_every = duration_in_steps(config.checkpoint_every, run.steps_per_epoch) or total
+        keep_every = config.keep_every * run.steps_per_epoch or total + 1
         memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-        progress.message(describe(state, total))
-        progress.start(step=state["step"], total=last, batch_size=config.batch_size)
+        progress.message(describe(run))
+        progress.start(step=run.step, total=last, batch_size=config.batch_size)
         rows: deque[Row] = deque()
         in_flight = 1 if device.type == "cuda" else 0  # rows are read one log step later
-        for views in batches(state, config.epochs, last, stop):
-            train_step.schedule(
-                lr=learning_rate(config, state["step"], steps_per_epoch),
-                key_momentum=key_momentum(config, state["step"], steps_per_epoch),
+        began = time.monotonic() if config.compile and run.step < last else None
+        if began is not None:
+            progress.message("compiling both encoders: the first step takes a minute or more")
+        for views in batches(run, last, stop):
+            run.training_step.schedule(
+                lr=run.learning_rate(run.step), key_momentum=run.key_momentum(run.step)
             )
-            output = train_step(
+            output = run.training_step(
                 views.view_q.contiguous(memory_format=memory_format),
                 views.view_k.contiguous(memory_format=memory_format),
                 views.crop_q,
                 views.crop_k,
             )
-            state["step"] += 1
-            step = state["step"]
-            window.add(output.scalars(), config.batch_size)
-            keep = step % keep_every == 0
-            save = keep or step % save_every == 0
-            if step % config.log_every == 0 or step == last:
-                rows.append(window.send(step, weights_finite(model)))
+            if began is not None:
+                progress.message(f"compiled after {time.monotonic() - began:.0f} s")
+                began = None
+            run.step += 1
+            run.window.add(output.scalars(), config.batch_size)
+            keep = run.step % keep_every == 0
+            save = keep or run.step % save_every == 0
+            if run.step % config.log_every == 0 or run.step == last:
+                rows.append(run.window.send(run.step, weights_finite(run.model)))
             while len(rows) > (0 if save else in_flight):
-                log(rows.popleft(), state, folder, fabric, progress)
+                log(rows.popleft(), run, folder, loggers, progress)
             if save:
-                require_finite(state, folder)
-                folder.save(snapshot(state))
+                require_finite(run, folder)
+                folder.save(run.state_dict())
             if keep:
-                folder.keep(f"epoch_{step // steps_per_epoch:04d}.pt")
-            progress.update(step)
+                folder.keep(f"epoch_{run.step // run.steps_per_epoch:04d}.pt")
+            progress.update(run.step)
         while rows:
-            log(rows.popleft(), state, folder, fabric, progress)
-        require_finite(state, folder)
-        folder.save(snapshot(state))
+            log(rows.popleft(), run, folder, loggers, progress)
+        require_finite(run, folder)
+        folder.save(run.state_dict())
         for logger in loggers:
             logger.finalize("success")
         return PretrainResult(
             output=folder.path,
             checkpoint=folder.last,
-            step=state["step"],
+            step=run.step,
             total_steps=total,
-            interrupted=stop.requested and state["step"] < last,
-            metrics=state["metrics"],
-            skipped=dict(loader.skipped),
+            interrupted=stop.requested and run.step < last,
+            metrics=run.metrics,
+            skipped=dict(run.loader.skipped),
+            backbone=write_backbone(run, folder, progress) if run.step == total else None,
         )
 
 
@@ -216,16 +201,15 @@ POSITION = (
 STOPPING = "stopping after this step with a checkpoint; again to stop at once"
 
 
-def batches(state: dict[str, Any], epochs: int, last: int, stop: StopRequest) -> Iterator[TwoViews]:
+def batches(run: Run, last: int, stop: StopRequest) -> Iterator[TwoViews]:
     """The batches that remain of all epochs, up to step `last` or a request to stop.
 
-    Counts `state["epoch"]`; the consumer counts `state["step"]`.
+    Counts `run.epoch`; the consumer counts `run.step`.
     """
-    loader = state["loader"]
-    while state["epoch"] < epochs:
-        loader.set_epoch(state["epoch"])  # the current epoch's number keeps a loaded position
-        remaining = iter(loader)
-        while state["step"] < last and not stop.requested:
+    while run.epoch < run.config.epochs:
+        run.loader.set_epoch(run.epoch)  # the current epoch's number keeps a loaded position
+        remaining = iter(run.loader)
+        while run.step < last and not stop.requested:
             try:
                 # torch's DataLoader draws from the global generator whenever an iteration begins,
                 # which in a resumed run is not where it was in the interrupted one.
@@ -240,70 +224,67 @@ def batches(state: dict[str, Any], epochs: int, last: int, stop: StopRequest) ->
             yield views
         else:
             return
-        state["epoch"] += 1
-
-
-def learning_rate(config: PretrainConfig, step: int, steps_per_epoch: int) -> float:
-    """Learning rate of the step with this 0-based index."""
-    every = steps_per_epoch if config.schedule == "epoch" else 1
-    warmup = duration_in_steps(config.lr_warmup, steps_per_epoch)
-    total = config.epochs * steps_per_epoch
-    return cosine_lr(float(config.lr), step, total, every=every, warmup=warmup)
-
-
-def key_momentum(config: PretrainConfig, step: int, steps_per_epoch: int) -> float:
-    """Momentum of the key encoder in the step with this 0-based index."""
-    base = float(config.key_momentum)
-    if config.key_momentum_schedule == "constant":
-        return base
-    return cosine_momentum(base, step, config.epochs * steps_per_epoch)
+        run.epoch += 1
 
 
 def log(
-    row: Row, state: dict[str, Any], folder: RunFolder, fabric: Fabric, progress: Progress
+    row: Row, run: Run, folder: RunFolder, loggers: Sequence[Logger], progress: Progress
 ) -> None:
     """Writes a row that has arrived; raises as `require_finite`."""
     if not row.finite():
-        raise diverged(row.step, state, folder)
-    config, steps_per_epoch = PretrainConfig(**state["config"]), len(state["loader"])
-    state["metrics"] = {
-        "epoch": row.step / steps_per_epoch,
+        raise diverged(row.step, run, folder)
+    run.metrics = {
+        "epoch": row.step / run.steps_per_epoch,
         **row.means(),
-        "lr": learning_rate(config, row.step - 1, steps_per_epoch),
+        "lr": run.learning_rate(row.step - 1),
     }
-    fabric.log_dict(state["metrics"], row.step)
-    progress.log(state["metrics"])
-    if state["metrics"].get("position_share", 0.0) > 0.5 and not state.get("told_of_position"):
-        state["told_of_position"] = True  # not part of a checkpoint: a resumed run may say it again
+    for logger in loggers:
+        logger.log_metrics(run.metrics, row.step)
+    progress.log(run.metrics)
+    if run.metrics.get("position_share", 0.0) > 0.5 and not run.told_of_position:
+        run.told_of_position = True
         progress.message(POSITION)
 
 
-def require_finite(state: dict[str, Any], folder: RunFolder) -> None:
+def require_finite(run: Run, folder: RunFolder) -> None:
     """Raises TrainingDiverged if a loss since the last log row, or a weight, is not finite."""
-    if not (state["window"].finite() and bool(weights_finite(state["model"]))):
-        raise diverged(state["step"], state, folder)
+    if not (run.window.finite() and bool(weights_finite(run.model))):
+        raise diverged(run.step, run, folder)
 
 
-def diverged(step: int, state: dict[str, Any], folder: RunFolder) -> TrainingDiverged:
+def diverged(step: int, run: Run, folder: RunFolder) -> TrainingDiverged:
     """The error, with what to do about it."""
     return TrainingDiverged(
         "pretrain: the loss or a weight became NaN or infinite at or before step "
         f"{step}; {folder.last} is from before that. Go on from it with a lower rate "
-        f"(--resume --lr X, it was {state['config']['lr']:g}) or with --precision fp32"
+        f"(--resume --lr X, it was {run.config.lr:g}) or with --precision fp32"
     )
 
 
-def describe(state: dict[str, Any], total: int) -> str:
+def write_backbone(run: Run, folder: RunFolder, progress: Progress) -> Path | None:
+    """Exports a finished run's backbone; says why where its library has no such network."""
+    name = run.config.backbone
+    if name == OWN_BACKBONE:
+        return None
+    try:
+        export_backbone(
+            folder.last, folder.backbone, "timm" if name.startswith(TIMM) else "torchvision"
+        )
+    except (ValueError, RuntimeError, OSError) as error:
+        progress.message(f"{folder.backbone} is not written: {error}")
+        return None
+    return folder.backbone
+
+
+def describe(run: Run) -> str:
     """What is about to happen, with all automatic choices, in a few lines."""
-    config, loader, model = PretrainConfig(**state["config"]), state["loader"], state["model"]
-    assert isinstance(model, DenseCL)
-    weights = sum(p.numel() for p in model.backbone.parameters()) / 1e6
-    device = next(model.parameters()).device
-    begin = f"resuming at step {state['step']} of" if state["step"] else "training for"
+    config, loader = run.config, run.loader
+    weights = sum(p.numel() for p in run.model.backbone.parameters()) / 1e6
+    begin = f"resuming at step {run.step} of" if run.step else "training for"
     return "\n".join(
         [
-            f"{begin} {total} steps ({config.epochs} epochs of {len(loader)}) on {device}, "
-            f"{config.precision}, {torch.get_num_threads()} threads",
+            f"{begin} {run.total_steps} steps ({config.epochs} epochs of {len(loader)}) on "
+            f"{run.device}, {config.precision}, {torch.get_num_threads()} threads",
             f"  data: {loader.num_images} images through {loader.backend}, views of "
             f"{config.image_size} px, batch {config.batch_size}",
             f"  model: {config.backbone} ({weights:.1f} million weights), matching "

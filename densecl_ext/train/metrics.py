@@ -1,21 +1,20 @@
-"""Where the log rows go: metrics.csv, TensorBoard, and Lightning Fabric, which holds them."""
+"""Where the log rows go: metrics.csv, and one of Lightning's loggers."""
 
 from __future__ import annotations
 
 import csv
 import math
+import os
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from lightning.fabric import Fabric
 from lightning.fabric.loggers.logger import Logger
 
+from densecl_ext.checkpoints.run_folder import RunFolder
 from densecl_ext.checkpoints.storage import atomic_file
 from densecl_ext.train.config import PretrainConfig
-from densecl_ext.train.run_folder import RunFolder
 
 FIRST_COLUMNS = ("step", "epoch", "loss", "loss_global", "loss_dense", "lr", "images_per_second")
 
@@ -99,34 +98,42 @@ def _step(row: Mapping[str, str | None]) -> float:
 def build_loggers(
     config: PretrainConfig, folder: RunFolder, resume_step: int | None
 ) -> list[Logger]:
-    """metrics.csv, and TensorBoard if wanted; both drop what lies after `resume_step`."""
-    loggers: list[Logger] = [CsvLog(folder.metrics, resume_step=resume_step)]
-    if config.tensorboard:
-        from lightning.fabric.loggers import TensorBoardLogger
-
-        options: dict[str, Any] = {} if resume_step is None else {"purge_step": resume_step + 1}
-        name = folder.tensorboard.name
-        loggers.append(TensorBoardLogger(folder.path, name=name, version="", **options))
-    return loggers
-
-
-def build_fabric(device: torch.device, loggers: list[Logger]) -> Fabric:
-    """Fabric on one device, for its loggers and for what it knows of launchers.
-
-    Precision, backward and optimizer are `TrainingStep`'s, which runs without Lightning too.
+    """metrics.csv and the logger that is wanted; a resumed run goes on after `resume_step`.
 
     Raises:
-        RuntimeError: started by a launcher with several processes.
+        ImportError: the logger's package is not installed.
     """
-    fabric = Fabric(
-        accelerator=device.type,
-        devices=1 if device.type == "cpu" else [device.index],
-        loggers=loggers,
-    )
-    if fabric.world_size > 1:
-        raise RuntimeError(
-            f"pretrain: started as one of {fabric.world_size} processes, but a run uses one "
-            "process and one device; "
-            "start it without a launcher"
-        )
-    return fabric
+    loggers: list[Logger] = [CsvLog(folder.metrics, resume_step=resume_step)]
+    kind = config.logger
+    if kind == "auto":
+        kind = "tensorboard" if config.tensorboard else "csv"
+    try:
+        if kind == "tensorboard":
+            from lightning.fabric.loggers import TensorBoardLogger
+
+            purge: dict[str, Any] = {} if resume_step is None else {"purge_step": resume_step + 1}
+            name = folder.tensorboard.name
+            loggers.append(TensorBoardLogger(folder.path, name=name, version="", **purge))
+        elif kind == "wandb":
+            from lightning.pytorch.loggers import WandbLogger
+
+            # What resumes a run is another one there, beside it in the group of that folder.
+            name = folder.path.name
+            loggers.append(WandbLogger(name=name, group=name, save_dir=folder.path))
+        elif kind == "mlflow":
+            from lightning.pytorch.loggers import MLFlowLogger
+
+            store = f"file:{(folder.path / 'mlruns').resolve()}"
+            loggers.append(
+                MLFlowLogger(
+                    run_name=folder.path.name,
+                    tracking_uri=os.environ.get("MLFLOW_TRACKING_URI", store),
+                )
+            )
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"pretrain: logger {kind} needs {kind}, which is not installed: pip install {kind}"
+        ) from error
+    for logger in loggers[1:]:
+        logger.log_hyperparams(config.to_mapping())
+    return loggers

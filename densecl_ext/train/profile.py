@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from densecl_ext.checkpoints.run_folder import RunFolder
 from densecl_ext.checkpoints.storage import atomic_file
 from densecl_ext.data import TwoViews, ViewLoader
 from densecl_ext.nn.phases import PHASES, Stopwatch, phase
-from densecl_ext.train.build import build_model, build_optimizer, open_loader, starting_backbone
 from densecl_ext.train.config import PretrainConfig
-from densecl_ext.train.machine import has_native_bf16, pick_device, set_up
-from densecl_ext.train.state import seed_everything
+from densecl_ext.train.machine import pick_device, set_up
+from densecl_ext.train.run import build_run
 from densecl_ext.train.step import WARMUP_STEPS, TrainingStep
 
 STEPS = 20
@@ -86,6 +86,7 @@ def profile(
     *,
     steps: int = STEPS,
     backbone: nn.Module | None = None,
+    loader: ViewLoader | None = None,
     message: Callable[[str], None] = lambda text: None,
 ) -> Profile:
     """Trains for a few steps as `pretrain` would, and measures them.
@@ -101,6 +102,7 @@ def profile(
         config: what to measure.
         steps: measured steps, at least 1.
         backbone: a network of your own instead of `config.backbone`, as in `pretrain`.
+        loader: a loader of your own instead of `config.data`, as in `pretrain`.
         message: told what is going on.
 
     Raises:
@@ -110,34 +112,20 @@ def profile(
     """
     if steps < 1:
         raise ValueError(f"profile: steps must be at least 1, got {steps}")
-    if not config.data:
+    if loader is None and not config.data:
         raise ValueError("profile: data must name a folder of images, got nothing (--data DIR)")
     device = pick_device(config.device)
     if config.cuda_graph and device.type != "cuda":
-        raise ValueError(f"profile: cuda_graph needs a GPU, the device is {device}")
+        raise ValueError(f"pretrain: cuda_graph needs a GPU, the run's device is {device}")
     set_up(device, config.threads)
-    folder = Path(config.output) / "profile"
+    cuda_graph, folder = config.cuda_graph, RunFolder(config.output).profile
     folder.mkdir(parents=True, exist_ok=True)
-    loader = open_loader(config, device)
+    built = build_run(
+        dataclasses.replace(config, cuda_graph=False), device, backbone=backbone, loader=loader
+    )
+    config = built.config
     try:
-        config = config.resolved(
-            images=loader.num_images, native_bf16=has_native_bf16(device), loader=loader.backend
-        )
-        seed_everything(config.seed)
-        backbone = starting_backbone(config) if backbone is None else backbone
-        model = build_model(config, backbone, len(loader)).to(device).train()
-        optimizer = build_optimizer(config, model)
-
-        def training_step(cuda_graph: bool) -> TrainingStep:
-            return TrainingStep(
-                model,
-                optimizer,
-                precision=config.precision,
-                cuda_graph=cuda_graph,
-                compile=config.compile and not cuda_graph,  # the encoders stay compiled
-            )
-
-        step, views = training_step(False), endless(loader)
+        step, views = built.training_step, endless(built.loader)
         message(f"profile: {WARMUP_STEPS} steps to warm up, {steps} measured on {device}")
         run(step, views, config, WARMUP_STEPS)
         if device.type == "cuda":
@@ -151,12 +139,13 @@ def profile(
             run(step, views, config, TRACED_STEPS)
         trace.export_chrome_trace(str(folder / "trace.json.gz"))
         graph_seconds = None
-        if config.cuda_graph:
-            step = training_step(True)
+        if cuda_graph:
+            step = built.new_step(cuda_graph=True)
             run(step, views, config, WARMUP_STEPS + 1)
             graph_seconds = run(step, views, config, steps) / steps
     finally:
-        loader.close()
+        if loader is None:
+            built.loader.close()
     result = Profile(
         folder=folder,
         device=device_name(device),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import NamedTuple
@@ -14,6 +15,11 @@ from densecl_ext.nn.phases import phase
 
 PRECISIONS = ("fp32", "bf16")
 WARMUP_STEPS = 3
+_UNUSABLE = (
+    "TrainingStep: this step could not be captured in a CUDA graph and is unusable, and this "
+    "process can capture no other. Start again from a checkpoint, without cuda_graph to go on "
+    "eagerly."
+)
 
 
 class StepOutput(NamedTuple):
@@ -188,7 +194,7 @@ class CapturedStep:
         device: where it runs.
 
     Raises:
-        RuntimeError: not a GPU.
+        RuntimeError: not a GPU; and from the call that captures on, where the capture fails.
     """
 
     def __init__(self, run: Callable[..., StepOutput], device: torch.device) -> None:
@@ -201,12 +207,15 @@ class CapturedStep:
         self._stream = torch.cuda.Stream(device)
         self._inputs: list[Tensor | None] | None = None
         self._steps = 0
+        self._failed = False
         self._graph: torch.cuda.CUDAGraph | None = None
         self._names: list[str] = []
         self._outputs: Tensor | None = None  # (losses and metrics,), overwritten by every replay
 
     def __call__(self, *inputs: Tensor | None) -> StepOutput:
         """Run the step on these inputs."""
+        if self._failed:
+            raise RuntimeError(_UNUSABLE)
         buffers = self._load(inputs)
         if self._steps < WARMUP_STEPS:
             self._steps += 1
@@ -226,10 +235,20 @@ class CapturedStep:
 
     def _capture(self, buffers: list[Tensor | None]) -> None:
         graph = torch.cuda.CUDAGraph()
-        # thread_local: the loader's threads may pin memory meanwhile.
-        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
-            scalars = self._run(*buffers).scalars()
-            self._outputs = torch.stack([value.float() for value in scalars.values()])
+        # A collection might free device memory or events of others, which a capture forbids.
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            # thread_local: the loader's threads may pin memory meanwhile.
+            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+                scalars = self._run(*buffers).scalars()
+                self._outputs = torch.stack([value.float() for value in scalars.values()])
+        except Exception as error:
+            self._failed = True
+            raise RuntimeError(f"{_UNUSABLE} The capture failed: {error}") from error
+        finally:
+            if collects:
+                gc.enable()
         self._names = list(scalars)
         self._graph = graph
 

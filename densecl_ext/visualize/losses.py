@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from densecl_ext.checkpoints.run_folder import RunFolder
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -68,7 +70,7 @@ def plot_losses(
     """
     source = Path(metrics)
     if source.is_dir():
-        source = source / "metrics.csv"
+        source = RunFolder(source).metrics
     columns = read_metrics(source)
     present = [curve for curve in CURVES if curve[0] in columns]
     if not present:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import shutil
 from pathlib import Path
-from typing import IO, Any
+from typing import TYPE_CHECKING, Any
 
 from densecl_ext.checkpoints.runs import previous_of, read_newest
 from densecl_ext.checkpoints.schema import FORMAT, VERSION
@@ -18,8 +17,9 @@ from densecl_ext.checkpoints.storage import (
     remove_leftovers,
     save_checkpoint,
 )
-from densecl_ext.train.config import PretrainConfig
-from densecl_ext.train.recipes import dump_recipe
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
 
 
 class RunFolder:
@@ -27,6 +27,8 @@ class RunFolder:
 
     Attributes:
         path, config, metrics, tensorboard, checkpoints, last, previous: the paths of these.
+        backbone: OUT/backbone.pth, of a finished run.
+        profile: OUT/profile, of `densecl pretrain --profile`.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -37,7 +39,9 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.last = self.checkpoints / "last.pt"
         self.previous = previous_of(self.last)
-        self._lock: IO[bytes] | None = None
+        self.backbone = self.path / "backbone.pth"
+        self.profile = self.path / "profile"
+        self._lock: BaseFileLock | None = None
 
     def exists(self) -> bool:
         """Whether a run has begun here."""
@@ -70,7 +74,7 @@ class RunFolder:
                 # Out of the way of the next save, which would move it over the whole one.
                 with contextlib.suppress(FileNotFoundError):
                     os.replace(self.last, self.last.with_name("damaged.pt"))
-            remove_leftovers((self.config, self.metrics, self.last, self.previous))
+            remove_leftovers((self.config, self.metrics, self.backbone, self.last, self.previous))
             return checkpoint
         if self.exists() and not overwrite:
             raise FileExistsError(
@@ -83,7 +87,13 @@ class RunFolder:
 
     def clear(self) -> None:
         """Removes what a run writes, and nothing else that may lie here."""
-        for file in (self.config, self.metrics, *self.checkpoints.glob("*.pt")):
+        for file in (
+            self.config,
+            self.metrics,
+            self.backbone,
+            self.backbone.with_name("backbone.pth.md"),
+            *self.checkpoints.glob("*.pt"),
+        ):
             file.unlink(missing_ok=True)
         for leftover in self.path.glob(f"**/{TEMPORARY_PREFIX}*"):
             leftover.unlink()
@@ -92,7 +102,7 @@ class RunFolder:
     def release(self) -> None:
         """Lets other processes have the folder."""
         if self._lock is not None:
-            self._lock.close()
+            self._lock.release()
             self._lock = None
 
     def read(self) -> dict[str, Any]:
@@ -105,14 +115,10 @@ class RunFolder:
         self._require_last()
         return read_newest(self.last, complete=True)[0]
 
-    def stored_config(self) -> PretrainConfig:
-        """The configuration of the run that is here; raises as `read`."""
-        return PretrainConfig(**self.read()["config"])
-
-    def write_config(self, config: PretrainConfig) -> None:
+    def write_config(self, recipe: str) -> None:
         """Writes config.yaml: a recipe that repeats this run."""
         with atomic_file(self.config) as file:
-            file.write(dump_recipe(config).encode())
+            file.write(recipe.encode())
 
     def save(self, state: dict[str, Any]) -> Path:
         """Writes checkpoints/last.pt atomically; the one before it stays as previous.pt.
@@ -155,20 +161,23 @@ class RunFolder:
     def _take_lock(self) -> None:
         """Keeps other processes out: two runs in one folder would overwrite each other.
 
-        A POSIX record lock belongs to the process: the system releases it when the process ends,
-        however it ends, and the loader's workers do not inherit it.
+        The system lets go of it when the process ends, however it ends; the loader's workers, which
+        may live a little longer, close their copies.
         """
+        from filelock import FileLock, Timeout
+
         if self._lock is not None:
             return
-        lock = (self.path / ".lock").open("ab")
+        lock = FileLock(self.path / ".lock", timeout=0, fallback_to_soft=False)
         try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock.acquire()
+        except Timeout:
+            raise RuntimeError(
+                f"pretrain: another process is training in {self.path}; end it first, or "
+                "choose another --output"
+            ) from None
         except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                lock.close()
-                raise RuntimeError(
-                    f"pretrain: another process is training in {self.path}; end it first, or "
-                    "choose another --output"
-                ) from None
-            # A file system without locks: nothing to keep, and no reason not to train.
+            if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+                raise
+            return  # a file system without locks: nothing to keep, and no reason not to train
         self._lock = lock
