@@ -180,3 +180,28 @@ except KeyboardInterrupt:
         process.stdout.close()
         assert load_checkpoint(file)
         assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_a_run_goes_on_from_the_one_before(tmp_path: Path) -> None:
+    """A damaged newest checkpoint is named and moved aside; the run ends with the same bits."""
+    pytest.importorskip("lightning")
+    import train_runs as runs
+
+    data = runs.image_folder(tmp_path / "images")
+    whole = runs.tiny_run(runs.tiny_config(data, tmp_path / "whole"))
+    config = runs.tiny_config(data, tmp_path / "run", max_steps=6, checkpoint_every=2)
+    last = runs.tiny_run(config).checkpoint
+    assert load_checkpoint(previous_of(last))["step"] < 6
+    flip(last)
+    for name in ("config.yaml", "metrics.csv"):
+        (tmp_path / "run" / f"{TEMPORARY_PREFIX}{name}-x1").touch()
+    (tmp_path / "run" / f"{TEMPORARY_PREFIX}mine-x1").touch()
+    with pytest.warns(UserWarning, match="last.pt is damaged.*before it, .*previous.pt"):
+        result = runs.tiny_run(runs.tiny_config(data, tmp_path / "run"), resume=True)
+    assert result.step == 9
+    ours, theirs = (load_checkpoint(run.checkpoint)["model"] for run in (result, whole))
+    runs.assert_same(ours, theirs)
+    names = {path.name for path in last.parent.iterdir()}
+    assert names == {"damaged.pt", "last.pt", "previous.pt"}
+    left = [path.name for path in (tmp_path / "run").glob(f"{TEMPORARY_PREFIX}*")]
+    assert left == [f"{TEMPORARY_PREFIX}mine-x1"]

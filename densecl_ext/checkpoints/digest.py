@@ -18,7 +18,8 @@ def content_checksum(content: Any) -> str:
     """SHA-256 over tensors and plain values, in order, as "sha256:...".
 
     Args:
-        content: tensors, None, bool, int, float, str, bytes, and dicts, lists, tuples of these.
+        content: tensors, numpy arrays, None, bool, int, float, str, bytes, and dicts, lists,
+            tuples of these.
 
     Raises:
         TypeError: anything else, named by its place.
@@ -34,6 +35,9 @@ def _add(digest: Any, value: Any, where: str, depth: int) -> None:
         raise ValueError(f"{where[:80]}... is nested more than {_DEPTH} deep")
     if isinstance(value, Tensor):
         _add_tensor(digest, value, where)
+    elif isinstance(value, (np.ndarray, np.generic)) and value.dtype.kind in "biufSU":
+        digest.update(f"numpy:{value.dtype.str}:{value.shape};".encode())
+        digest.update(value.tobytes())
     elif value is None or isinstance(value, (bool, int, float, str, bytes)):
         text = f"{_kind(value)}:{value!r};".encode("utf-8", "surrogatepass")
         digest.update(b"%d:" % len(text) + text)
