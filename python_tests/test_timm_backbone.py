@@ -197,11 +197,13 @@ def test_files_say_which_network_they_hold(tmp_path: Path, small: torch.nn.Modul
         assert torch.equal(load_backbone(run)(images), expected)
         export_backbone(run, tmp_path / "ours.pth", "backbone")
         assert torch.equal(load_backbone(tmp_path / "ours.pth")(images), expected)
-        # timm's own names tell nothing; named on the way in, they do
+        # timm's own names tell nothing; named in the file or on the way in, they do
         export_backbone(run, tmp_path / "timm.pth", "timm")
+        assert torch.equal(load_backbone(tmp_path / "timm.pth")(images), expected)
+        torch.save(dict(torch.load(tmp_path / "timm.pth")), tmp_path / "bare.pth")
         with pytest.raises(ValueError, match="no ResNet found"):
-            load_backbone(tmp_path / "timm.pth")
-        import_backbone(tmp_path / "timm.pth", tmp_path / "in.pth", architecture=SMALL)
+            load_backbone(tmp_path / "bare.pth")
+        import_backbone(tmp_path / "bare.pth", tmp_path / "in.pth", architecture=SMALL)
         assert torch.equal(load_backbone(tmp_path / "in.pth")(images), expected)
     assert read_backbone(tmp_path / "in.pth").architecture == SMALL
     with pytest.raises(ValueError, match="torchvision does not have; to must be 'timm'"):

@@ -155,13 +155,14 @@ def test_overwrite_removes_the_run_and_nothing_else(data: Path, tmp_path: Path) 
     runs.tiny_run(runs.tiny_config(data, tmp_path, keep_every=1))
     (tmp_path / "notes.txt").write_text("mine")
     kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
-    assert kept == ["epoch_0001.pt", "epoch_0002.pt", "epoch_0003.pt", "last.pt"]
+    assert kept == ["epoch_0001.pt", "epoch_0002.pt", "epoch_0003.pt", "last.pt", "previous.pt"]
     assert load_checkpoint(tmp_path / "checkpoints" / "epoch_0002.pt")["step"] == 6
     with pytest.raises(ValueError):  # a mistake does not cost the older run
         runs.tiny_run(runs.tiny_config("/nowhere", tmp_path), overwrite=True)
     assert load_checkpoint(tmp_path / "checkpoints" / "last.pt")["step"] == 9
     again = runs.tiny_run(runs.tiny_config(data, tmp_path, max_steps=2), overwrite=True)
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["last.pt"]
+    left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert left == ["last.pt", "previous.pt"]
     assert again.step == 2 and (tmp_path / "notes.txt").read_text() == "mine"
 
 
@@ -215,7 +216,7 @@ def test_disk_with_room_for_one_checkpoint_only(
 
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(OSError, match="0 MB free, and every checkpoint needs"):
+    with pytest.raises(OSError, match="0 MB free, and the next checkpoints need"):
         runs.tiny_run(runs.tiny_config(data, tmp_path))
 
 

@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from densecl_ext.checkpoints.runs import previous_of, read_newest
+from densecl_ext.checkpoints.schema import FORMAT, VERSION
 from densecl_ext.checkpoints.storage import (
     TEMPORARY_PREFIX,
     atomic_file,
-    load_checkpoint,
+    remove_leftovers,
     save_checkpoint,
 )
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
 
-FORMAT = "densecl_ext"
-VERSION = 1
-
 
 class RunFolder:
-    """OUT/config.yaml, OUT/metrics.csv, OUT/tensorboard/, OUT/checkpoints/last.pt.
+    """OUT/config.yaml, OUT/metrics.csv, OUT/tensorboard/, OUT/checkpoints/last.pt and previous.pt.
 
     Attributes:
-        path, config, metrics, tensorboard, checkpoints, last: the paths of these.
+        path, config, metrics, tensorboard, checkpoints, last, previous: the paths of these.
         backbone: OUT/backbone.pth, of a finished run.
         profile: OUT/profile, of `densecl pretrain --profile`.
     """
@@ -38,13 +38,14 @@ class RunFolder:
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"
         self.last = self.checkpoints / "last.pt"
+        self.previous = previous_of(self.last)
         self.backbone = self.path / "backbone.pth"
         self.profile = self.path / "profile"
         self._lock: BaseFileLock | None = None
 
     def exists(self) -> bool:
         """Whether a run has begun here."""
-        return any(p.exists() for p in (self.config, self.metrics, self.last))
+        return any(p.exists() for p in (self.config, self.metrics, self.last, self.previous))
 
     def prepare(self, *, resume: bool, overwrite: bool) -> dict[str, Any] | None:
         """Makes the folder ready and proves that it can be written.
@@ -68,9 +69,12 @@ class RunFolder:
         if resume:
             self._require_last()
             self._take_lock()
-            checkpoint = self.read()
-            for leftover in self.checkpoints.glob(f"{TEMPORARY_PREFIX}*"):
-                leftover.unlink()
+            checkpoint, used = read_newest(self.last, complete=True)
+            if used == self.previous:
+                # Out of the way of the next save, which would move it over the whole one.
+                with contextlib.suppress(FileNotFoundError):
+                    os.replace(self.last, self.last.with_name("damaged.pt"))
+            remove_leftovers((self.config, self.metrics, self.backbone, self.last, self.previous))
             return checkpoint
         if self.exists() and not overwrite:
             raise FileExistsError(
@@ -87,6 +91,7 @@ class RunFolder:
             self.config,
             self.metrics,
             self.backbone,
+            self.backbone.with_name("backbone.pth.md"),
             *self.checkpoints.glob("*.pt"),
         ):
             file.unlink(missing_ok=True)
@@ -101,22 +106,14 @@ class RunFolder:
             self._lock = None
 
     def read(self) -> dict[str, Any]:
-        """Reads checkpoints/last.pt.
+        """Reads checkpoints/last.pt, or with a warning the one before it if that is damaged.
 
         Raises:
             FileNotFoundError: there is none.
             ValueError: it is not the checkpoint of a run.
         """
         self._require_last()
-        checkpoint = load_checkpoint(self.last)
-        if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
-            raise ValueError(f"pretrain: {self.last} is not the checkpoint of a run")
-        if checkpoint["version"] != VERSION:
-            raise ValueError(
-                f"pretrain: {self.last} has version {checkpoint['version']}, this densecl_ext "
-                f"reads {VERSION}"
-            )
-        return checkpoint
+        return read_newest(self.last, complete=True)[0]
 
     def write_config(self, recipe: str) -> None:
         """Writes config.yaml: a recipe that repeats this run."""
@@ -124,8 +121,12 @@ class RunFolder:
             file.write(recipe.encode())
 
     def save(self, state: dict[str, Any]) -> Path:
-        """Writes checkpoints/last.pt atomically; raises OSError as `save_checkpoint`."""
-        save_checkpoint(self.last, {"format": FORMAT, "version": VERSION, **state})
+        """Writes checkpoints/last.pt atomically; the one before it stays as previous.pt.
+
+        Raises OSError as `save_checkpoint`.
+        """
+        content = {"format": FORMAT, "version": VERSION, **state}
+        save_checkpoint(self.last, content, previous=self.previous)
         return self.last
 
     def keep(self, name: str) -> None:
@@ -138,20 +139,20 @@ class RunFolder:
             shutil.copyfile(self.last, kept)
 
     def require_space(self) -> None:
-        """Raises OSError unless one more checkpoint fits beside the newest.
+        """Raises OSError unless the next checkpoints fit beside the newest.
 
-        A checkpoint is complete before it replaces the older one, so both need room for a moment.
+        The last two are kept, and a third is complete before it replaces the older of them.
         """
-        needed, free = self.last.stat().st_size, shutil.disk_usage(self.path).free
+        size, free = self.last.stat().st_size, shutil.disk_usage(self.path).free
+        needed = size if self.previous.exists() else 2 * size
         if free < needed:
             raise OSError(
-                f"pretrain: {self.path} has {free / 1e6:.0f} MB free, and every checkpoint needs "
-                f"{needed / 1e6:.0f} MB "
-                "beside the older one"
+                f"pretrain: {self.path} has {free / 1e6:.0f} MB free, and the next checkpoints "
+                f"need {needed / 1e6:.0f} MB beside the newest"
             )
 
     def _require_last(self) -> None:
-        if not self.last.is_file():
+        if not (self.last.is_file() or self.previous.is_file()):
             raise FileNotFoundError(
                 f"pretrain: nothing to resume in {self.path}: {self.last} does not exist; start "
                 "without --resume"

@@ -8,6 +8,9 @@ import click
 
 from densecl_ext.cli.command import Word, command
 
+# Those of densecl_ext.checkpoints, which is imported only when it is needed.
+TARGETS = ("torchvision", "timm", "backbone", "huggingface", "detectron2", "mmengine", "onnx")
+
 OUTPUT = click.Option(
     ["--output"], required=True, metavar="FILE", type=Word("FILE"), help="file to write"
 )
@@ -22,10 +25,12 @@ OUTPUT = click.Option(
     OUTPUT,
     click.Option(
         ["--to"],
-        type=click.Choice(["torchvision", "timm", "backbone"]),
+        type=click.Choice(TARGETS),
         default="torchvision",
         help="torchvision, timm: a state_dict that the library's own model takes strictly; "
-        "backbone: for this program (default: torchvision)",
+        "backbone: for this program; each as .safetensors where the output ends so. huggingface: "
+        "a folder for timm and transformers; detectron2: a .pkl or .pth; mmengine: a .pth for "
+        "mmdetection and mmsegmentation; onnx: a .onnx program (default: torchvision)",
     ),
     click.Option(
         ["--no-fc"],
@@ -39,7 +44,8 @@ def export(checkpoint: str, output: str, to: str, no_fc: bool) -> None:
 
     written = export_backbone(checkpoint, output, to, fc=not no_fc)
     name = written.architecture.removeprefix("timm/")
-    library = "timm" if to == "timm" or name != written.architecture else "torchvision"
+    through_timm = to in ("timm", "huggingface") or name != written.architecture
+    library = "timm" if through_timm else "torchvision"
     without = f" without {', '.join(written.missing)}" if written.missing else ""
     print(
         f"wrote {written.path}: {written.architecture}, {len(written.tensors)} tensors; loaded "
@@ -47,8 +53,8 @@ def export(checkpoint: str, output: str, to: str, no_fc: bool) -> None:
     )
     for note in written.notes:
         print(f"note: {note}")
-    if to != "backbone" and not no_fc:
-        print(usage(written.path, written.architecture, strict=not without))
+    if written.usage:
+        print("use it:\n  " + written.usage.replace("\n", "\n  "))
 
 
 def usage(path: Path, architecture: str, *, strict: bool = True) -> str:
@@ -69,8 +75,10 @@ def usage(path: Path, architecture: str, *, strict: bool = True) -> str:
 
 @command(
     "import",
-    "Turn another project's checkpoint into a backbone file to start from or to evaluate: MoCo, "
-    "official DenseCL / OpenSelfSup, mmselfsup, mmpretrain, torchvision, timm.",
+    "Turn another project's checkpoint into a backbone file to start from or to evaluate: MoCo "
+    "v1 to v3, official DenseCL / OpenSelfSup, mmselfsup, mmpretrain, lightly, solo-learn, "
+    "SimSiam, SimCLR, BYOL, SwAV, DINO, PixPro, SlotCon, VICRegL, VISSL, Hugging Face, "
+    "detectron2, torchvision, timm.",
     "densecl import moco_v2_800ep_pretrain.pth.tar --output moco.pth\n"
     "  densecl pretrain --data photos --weights moco.pth",
     click.Argument(["source"], type=Word("FILE"), help="the checkpoint"),
@@ -82,20 +90,46 @@ def usage(path: Path, architecture: str, *, strict: bool = True) -> str:
         "network needs it (convnext_tiny, timm/vit_small_patch16_224)",
     ),
     click.Option(
+        ["--prefix"],
+        metavar="TEXT",
+        help="what stands before the backbone's names (net.trunk.), where the form is not known",
+    ),
+    click.Option(
+        ["--container"],
+        metavar="KEY",
+        help="where in the file the tensors lie (state, or a.b), where the form is not known",
+    ),
+    click.Option(
         ["--trusted"],
         is_flag=True,
         help="accept pickled Python objects, which can run code: only for files whose origin you "
         "trust",
     ),
 )
-def import_(source: str, output: str, backbone: str | None, trusted: bool) -> None:
+def import_(
+    source: str,
+    output: str,
+    backbone: str | None,
+    prefix: str | None,
+    container: str | None,
+    trusted: bool,
+) -> None:
     """Imports."""
     from densecl_ext.checkpoints import import_backbone
 
-    written = import_backbone(source, output, architecture=backbone, trusted=trusted)
+    written = import_backbone(
+        source,
+        output,
+        architecture=backbone,
+        trusted=trusted,
+        prefix=prefix,
+        container=container,
+    )
     print(
         f"wrote {written.path}: {written.architecture}, {len(written.tensors)} tensors, "
         f"recognised as {written.form}"
     )
+    for note in written.notes:
+        print(f"note: {note}")
     if written.left_out:
         print(f"left out as heads: {', '.join(written.left_out)}")
