@@ -139,7 +139,7 @@ def told(cls: type, error: ValidationError, values: Mapping[str, Any]) -> str:
     """The first thing that pydantic found, in one line: which option, what fits, what came."""
     first = error.errors(include_url=False)[0]
     if not first["loc"]:  # the dataclass's own check of several values
-        return str(first["ctx"]["error"])
+        return str(first["ctx"]["error"]).removeprefix(f"{cls.__name__}: ")
     name = str(first["loc"][0])
     if name not in values:
         return f"{name} is missing"
