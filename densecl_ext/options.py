@@ -74,6 +74,20 @@ Duration = Annotated[
         }
     ),
 ]
+Range = Annotated[
+    Annotated[str, Field(pattern=r"^\s*-?[0-9.]+\s*,\s*-?[0-9.]+\s*$")],
+    BeforeValidator(lambda raw: ",".join(map(str, raw)) if isinstance(raw, (list, tuple)) else raw),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string", "pattern": r"^\s*-?[0-9.]+\s*,\s*-?[0-9.]+\s*$"},
+                {"type": "array", "items": {"type": "number"}, "minItems": 2, "maxItems": 2},
+            ],
+            "expected": "two numbers (0,4095)",
+            "metavar": "LOW,HIGH",
+        }
+    ),
+]
 _FLOAT = TypeAdapter(NonNegativeFloat)
 
 

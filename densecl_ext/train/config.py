@@ -19,6 +19,7 @@ from densecl_ext.options import (
     Nothing,
     Positive,
     PositiveFloat,
+    Range,
     Share,
     Text,
     build,
@@ -65,6 +66,20 @@ class PretrainConfig:
         "what decodes and augments; auto: torchvision on a CPU, DALI on a GPU; memory decodes "
         "every image once and keeps it, for sets that fit",
         group="data",
+    )
+    cache_size: Auto | Positive = option(
+        "auto",
+        "with loader memory, pixels of the shorter side to which larger images are reduced; auto: "
+        "1.25 x image_size",
+        group="data",
+    )
+    value_range: Nothing | Range = option(
+        "none",
+        "values that become black and white in files of more than 8 bits; none: 0,65535",
+        group="data",
+    )
+    max_pixels: Positive = option(
+        178_956_970, "width x height above which a file is skipped", group="data", may_change=True
     )
     workers: Auto | Natural = option(
         "auto", "decoding processes (torchvision) or threads (DALI)", group="data", may_change=True
