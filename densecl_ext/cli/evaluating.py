@@ -1,54 +1,71 @@
-"""`densecl evaluate`: linear segmentation of frozen features."""
+"""`densecl evaluate PROTOCOL`: measure what a network has learned."""
 
 from __future__ import annotations
 
 import argparse
-import json
+import difflib
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from densecl_ext.cli.parser import add_command
+from densecl_ext.cli.parser import Parser, add_command
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from densecl_ext.evaluate import SegmentationFolder, SegmentationResult
+    from densecl_ext.evaluate.protocols import Protocol
+    from densecl_ext.evaluate.report import Report
 
 CALIBRATION_IMAGES = 256
+DEFAULT_PROTOCOL = "segmentation"
+LISTS = ("-h", "--help")
+EXAMPLES = {
+    "segmentation": "--data camvid --size 180 240 --solver lbfgs --recalibrate 128",
+    "incontext": "--data camvid --size 180 240",
+    "correspondence": "--data photos",
+}
 
 
 def add_evaluate(commands: Any) -> argparse.ArgumentParser:
-    """Adds the command."""
+    """Adds the command with one subcommand a protocol."""
+    from densecl_ext.evaluate.protocols import PROTOCOLS, find_protocol
+
     command = add_command(
         commands,
         "evaluate",
-        "measure what frozen features are worth: linear segmentation, mIoU",
-        "densecl evaluate runs/photos --data camvid --val-split test --compare-random",
-        "Train one linear layer on the frozen features of labelled images and measure its\n"
-        "segmentation. DIR holds images/, masks/ (PNG of class ids, 255 ignored),\n"
-        "splits/NAME.txt (one image a line) and perhaps classes.txt.",
+        "measure what a network has learned, by one of several protocols",
+        "densecl evaluate segmentation runs/photos --data camvid --val-split test",
+        "Measure a network. Every result comes with its protocol line: all settings that decide "
+        "it.\nWithout PROTOCOL: segmentation.",
     )
+    kinds = command.add_subparsers(
+        dest="protocol", metavar="PROTOCOL", required=True, parser_class=Parser
+    )
+    for name in PROTOCOLS:
+        _add_protocol(kinds, find_protocol(name))
+    plain: Callable[..., Any] = command.parse_known_args
+
+    def with_protocol(args: Any = None, namespace: Any = None) -> Any:
+        words = list(args or ())
+        if words and words[0] not in PROTOCOLS and words[0] not in LISTS:
+            near = difflib.get_close_matches(words[0], PROTOCOLS, n=1, cutoff=0.75)
+            if near and not Path(words[0]).exists():
+                command.error(f"there is no protocol {words[0]!r}; did you mean {near[0]}?")
+            words = [DEFAULT_PROTOCOL, *words]
+        return plain(words, namespace)
+
+    command.parse_known_args = with_protocol  # type: ignore[method-assign]
+    return command
+
+
+def _add_protocol(kinds: Any, protocol: Protocol) -> None:
+    from densecl_ext.cli.dataclass_options import add_dataclass
+
+    example = f"densecl evaluate {protocol.name} runs/photos {EXAMPLES.get(protocol.name, '')}"
+    command = add_command(kinds, protocol.name, protocol.help, example.rstrip())
     command.add_argument("weights", help="run folder, checkpoint, or exported backbone")
-    command.add_argument("--data", required=True, metavar="DIR", help="labelled images")
-    command.add_argument("--train-split", default="train", metavar="NAME", help="(default: train)")
-    command.add_argument("--val-split", default="val", metavar="NAME", help="(default: val)")
-    command.add_argument(
-        "--num-classes", type=int, metavar="N", help="default: the lines of classes.txt"
-    )
-    command.add_argument(
-        "--layers", nargs="+", metavar="NAME", help="layers whose outputs are the features (layer4)"
-    )
-    command.add_argument(
-        "--scale", type=float, default=1.0, metavar="X", help="resize images by X (default: 1)"
-    )
-    command.add_argument(
-        "--epochs", type=int, default=20, metavar="N", help="of the linear layer (default: 20)"
-    )
-    command.add_argument("--batch-size", type=int, default=32, metavar="N", help="(default: 32)")
-    command.add_argument(
-        "--limit", type=int, metavar="N", help="use N images of each split, evenly spread"
-    )
-    command.add_argument("--seed", type=int, default=0, metavar="N", help="(default: 0)")
+    add_dataclass(command, protocol.options, "data")
     command.add_argument(
         "--device", default="auto", metavar="auto|cpu|cuda[:N]", help="(default: auto)"
     )
@@ -56,88 +73,51 @@ def add_evaluate(commands: Any) -> argparse.ArgumentParser:
         "--compare-random",
         action="store_true",
         help="measure the same network at random initialisation too; both then get batch-norm "
-        "statistics from the training images",
+        f"statistics from {CALIBRATION_IMAGES} training images, unless --recalibrate says so",
     )
     command.add_argument("--output", metavar="FILE", help="also write the numbers as JSON")
+    command.add_argument("--picture", metavar="FILE", help="also draw the result as PNG")
+    command.add_argument(
+        "--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS
+    )
     command.set_defaults(run=_evaluate)
-    return command
 
 
 def _evaluate(options: argparse.Namespace) -> int:
+    import dataclasses
+
     import torch
 
     from densecl_ext.backbones import build_backbone
     from densecl_ext.checkpoints import load_backbone, read_backbone
     from densecl_ext.checkpoints.exchange import resolve_checkpoint
-    from densecl_ext.evaluate import SegmentationFolder, linear_segmentation
-    from densecl_ext.evaluate.metrics import results_table
+    from densecl_ext.cli.dataclass_options import dataclass_of
+    from densecl_ext.evaluate.protocols import find_protocol
+    from densecl_ext.evaluate.report import reports_table, write_json
     from densecl_ext.train.machine import pick_device
 
+    protocol = find_protocol(options.protocol)
+    asked = dataclass_of(protocol.options, options)
     path = resolve_checkpoint(options.weights)
     networks: dict[str, nn.Module] = {"pre-trained": load_backbone(path)}
-    train = SegmentationFolder(options.data, options.train_split, limit=options.limit)
-    val = SegmentationFolder(options.data, options.val_split, limit=options.limit)
-    num_classes = options.num_classes or len(train.class_names)
-    if not num_classes:
-        raise ValueError(f"{options.data} has no classes.txt: give --num-classes")
     if options.compare_random:
-        torch.manual_seed(options.seed)
+        torch.manual_seed(asked.seed)
         networks = {"random": build_backbone(read_backbone(path).architecture), **networks}
+        if getattr(asked, "recalibrate", None) == 0:
+            asked = dataclasses.replace(asked, recalibrate=CALIBRATION_IMAGES)
     device = pick_device(options.device)
-    results: dict[str, SegmentationResult] = {}
+    reports: dict[str, Report] = {}
     for name, network in networks.items():
-        if options.compare_random:
-            _calibrate(network, train, options.scale)
-        results[name] = linear_segmentation(
-            network,
-            train,
-            val,
-            num_classes=num_classes,
-            class_names=train.class_names if len(train.class_names) == num_classes else (),
-            layers=options.layers,
-            scale=options.scale,
-            epochs=options.epochs,
-            batch_size=options.batch_size,
-            seed=options.seed,
-            device=device,
-            report=lambda line, name=name: print(f"{name}: {line}", file=sys.stderr),  # type: ignore[misc]
-        )
-    print(results_table(results))
+        print(f"{name}: {protocol.name} on {device}", file=sys.stderr)
+        reports[name] = protocol.run(network.to(device), asked)
+    last = reports["pre-trained"]
+    print(reports_table(reports))
+    print(last.line)
     if options.output:
-        _write(options.output, results)
+        write_json(options.output, {name: report.to_dict() for name, report in reports.items()})
+    if options.picture:
+        if last.draw is None:
+            raise ValueError(f"evaluate: {protocol.name} has no picture; leave --picture out")
+        last.draw(Path(options.picture))
+        print(f"wrote {options.picture}")
     return 0
-
-
-def _calibrate(network: nn.Module, train: SegmentationFolder, scale: float) -> None:
-    """Gives batch norms the statistics of training images: fair to a network that never saw any."""
-    import torch
-
-    from densecl_ext.evaluate import recalibrate_batch_norm
-    from densecl_ext.evaluate.features import input_size, prepare_images
-
-    images = torch.stack([train[i][0] for i in range(min(len(train), CALIBRATION_IMAGES))])
-    size = input_size(network, (images.shape[2], images.shape[3]), scale)
-    batches = [prepare_images(part, size) for part in images.split(32)]
-    recalibrate_batch_norm(network, batches)
-
-
-def _write(output: str, results: dict[str, SegmentationResult]) -> None:
-    from pathlib import Path
-
-    from densecl_ext.checkpoints.storage import atomic_file
-
-    numbers = {
-        name: {
-            "miou": result.miou,
-            "pixel_accuracy": result.pixel_accuracy,
-            # A class without any pixel has no IoU, and JSON no NaN.
-            "iou": {
-                label: iou if iou == iou else None
-                for label, iou in zip(result.class_names, result.iou_per_class, strict=True)
-            },
-        }
-        for name, result in results.items()
-    }
-    Path(output).parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(output) as file:
-        file.write((json.dumps(numbers, indent=2) + "\n").encode())
