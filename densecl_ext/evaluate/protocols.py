@@ -14,6 +14,9 @@ PROTOCOLS = {
     "segmentation": ("segmentation", "SegmentationOptions", "segmentation"),
     "incontext": ("incontext", "InContextOptions", "incontext"),
     "correspondence": ("correspondence", "CorrespondenceOptions", "correspondence"),
+    "knn": ("classification", "KnnOptions", "knn"),
+    "linear": ("classification", "LinearOptions", "linear"),
+    "finetune": ("finetune", "FinetuneOptions", "finetune"),
 }
 
 
