@@ -17,6 +17,7 @@ PROTOCOLS = {
     "knn": ("classification", "KnnOptions", "knn"),
     "linear": ("classification", "LinearOptions", "linear"),
     "finetune": ("finetune", "FinetuneOptions", "finetune"),
+    "detection": ("detection", "DetectionOptions", "detection"),
 }
 
 
