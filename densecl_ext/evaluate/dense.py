@@ -17,6 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from densecl_ext.evaluate.checks import (
+    check_labels,
+    check_num_classes,
+    check_splits,
+    check_turned,
+)
 from densecl_ext.evaluate.features import (
     device_of,
     extract_features,
@@ -94,17 +100,25 @@ class DenseData:
 
     @classmethod
     def load(cls, options: PixelOptions) -> DenseData:
-        """Read and resize both splits of ``options.data``.
+        """Read, check and resize both splits of ``options.data``.
 
         Raises:
-            ValueError: the folder does not hold what :class:`SegmentationFolder` expects, no number
-                of classes is known, or images differ in size and ``size`` is empty.
+            ValueError: the folder does not hold what :class:`SegmentationFolder` expects, the
+                splits share an image, no number of classes is known or a label does not fit it, a
+                split has no label at all, or images differ in size and ``size`` is empty.
         """
         limit = options.limit or None
         train = SegmentationFolder(options.data, options.train_split, limit=limit)
         val = SegmentationFolder(options.data, options.val_split, limit=limit)
         names = class_names(train, options)
+        check_num_classes(len(names))
+        check_splits(train, val)
         splits = [read_all(folder, options.size) for folder in (train, val)]
+        for name, folder, part in zip(
+            (options.train_split, options.val_split), (train, val), splits, strict=True
+        ):
+            check_labels(name, part.labels, folder.names, len(names))
+            check_turned(folder)
         height, width = splits[1].labels.shape[1:]
         settings = {
             "data": Path(options.data).resolve().name,
