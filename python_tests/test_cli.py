@@ -19,7 +19,7 @@ from densecl_ext import cli, info
 from densecl_ext.checkpoints import load_checkpoint
 from densecl_ext.cli.pretraining import pretrain_config
 
-COMMANDS = ("pretrain", "export", "import", "evaluate", "visualize", "info")
+COMMANDS = ("pretrain", "export", "import", "evaluate", "compare", "visualize", "info")
 TINY = [
     *("--backbone", "resnet18", "--image-size", "32", "--batch-size", "8", "--epochs", "2"),
     *("--hidden-dim", "16", "--dim", "8", "--key-bn-groups", "2", "--precision", "fp32"),

@@ -1,4 +1,4 @@
-"""The command line: `densecl pretrain | export | import | evaluate | visualize | info`.
+"""The command line: `densecl pretrain | export | import | evaluate | compare | visualize | info`.
 
 Everything heavy is imported by the command that needs it. The library raises; here is where errors
 become one line on standard error and exit code 2.
@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from densecl_ext._version import __version__
+from densecl_ext.cli.comparing import add_compare
 from densecl_ext.cli.evaluating import add_evaluate
 from densecl_ext.cli.exchanging import add_export, add_import
 from densecl_ext.cli.informing import add_info
@@ -59,7 +60,16 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(
         dest="command", metavar="COMMAND", required=True, parser_class=Parser
     )
-    for add in (add_pretrain, add_export, add_import, add_evaluate, add_visualize, add_info):
+    adders = (
+        add_pretrain,
+        add_export,
+        add_import,
+        add_evaluate,
+        add_compare,
+        add_visualize,
+        add_info,
+    )
+    for add in adders:
         command = add(commands)
         command.add_argument("--debug", action="store_true", help="show tracebacks of errors")
         command.set_defaults(parser=command)

@@ -51,3 +51,37 @@ def dataclass_of(options: type, given: argparse.Namespace) -> Any:
 def _metavar(hint: Any) -> str:
     kind = typing.get_args(hint)[0] if typing.get_origin(hint) is tuple else hint
     return {int: "N", float: "X"}.get(kind, "NAME")
+
+
+def dataclass_from_words(options: type, words: list[str]) -> Any:
+    """The dataclass with values of words like `size=180,240`, `colour=false`.
+
+    Raises:
+        ValueError: no such option, or a value that does not fit.
+    """
+    hints = typing.get_type_hints(options)
+    names = [field.name for field in dataclasses.fields(options)]
+    values: dict[str, Any] = {}
+    for word in words:
+        name, equals, text = word.partition("=")
+        name = name.replace("-", "_")
+        if name not in names or not equals:
+            raise ValueError(
+                f"{options.__name__}: must be OPTION=VALUE with an option of {', '.join(names)}, "
+                f"got {word!r}"
+            )
+        hint = hints[name]
+        try:
+            if hint is bool:
+                values[name] = {"true": True, "false": False}[text.lower()]
+            elif typing.get_origin(hint) is tuple:
+                kind = typing.get_args(hint)[0]
+                values[name] = tuple(kind(item) for item in text.split(","))
+            else:
+                values[name] = hint(text)
+        except (ValueError, KeyError):
+            kind_name = getattr(hint, "__name__", hint)
+            raise ValueError(
+                f"{options.__name__}: {name} must be {kind_name}, got {text!r}"
+            ) from None
+    return options(**values)
