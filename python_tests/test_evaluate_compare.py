@@ -131,3 +131,21 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     with pytest.raises(SystemExit):
         cli.main(["evaluate", "incontxt", str(weights), "--data", str(root)])
     assert "did you mean incontext?" in capsys.readouterr().err
+
+
+def test_pictures_of_reports(tmp_path: Path) -> None:
+    picture = pytest.importorskip("PIL.Image")
+    pytest.importorskip("matplotlib")
+    from densecl_ext.evaluate import CorrespondenceOptions, correspondence, segmentation
+
+    root = write_labelled(tmp_path, {"train": 4, "val": 5}, size=(64, 64))
+    reports = [
+        segmentation(MeanColour(), SegmentationOptions(data=str(root), epochs=1, batch_size=2)),
+        segmentation(MeanColour(), SegmentationOptions(data=str(root), solver="lbfgs")),
+        correspondence(MeanColour(), CorrespondenceOptions(data=str(root / "images"), images=5)),
+    ]
+    for report in reports:
+        assert report.draw is not None
+        report.draw(tmp_path / "p.png")
+        with picture.open(tmp_path / "p.png") as drawn:
+            assert drawn.width > 300 and drawn.height > 300

@@ -24,6 +24,9 @@ from densecl_ext.evaluate.options import NetworkOptions, require_at_least
 from densecl_ext.evaluate.report import Report
 from densecl_ext.nn.matching import feature_match, geometric_match
 
+EXAMPLES = 4
+"""Pairs of views in the picture."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CorrespondenceOptions(NetworkOptions):
@@ -167,15 +170,27 @@ def correspondence(
     if dense_head is not None:
         with torch.no_grad(), untouched(dense_head):
             heads = [dense_head(part) for part in (first, second)]
-        shares, _ = match_shares(*heads, views.query_crops, views.key_crops)
+        shares, _ = match_shares(heads[0], heads[1], views.query_crops, views.key_crops)
         numbers |= {f"head_{name}": shares[name] for name in ("exact", "within_one", "same_index")}
         numbers["head_position_share"] = position_share(heads[0])
+    few = slice(0, EXAMPLES)
+    _, found, distance = _matched(
+        first[few], second[few], views.query_crops[few], views.key_crops[few]
+    )
+    query, key, grid = views.query[few], views.key[few], (first.shape[2], first.shape[3])
+
+    def draw(png: Path) -> None:
+        from densecl_ext.visualize.matches import plot_found
+
+        plot_found(query, key, found, distance, grid, png)
+
     return Report(
         "correspondence",
         numbers,
         settings,
         terms=terms,
         headline=lambda sums: sums[:, 0].double() / sums[:, 1],
+        draw=draw,
         seconds=time.perf_counter() - start,
     )
 
@@ -199,25 +214,37 @@ def match_shares(
         ValueError: no position of any view lies inside the other.
     """
     height, width = query.shape[2:]
-    truth = geometric_match(query_crops, key_crops, (height, width))  # (N, h * w)
-    found = feature_match(query, key).cpu()
-    counts = truth >= 0
+    truth, found, distance = _matched(query, key, query_crops, key_crops)
+    counts = distance >= 0
     total = int(counts.sum())
     if not total:
         raise ValueError("correspondence: no position of a view lies inside the other view's crop")
-    exact = (found == truth) & counts
-    rows = (found // width - truth // width).abs()
-    columns = (found % width - truth % width).abs()
+    exact = distance == 0
     own = torch.arange(height * width)
     numbers = {
         "exact": exact,
-        "within_one": (rows <= 1) & (columns <= 1) & counts,
+        "within_one": (distance <= 1) & counts,
         "same_index": (found == own) & counts,
         "same_index_base": (truth == own) & counts,
     }
     shares = {name: int(hits.sum()) / total for name, hits in numbers.items()}
     shares["visible"] = total / truth.numel()
     return shares, torch.stack([exact.sum(1), counts.sum(1)], dim=1)
+
+
+def _matched(
+    query: Tensor, key: Tensor, query_crops: Tensor, key_crops: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """True and found index, and their distance in cells (the larger of both axes), (N, h * w).
+
+    The distance is -1 where the position lies outside the other view.
+    """
+    height, width = query.shape[2:]
+    truth = geometric_match(query_crops, key_crops, (height, width))
+    found = feature_match(query, key).cpu()
+    rows = (found // width - truth // width).abs()
+    columns = (found % width - truth % width).abs()
+    return truth, found, torch.where(truth >= 0, torch.maximum(rows, columns), -1)
 
 
 def position_share(features: Tensor) -> float:

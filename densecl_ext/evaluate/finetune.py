@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from densecl_ext.backbones.torchvision import feature_channels
-from densecl_ext.evaluate.dense import DenseData, LabelledImages, score, segmentation_report
+from densecl_ext.evaluate.dense import (
+    DenseData,
+    Examples,
+    LabelledImages,
+    score,
+    segmentation_report,
+)
 from densecl_ext.evaluate.features import device_of, input_size, prepare_images
 from densecl_ext.evaluate.metrics import IGNORE_INDEX
 from densecl_ext.evaluate.options import (
@@ -110,6 +116,7 @@ def finetune(
     train = _subset(data.train, options)
     _train(network, head, train, num_classes, options)
     confusions: list[Tensor] = []
+    examples = Examples(data.val, data.class_names)
     network.eval()
     head.eval()
     with torch.no_grad():
@@ -118,7 +125,9 @@ def finetune(
             inputs = _inputs(network, data.val.images[part], options, device)
             with _autocast(options, device):
                 scores = head(network(inputs))
-            confusions += score(scores, data.val.labels[part], num_classes)
+            counted, predicted = score(scores, data.val.labels[part], num_classes)
+            confusions += counted
+            examples.add(first, predicted)
     settings: dict[str, Any] = {
         **data.settings,
         "labelled": f"{len(train)} of {len(data.train)}",
@@ -140,6 +149,7 @@ def finetune(
         data.class_names,
         settings,
         time.perf_counter() - start,
+        examples.draw,
     )
 
 

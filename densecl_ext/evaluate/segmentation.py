@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from densecl_ext.evaluate.dense import (
     DenseData,
+    Examples,
     RowOptions,
     Rows,
     Scorer,
@@ -81,6 +82,7 @@ def segmentation(
     if options.solver == "lbfgs":
         return evaluate_dense(backbone, data, [Linear(options)])["segmentation"]
     start = time.perf_counter()
+    examples = Examples(data.val, data.class_names)
     with untouched(backbone):
         recalibrated = recalibrate(backbone, data.train.images, options)
         confusions = linear_confusions(
@@ -88,7 +90,7 @@ def segmentation(
             layers=options.layers or None, scale=options.scale, epochs=options.epochs,
             batch_size=options.batch_size, lr=options.lr, weight_decay=options.weight_decay,
             label_stride=options.label_stride, seed=options.seed, device=device_of(backbone),
-            precision=options.precision,
+            precision=options.precision, keep=examples.add,
         )  # fmt: skip
     settings = {
         **data.settings,
@@ -105,7 +107,9 @@ def segmentation(
         "seed": options.seed,
     }
     seconds = time.perf_counter() - start
-    return segmentation_report("segmentation", confusions, data.class_names, settings, seconds)
+    return segmentation_report(
+        "segmentation", confusions, data.class_names, settings, seconds, examples.draw
+    )
 
 
 @dataclasses.dataclass(frozen=True)
