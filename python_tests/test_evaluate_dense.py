@@ -234,6 +234,22 @@ def test_a_position_code_is_called_out(photos: Path) -> None:
     assert content.numbers["same_index"] < 0.5 and content.numbers["position_share"] < 0.5
 
 
+def test_the_dense_head_of_a_run(tmp_path: Path) -> None:
+    from tiny_models import TinyBackbone
+
+    from densecl_ext import DenseCL
+    from densecl_ext.evaluate.correspondence import load_dense_head
+
+    model = DenseCL(TinyBackbone(), dim=8, hidden_dim=16, queue_length=32)
+    torch.save({"format": "densecl_ext", "model": model.state_dict()}, tmp_path / "run.pt")
+    head = load_dense_head(tmp_path / "run.pt")
+    features = torch.randn(2, 12, 4, 4)
+    assert head is not None
+    torch.testing.assert_close(head(features), model.neck.dense_head(features))
+    torch.save(model.backbone.state_dict(), tmp_path / "backbone.pt")
+    assert load_dense_head(tmp_path / "backbone.pt") is None
+
+
 def test_position_share_is_its_definition() -> None:
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(200, 16, 4, 4, generator=generator)

@@ -92,6 +92,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     from densecl_ext.checkpoints import load_backbone, read_backbone
     from densecl_ext.checkpoints.exchange import resolve_checkpoint
     from densecl_ext.cli.dataclass_options import dataclass_of
+    from densecl_ext.evaluate.correspondence import load_dense_head
     from densecl_ext.evaluate.protocols import find_protocol
     from densecl_ext.evaluate.report import reports_table, write_json
     from densecl_ext.train.machine import pick_device
@@ -109,7 +110,11 @@ def _evaluate(options: argparse.Namespace) -> int:
     reports: dict[str, Report] = {}
     for name, network in networks.items():
         print(f"{name}: {protocol.name} on {device}", file=sys.stderr)
-        reports[name] = protocol.run(network.to(device), asked)
+        extra: dict[str, Any] = {}
+        if protocol.name == "correspondence" and name == "pre-trained":
+            head = load_dense_head(path)
+            extra["dense_head"] = head.to(device) if head is not None else None
+        reports[name] = protocol.run(network.to(device), asked, **extra)
     last = reports["pre-trained"]
     print(reports_table(reports))
     print(last.line)

@@ -8,6 +8,7 @@ the share of such matches stands beside what geometry alone gives.
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from densecl_ext.checkpoints import load_checkpoint
 from densecl_ext.data.augmentation import KEY_VIEW, QUERY_VIEW, Augmentation, draw_parameters
 from densecl_ext.data.folder import decode_rgb, find_images, reason_of
 from densecl_ext.evaluate.dense import NetworkInputs, recalibrate
@@ -23,6 +25,7 @@ from densecl_ext.evaluate.features import extract_features, untouched
 from densecl_ext.evaluate.options import NetworkOptions, require_at_least
 from densecl_ext.evaluate.report import Report
 from densecl_ext.nn.matching import feature_match, geometric_match
+from densecl_ext.nn.necks import DenseCLNeck
 
 EXAMPLES = 4
 """Pairs of views in the picture."""
@@ -193,6 +196,24 @@ def correspondence(
         draw=draw,
         seconds=time.perf_counter() - start,
     )
+
+
+def load_dense_head(path: str | os.PathLike[str]) -> nn.Module | None:
+    """The dense head of a run's checkpoint, on the CPU; None for a file that holds no run."""
+    content = load_checkpoint(path)
+    model = content.get("model") if isinstance(content, dict) else None
+    prefix = "neck.dense_head."
+    state = {
+        name.removeprefix(prefix): value
+        for name, value in (model if isinstance(model, dict) else {}).items()
+        if name.startswith(prefix)
+    }
+    if state.keys() != {"0.weight", "0.bias", "2.weight", "2.bias"}:
+        return None
+    hidden, channels = state["0.weight"].shape[:2]
+    head = DenseCLNeck(channels, hidden, len(state["2.weight"])).dense_head
+    head.load_state_dict(state)
+    return head.eval()
 
 
 def match_shares(
