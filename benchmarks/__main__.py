@@ -24,6 +24,7 @@ from benchmarks.processes import ROOT, Lost, Worker, end_on_termination
 from benchmarks.rows import Row, rows
 from benchmarks.step import COMPARED, StepCase, largest_batch
 from benchmarks.timing import CAPTURE_FAILED
+from benchmarks.verdicts import entries, failures
 from benchmarks.worker import OUT_OF_MEMORY
 from densecl_ext import _native
 
@@ -271,7 +272,7 @@ def write(out: Path, results: dict[str, Any], *, last: bool = False) -> None:
             print(report.asked_table(results, measured_alone=True))
             from benchmarks import charts
 
-            written += charts.draw(report.entries(results), results, out)
+            written += charts.draw(entries(results), results, out)
     except ImportError as error:
         if last:
             print(f"no tables or charts: {error}")
@@ -315,8 +316,6 @@ def main(arguments: list[str] | None = None) -> int:
     run = Run(out, options)
     run.everything()
     write(out, run.results, last=True)
-    from benchmarks.report import failures
-
     failed = failures(run.results)
     print("\n".join(failed))
     status = int(bool(failed))

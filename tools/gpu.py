@@ -124,7 +124,8 @@ class Run:
 
         def one(name: str) -> str:
             log = f"smoke/{name.replace(' ', '_').replace(',', '')}{'-' if settings else ''}.txt"
-            limit = min(CHECK_LIMIT, max(self.end - time.monotonic(), 1.0))
+            patience = CHECK_LIMIT if self.device == "cuda" else 6 * CHECK_LIMIT
+            limit = min(patience, max(self.end - time.monotonic(), 1.0))
             status = self.call(check_command(name, self.device), limit, log, **settings)
             if status == 0:
                 return ""
