@@ -12,7 +12,6 @@ import argparse
 import datetime
 import json
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -20,11 +19,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.processes import ROOT, Lost, Worker, end_on_termination
+from benchmarks.processes import Lost, Worker, end_on_termination
 from benchmarks.rows import Row, rows
 from benchmarks.step import COMPARED, StepCase, largest_batch
 from benchmarks.timing import CAPTURE_FAILED
-from benchmarks.verdicts import entries, failures
+from benchmarks.verdicts import entries, failures, suite_of
 from benchmarks.worker import OUT_OF_MEMORY
 from densecl_ext import _native
 
@@ -62,7 +61,6 @@ class Run:
             "suite": options.suite,
             "machine_info": None,
             "datetime": datetime.datetime.now(datetime.timezone.utc).isoformat(),
-            "commit": commit(),
             "quick": options.quick,
             "benchmarks": [],
             "skipped": {},
@@ -253,37 +251,31 @@ def first_guess(results: dict[str, Any], name: str, total: float) -> int:
     return min(LARGEST, int((0.95 * total - peaks[0]) / max(slope, 1.0)) + 32)
 
 
-def commit() -> str:
-    """Which commit was measured, with "+" where files differ from it; "" outside of git."""
-    command = ["git", "describe", "--always", "--abbrev=40", "--dirty=+"]
-    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    return ran.stdout.strip()
-
-
 def write(out: Path, results: dict[str, Any], *, last: bool = False) -> None:
-    """Results and table; the charts too at the end. What a package is missing for is left out."""
-    texts = {NAMES[results.get("suite", "cpu")][0]: json.dumps(results, indent=1) + "\n"}
-    written = list(texts)
-    try:
-        from benchmarks import report
+    """Results and table, each whole at any time; at the end the charts too.
 
-        texts[NAMES[results.get("suite", "cpu")][1]] = report.markdown(results)
+    Only the results matter on a machine that is lent: whatever goes wrong with the rest is said.
+    """
+    names, written = NAMES[suite_of(results)], []
+
+    def replace(name: str, text: str) -> None:
+        (out / f".{name}").write_text(text, encoding="utf-8")
+        (out / f".{name}").replace(out / name)
+        written.append(name)
+
+    replace(names[0], json.dumps(results, indent=1) + "\n")
+    try:
+        from benchmarks import charts, report
+
+        replace(names[1], report.markdown(results))
         if last:
             print(report.asked_table(results, measured_alone=True))
-            from benchmarks import charts
-
             written += charts.draw(entries(results), results, out)
-    except ImportError as error:
+    except Exception as error:
         if last:
-            print(f"no tables or charts: {error}")
-    if last and "--report-only" in sys.argv:
-        texts.pop(written[0])
-    for name, text in texts.items():
-        partial = out / f".{name}"
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(out / name)
+            print(f"tables or charts are missing: {type(error).__name__}: {error}")
     if last:
-        print(f"wrote {', '.join([*texts, *written[1:]])} in {out}")
+        print(f"wrote {', '.join(written)} in {out}")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -16,7 +16,6 @@ import importlib.util
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tarfile
 import time
@@ -27,6 +26,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.machine import commit
 from benchmarks.processes import ROOT, call, end_on_termination
 from tools import gpu_checks
 
@@ -233,13 +233,12 @@ PARTS: dict[str, tuple[Callable[[Run], int], float]] = {
 
 def machine() -> dict[str, Any]:
     """What the report says of the GPU and the commit."""
-    git = ["git", "describe", "--always", "--abbrev=40", "--dirty=+"]
-    commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=False).stdout
     found: dict[str, Any] = {"torch": torch.__version__, "cuda": torch.version.cuda}
+    found["commit"] = commit()
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
         found["capability"] = torch.cuda.get_device_capability()
-    return found | {"commit": commit.strip()}
+    return found
 
 
 def main(arguments: list[str] | None = None) -> int:
