@@ -23,7 +23,7 @@ from benchmarks.processes import Lost, Worker, end_on_termination
 from benchmarks.rows import Row, rows
 from benchmarks.step import COMPARED, StepCase, largest_batch
 from benchmarks.timing import CAPTURE_FAILED
-from benchmarks.verdicts import entries, failures, suite_of
+from benchmarks.verdicts import NOT_RUN, entries, failures, suite_of
 from benchmarks.worker import OUT_OF_MEMORY
 from densecl_ext import _native
 
@@ -98,6 +98,8 @@ class Run:
         try:
             found = self._worker.ask(request, min(limit, max(left, 15.0)))
         except Lost as error:
+            if time.monotonic() > self._end:
+                return {"skipped": f"cut off: the {self._options.seconds:.0f} s were over"}
             return {"error": f"failed: {error}", "broken": True}
         if "error" in found:
             found["error"] = f"failed: {found['error']}"
@@ -119,32 +121,52 @@ class Run:
         return portable | ({"DENSECL_CPU_ISA": row.isa} if row.isa else {})
 
     def row(self, row: Row) -> dict[str, Any]:
-        """A row's answer. Where ours takes the process along, its portable kernels run again.
-
-        From there on, for the rest of the run: Hopper's kernels may hang or fault.
-        """
+        """A row's answer; where that takes the process along, its candidates apart."""
         if row.id == "step-largest":
             return self._largest()
         found = self._row(row)
-        ops = OPS.get(type(row.case).__name__, ())
-        switched = os.environ.get(SWITCHES[0]) or set(ops) & set(self._portable)
-        if found.get("broken") and self._options.suite != "cpu" and ops and not switched:
-            self._portable |= dict.fromkeys(ops, f"since {row.id} {found.get('error', BROKEN)}")
-            self._note_kernels()
-            found = self._row(row)
+        if found.get("broken"):
+            found = self._apart(row)
         if "info" in found:
             self._add_memory(row, found["info"])
         return found
 
-    def _row(self, row: Row) -> dict[str, Any]:
-        """The worker's answer about a row.
+    def _apart(self, row: Row) -> dict[str, Any]:
+        """Ours alone, then the others one by one: who faults costs nobody else.
+
+        Where ours takes its process along again, its ops run by their portable kernels, from there
+        on for the rest of the run: Hopper's may hang or fault.
+        """
+        found = self._row(row, "ours")
+        ops = OPS.get(type(row.case).__name__, ()) if self._options.suite != "cpu" else ()
+        switched = os.environ.get(SWITCHES[0]) or set(ops) & set(self._portable)
+        if found.get("broken") and ops and not switched:
+            self._portable |= dict.fromkeys(ops, f"since {row.id} {found.get('error', BROKEN)}")
+            self._note_kernels()
+            found = self._row(row, "ours")
+        if "info" not in found and self._options.suite != "step":
+            return found
+        for name in row.baselines:
+            one = self._row(row, name)
+            if "info" not in found and "info" in one:
+                one["info"]["absent"]["ours"] = found.get("error", NOT_RUN)
+                found = one
+            elif "info" in one:
+                for part in ("candidates", "absent", "errors", "parts"):
+                    found["info"][part] |= one["info"][part]
+            elif "info" in found:
+                found["info"]["absent"][name] = one.get("error") or one.get("skipped") or NOT_RUN
+        return found
+
+    def _row(self, row: Row, only: str = "") -> dict[str, Any]:
+        """The worker's answer about a row, or about one of its candidates.
 
         A capture that fails keeps the candidates behind it from theirs: the row is then measured
         once more by a new process that does not try it.
         """
         compiles = any("compile" in name for name in row.baselines)
         waits: dict[str, str] = {}
-        request: dict[str, Any] = {"do": "row", "row": row.id, "waits": waits}
+        request: dict[str, Any] = {"do": "row", "row": row.id, "waits": waits, "only": only}
         request["settings"] = self._settings(row)
         if row.id.startswith("nce") and self._options.suite == "gpu":
             request["variants"] = [f"ours [{variant}]" for variant in self._options.variant]

@@ -164,7 +164,8 @@ def options(suite: str = "gpu", **changed: Any) -> argparse.Namespace:
 
 def test_rows_survive_the_faults_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One hangs, one faults, one prints garbage; a kernel of Hopper's gives way to the portable."""
-    faults = {"ema": "hang", "enqueue": "fault", "match-f32": "garbage", "nce-m256": "sm90"}
+    faults = {"ema": "hang", "enqueue": "fault", "match-f32": "garbage", "nce-m256": "sm90",
+              "match-bf16-cl": f"fault:{rows.FORMULA}"}  # fmt: skip
     monkeypatch.setenv("FAULTS", json.dumps(faults))
     monkeypatch.delenv("DENSECL_CUDA_KERNEL", raising=False)
     monkeypatch.setattr(command, "WORKER", "python_tests.faulty_rows")
@@ -184,6 +185,10 @@ def test_rows_survive_the_faults_of_others(tmp_path: Path, monkeypatch: pytest.M
     assert results["skipped"]["match-f32"].startswith("failed: answered b'Xid 31")
     measured = {entry.id: entry for entry in verdicts.entries(results)}
     assert set(measured) == {"nce-m256", "nce-loss", "match-bf16-cl"}
+    formula = measured["match-bf16-cl"]
+    assert formula.absent == {rows.FORMULA: "failed: the process ended: SIGSEGV"}
+    assert list(formula.found) == ["ours"] and list(measured["nce-m256"].found)[0] == "ours"
+    assert {"flash attention", "eager autocast"} <= set(measured["nce-m256"].found)
     assert results["kernel"] == (
         "dense_match portable, since match-f32 failed: answered b'Xid 31: {\\n'; "
         "info_nce portable, since nce-m256 failed: the process ended: SIGABRT"
