@@ -53,6 +53,13 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False), is_number]
 Share = Annotated[float, Field(gt=0, le=1), is_number]
 Fraction = Annotated[float, Field(ge=0, le=1), is_number]
 Text = Annotated[str, Field(min_length=1)]
+Folders = Annotated[
+    str | list[Text],
+    BeforeValidator(
+        lambda raw: raw[0] if isinstance(raw, (list, tuple)) and len(raw) == 1 else raw
+    ),
+    Field(json_schema_extra={"expected": "a folder, or a list of folders"}),
+]
 Duration = Annotated[
     Annotated[int, Field(ge=0), is_number] | Annotated[str, Field(pattern="ep$")],
     BeforeValidator(_duration),
@@ -64,6 +71,20 @@ Duration = Annotated[
             ],
             "expected": "a number of steps (1000) or of epochs (2ep)",
             "metavar": "STEPS|EPOCHSep",
+        }
+    ),
+]
+Range = Annotated[
+    Annotated[str, Field(pattern=r"^\s*-?[0-9.]+\s*,\s*-?[0-9.]+\s*$")],
+    BeforeValidator(lambda raw: ",".join(map(str, raw)) if isinstance(raw, (list, tuple)) else raw),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string", "pattern": r"^\s*-?[0-9.]+\s*,\s*-?[0-9.]+\s*$"},
+                {"type": "array", "items": {"type": "number"}, "minItems": 2, "maxItems": 2},
+            ],
+            "expected": "two numbers (0,4095)",
+            "metavar": "LOW,HIGH",
         }
     ),
 ]
@@ -132,7 +153,7 @@ def told(cls: type, error: ValidationError, values: Mapping[str, Any]) -> str:
     """The first thing that pydantic found, in one line: which option, what fits, what came."""
     first = error.errors(include_url=False)[0]
     if not first["loc"]:  # the dataclass's own check of several values
-        return str(first["ctx"]["error"])
+        return str(first["ctx"]["error"]).removeprefix(f"{cls.__name__}: ")
     name = str(first["loc"][0])
     if name not in values:
         return f"{name} is missing"

@@ -189,6 +189,17 @@ def test_shuffled_forward_restores_the_order_of_every_output() -> None:
     assert torch.equal(pair[1], images + 1)
 
 
+def test_shuffled_forward_compiles_with_inductor() -> None:
+    torch._dynamo.reset()
+    images = torch.randn(6, 4)
+    compiled = torch.compile(
+        lambda x: shuffled_forward(lambda y: (2.0 * y, y[:, 0]), x), fullgraph=True
+    )
+    doubled, first = compiled(images)
+    assert torch.equal(doubled, 2.0 * images) and torch.equal(first, images[:, 0])
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -203,6 +204,83 @@ def test_dry_run_prints_the_recipe_and_writes_nothing(
     (tmp_path / "again.yaml").write_text(captured.out)
     assert load_recipe(tmp_path / "again.yaml")["queue_length"] == "8"
     assert cli.main([*words, "--dry-run", "--weights", "none.pth"]) == 2
+
+
+def test_a_command_from_a_plain_dataclass(capsys: pytest.CaptureFixture[str]) -> None:
+    """What a protocol of `evaluate` is: inherited fields, help in docstrings, checks."""
+    import click
+
+    from densecl_ext.cli.command import Command, given, options_of
+    from densecl_ext.options import build
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Base:
+        """What is shared.
+
+        Attributes:
+            data: folder of
+                images.
+        """
+
+        data: str = ""
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Protocol(Base):
+        """A protocol.
+
+        Attributes:
+            size: height and width.
+            flip: whether to flip.
+        """
+
+        size: tuple[int, ...] = ()
+        flip: bool = True
+
+        def __post_init__(self) -> None:
+            if len(self.size) not in (0, 2):
+                raise ValueError(f"Protocol: size must be two numbers, got {self.size}")
+
+    made: list[Protocol] = []
+    command = Command(
+        "protocol",
+        help="A protocol.",
+        example="densecl evaluate protocol",
+        callback=lambda **values: made.append(build(Protocol, given(values), source="Protocol")),
+        params=options_of(Protocol, required={"data": "DIR"}),
+    )
+    command.main(["--data", "x", "--size", "4", "6", "--no-flip"], standalone_mode=False)
+    assert made == [Protocol(data="x", size=(4, 6), flip=False)]
+    with pytest.raises(click.UsageError, match="Missing parameter: data"):
+        command.main([], standalone_mode=False)
+    for words, message in (
+        (["4"], "Protocol: size must be two numbers, got"),
+        (["4", "a"], "Protocol: size: expected a list, each an integer, got"),
+    ):
+        with pytest.raises(ValueError, match=f"^{message}"):
+            command.main(["--data", "x", "--size", *words], standalone_mode=False)
+    command.main(["--help"], standalone_mode=False)
+    out = " ".join(capsys.readouterr().out.split())
+    assert "--data DIR folder of images [required] --size N... height and width" in out
+    assert "--flip / --no-flip whether to flip (default: true)" in out
+
+
+def test_several_folders(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    second = runs.image_folder(tmp_path / "second")
+    words = ["pretrain", "--dry-run", "--output", str(tmp_path / "run"), *TINY]
+    threads = torch.get_num_threads()
+    try:
+        for given in (
+            ["--data", str(data), str(second)],
+            ["--data", str(data), "--data", str(second)],
+        ):
+            assert cli.main([*words, *given]) == 0
+            captured = capsys.readouterr()
+            assert "52 images, 12 steps on cpu" in captured.err
+            (tmp_path / "both.yaml").write_text(captured.out)
+            assert load_recipe(tmp_path / "both.yaml")["data"] == [str(data), str(second)]
+        assert cli.main([*words, "--recipe", str(tmp_path / "both.yaml")]) == 0
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_torchrun_is_told_clearly(data: Path, tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def test_strings_become_values() -> None:
         ("queue_length", "large", "auto or an integer"),
         ("lambda_warmup", "-1ep", "epochs"),
         ("precision", "fp16", "fp32, bf16"),
-        ("data", None, "text"),
+        ("data", None, "a folder, or a list of folders"),
         ("checkpoint_every", "ep", "epochs"),
         ("checkpoint_every", "1.5", "steps"),
         ("tensorboard", 3, "true or false"),

@@ -1,6 +1,8 @@
 // ema_update against a loop in double precision.
 #include "densecl/ema.h"
 
+#include <limits>
+
 #include "tests/support.h"
 
 namespace densecl::test {
@@ -46,6 +48,24 @@ TEST_P(Ema, MomentumZeroCopiesAndOneKeeps) {
     const EmaPair pair{target.data(), source.data(), DType::f32, DType::f32, count};
     ASSERT_EQ(ema_update(&pair, 1, momentum, executor), Status::ok);
     EXPECT_EQ(target.bytes(), momentum == 0.0 ? source.bytes() : before.bytes());
+  }
+}
+
+TEST_P(Ema, ASideWithoutWeightCountsForNothing) {
+  const float bad[] = {std::numeric_limits<float>::quiet_NaN(),
+                       std::numeric_limits<float>::infinity(), -0.0f};
+  std::vector<float> odd;
+  for (int i = 0; i < 37; ++i) odd.push_back(bad[i % 3]);
+  SerialExecutor executor;
+  for (const DType dtype : dtypes) {
+    for (const double momentum : {0.0, 1.0}) {
+      Typed good(normal(37, 1), dtype), unchanged(normal(37, 1), dtype), other(odd, dtype);
+      Typed& target = momentum == 0.0 ? other : good;
+      Typed& source = momentum == 0.0 ? good : other;
+      const EmaPair pair{target.data(), source.data(), dtype, dtype, 37};
+      ASSERT_EQ(ema_update(&pair, 1, momentum, executor), Status::ok);
+      EXPECT_EQ(target.bytes(), unchanged.bytes());
+    }
   }
 }
 

@@ -83,7 +83,7 @@ class Command(click.Command):
         sections: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
-            if record is not None:
+            if record is not None and isinstance(parameter, click.Option):
                 sections.setdefault(getattr(parameter, "group", "options"), []).append(record)
         for title, records in sections.items():
             with formatter.section(title):
@@ -128,14 +128,14 @@ class Commands(click.Group):
             formatter.write_dl([(name, help) for name, (_, help) in self._modules.items()])
 
 
-def options_of(cls: type, *, title: str = "options") -> list[click.Parameter]:
+def options_of(cls: type, *, required: Mapping[str, str] | None = None) -> list[click.Parameter]:
     """The command line's options for a dataclass: names, help, defaults and groups from its schema.
 
     An option that is not given is None; `given` takes the others, for `densecl_ext.options.build`.
 
     Args:
         cls: of `densecl_ext.options.options`, or any dataclass with an `Attributes:` docstring.
-        title: the group of fields that name none.
+        required: fields that must be given, whatever their default -> the placeholder in the help.
     """
     from densecl_ext.options import metavar, properties, words
 
@@ -143,7 +143,11 @@ def options_of(cls: type, *, title: str = "options") -> list[click.Parameter]:
     for name, schema in properties(cls).items():
         flag, help = f"--{name.replace('_', '-')}", schema.get("description", "")
         default = schema.get("default")
-        settings: dict[str, Any] = {"metavar": metavar(schema), "required": "required" in schema}
+        must = required or {}
+        settings: dict[str, Any] = {
+            "metavar": must.get(name, metavar(schema)),
+            "required": name in must or "required" in schema,
+        }
         if isinstance(default, bool):
             flag, settings = f"{flag}/--no-{flag[2:]}", {"default": None}
         elif any(part.get("type") == "array" for part in schema.get("anyOf", [schema])):
@@ -154,7 +158,7 @@ def options_of(cls: type, *, title: str = "options") -> list[click.Parameter]:
             help += f" (default: {shown})"
         if not isinstance(default, bool):
             settings["type"] = Word(settings["metavar"], map(str, words(schema)))
-        group = schema.get("group", title)
+        group = schema.get("group", "options")
         parameters.append(Option([flag, name], help=help, group=group, **settings))
     return parameters
 

@@ -29,7 +29,7 @@ __all__ = [
 EXTENSIONS = frozenset(
     (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 )
-_ENDINGS = frozenset(os.fsencode(extension) for extension in EXTENSIONS)
+_ENDINGS = frozenset(os.fsencode(extension[1:]) for extension in EXTENSIONS)
 
 # Kinds of names that a scan leaves out, as (one, several) of them.
 _OTHER_ENDING = ("file of another ending", "files of other endings")
@@ -218,8 +218,9 @@ class _Scan:
         except OSError:
             self._left_out[_CLOSED] += 1
             return
+        beginning = os.path.join(folder, b"")
         for name in found:
-            path = os.path.join(folder, name)
+            path = beginning + name
             try:
                 status = os.lstat(path)
                 if stat.S_ISLNK(status.st_mode):
@@ -228,22 +229,23 @@ class _Scan:
             except OSError:
                 self._left_out[_BROKEN] += 1
                 continue
-            if stat.S_ISDIR(status.st_mode):
-                yield prefix + name, None
-            elif not stat.S_ISREG(status.st_mode):
-                self._left_out[_SPECIAL] += 1
-            elif os.path.splitext(name)[1].lower() in _ENDINGS:
-                self._linked |= status.st_nlink > 1
+            if stat.S_ISREG(status.st_mode):
+                if status.st_nlink > 1:
+                    self._linked = True
                 yield prefix + name, status
+            elif stat.S_ISDIR(status.st_mode):
+                yield prefix + name, None
+            else:
+                self._left_out[_SPECIAL] += 1
 
     def _taken(self, entry: os.DirEntry[bytes]) -> bool:
         """Whether a name may be an image or a folder; counts it out otherwise."""
         name = entry.name
-        if name.startswith(b"._") or name == b"__MACOSX":
+        if name[0] == ord("."):
+            self._left_out[_JUNK if name.startswith(b"._") else _HIDDEN] += 1
+        elif name == b"__MACOSX":
             self._left_out[_JUNK] += 1
-        elif name.startswith(b"."):
-            self._left_out[_HIDDEN] += 1
-        elif os.path.splitext(name)[1].lower() in _ENDINGS or entry.is_dir():
+        elif name.rpartition(b".")[2].lower() in _ENDINGS and b"." in name or entry.is_dir():
             return True
         elif entry.is_symlink() and not os.path.exists(entry.path):
             self._left_out[_BROKEN] += 1

@@ -53,8 +53,9 @@ class MemoryLoader(EpochLoader):
         self._source = np.zeros((len(files), 2), dtype=np.int64)  # width, height of the file's
         self._stored = np.zeros((len(files), 2), dtype=np.int64)  # and of what is kept
         with ThreadPoolExecutor(max(1, workers)) as pool:
-            for index, image in enumerate(pool.map(self._load, range(len(files)))):
+            for index, (image, narrow) in enumerate(pool.map(self._load, range(len(files)))):
                 self._images.append(image)
+                self._tell_narrow(index, narrow)
                 if index + 1 in (64, 1024):
                     self._require_space(sum(one.nbytes for one in self._images if one is not None))
         if len(self._unreadable) == len(files):
@@ -67,7 +68,7 @@ class MemoryLoader(EpochLoader):
         if self.device.type != "cpu":
             self._move()
 
-    def _load(self, index: int) -> np.ndarray | None:
+    def _load(self, index: int) -> tuple[np.ndarray | None, str]:
         from PIL import Image
 
         try:
@@ -76,15 +77,14 @@ class MemoryLoader(EpochLoader):
             raise
         except Exception as error:
             self._unreadable[index] = reason_of(error)
-            return None
+            return None, ""
         self._source[index] = image.size
         short = min(image.size)
         if short > self.cache_size:
             width, height = (max(1, round(side * self.cache_size / short)) for side in image.size)
             image = image.resize((width, height), Image.Resampling.BICUBIC)
         self._stored[index] = image.size
-        self._tell_narrow(index, narrow)
-        return np.array(image)
+        return np.array(image), narrow
 
     def _require_space(self, taken: int) -> None:
         """Raise early if the images read so far let expect that all will not fit."""

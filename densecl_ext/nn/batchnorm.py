@@ -178,7 +178,8 @@ def shuffled_forward(module: Callable[..., tuple], images: Tensor, **kwargs: Any
     Returns:
         The tuple, every tensor of it un-permuted: row i belongs to ``images[i]``.
     """
-    order = torch.randperm(images.shape[0], device=images.device)
+    # As a view: torch 2.11's inductor fails on an index that comes from randperm itself.
+    order = torch.randperm(images.shape[0], device=images.device).view(-1, 1).squeeze(1)
     back = torch.argsort(order)
     outputs = module(images[order], **kwargs)
     ordered = [None if output is None else output[back] for output in outputs]

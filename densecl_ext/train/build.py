@@ -32,7 +32,16 @@ def open_loader(config: PretrainConfig, device: torch.device) -> ViewLoader:
         crop_scale=(config.smallest_crop, 1.0),
         drop_last=True,
         channels_last=config.channels_last,
+        max_pixels=config.max_pixels,
+        value_range=None if config.value_range == "none" else pair(config.value_range),
+        cache_size=None if config.cache_size == "auto" else int(config.cache_size),
     )
+
+
+def pair(text: str) -> tuple[float, float]:
+    """The two numbers of an option such as 0,4095."""
+    low, high = text.split(",")
+    return float(low), float(high)
 
 
 def starting_backbone(config: PretrainConfig) -> nn.Module:

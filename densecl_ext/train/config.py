@@ -12,12 +12,14 @@ from pydantic import Field
 from densecl_ext.options import (
     Auto,
     Duration,
+    Folders,
     Fraction,
     Natural,
     NonNegativeFloat,
     Nothing,
     Positive,
     PositiveFloat,
+    Range,
     Share,
     Text,
     build,
@@ -46,9 +48,9 @@ class PretrainConfig:
     """
 
     # --- data
-    data: str = option(
+    data: Folders = option(
         "",
-        "folder of images, any tree, no labels; a resumed run finds the same images elsewhere",
+        "folders of images, any tree, no labels; a resumed run finds the same images elsewhere",
         group="data",
         may_change=True,
         metavar="DIR",
@@ -64,6 +66,20 @@ class PretrainConfig:
         "what decodes and augments; auto: torchvision on a CPU, DALI on a GPU; memory decodes "
         "every image once and keeps it, for sets that fit",
         group="data",
+    )
+    cache_size: Auto | Positive = option(
+        "auto",
+        "with loader memory, pixels of the shorter side to which larger images are reduced; auto: "
+        "1.25 x image_size",
+        group="data",
+    )
+    value_range: Nothing | Range = option(
+        "none",
+        "values that become black and white in files of more than 8 bits; none: 0,65535",
+        group="data",
+    )
+    max_pixels: Positive = option(
+        178_956_970, "width x height above which a file is skipped", group="data", may_change=True
     )
     workers: Auto | Natural = option(
         "auto", "decoding processes (torchvision) or threads (DALI)", group="data", may_change=True
@@ -322,7 +338,7 @@ class PretrainConfig:
         - lr: base_lr * batch_size / 256 (linear scaling).
         - precision: bf16 if `native_bf16`, else fp32.
         - loader: `loader`, unless it is a loader of the caller's.
-        - data: the absolute path, so that the run goes on from any folder.
+        - data: absolute paths, so that the run goes on from any folder.
 
         Args:
             images: number of images in the data set.
@@ -343,7 +359,7 @@ class PretrainConfig:
         if self.loader == "auto" and loader in words(properties(PretrainConfig)["loader"]):
             values["loader"] = loader
         if self.data:
-            values["data"] = os.path.abspath(self.data)
+            values["data"] = absolute(self.data)
         if self.precision == "auto":
             values["precision"] = "bf16" if native_bf16 else "fp32"
         return dataclasses.replace(self, **values)
@@ -351,6 +367,13 @@ class PretrainConfig:
 
 # What options did before they existed, where it is not what their default does.
 BEFORE = {"dense_negatives": "pooled"}
+
+
+def absolute(folders: str | list[str]) -> str | list[str]:
+    """The folders' absolute paths; no folder stays none."""
+    if isinstance(folders, list):
+        return [os.path.abspath(folder) for folder in folders]
+    return os.path.abspath(folders) if folders else folders
 
 
 def auto_queue_length(images: int) -> int:
@@ -377,8 +400,7 @@ def merge_resumed(
     for name, schema in properties(PretrainConfig).items():
         asked, had = getattr(config, name), getattr(stored, name)
         if name == "data":  # relative to where this process is, or not given with a loader
-            asked = os.path.abspath(asked) if asked else had
-            had = os.path.abspath(had) if had else had
+            asked, had = absolute(asked or had), absolute(had)
         if asked == had or (asked == "auto" and name not in ("device", "workers", "threads")):
             continue
         if not schema["may_change"]:

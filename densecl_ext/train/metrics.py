@@ -102,6 +102,7 @@ def build_loggers(
 
     Raises:
         ImportError: the logger's package is not installed.
+        RuntimeError: it does not start.
     """
     loggers: list[Logger] = [CsvLog(folder.metrics, resume_step=resume_step)]
     kind = config.logger
@@ -123,17 +124,15 @@ def build_loggers(
         elif kind == "mlflow":
             from lightning.pytorch.loggers import MLFlowLogger
 
-            store = f"file:{(folder.path / 'mlruns').resolve()}"
-            loggers.append(
-                MLFlowLogger(
-                    run_name=folder.path.name,
-                    tracking_uri=os.environ.get("MLFLOW_TRACKING_URI", store),
-                )
-            )
+            own = f"sqlite:///{folder.path.resolve()}/mlflow.db"
+            store = os.environ.get("MLFLOW_TRACKING_URI", own)
+            loggers.append(MLFlowLogger(run_name=folder.path.name, tracking_uri=store))
+        if kind in ("wandb", "mlflow"):
+            loggers[-1].log_hyperparams(config.to_mapping())
     except ModuleNotFoundError as error:
         raise ImportError(
             f"pretrain: logger {kind} needs {kind}, which is not installed: pip install {kind}"
         ) from error
-    for logger in loggers[1:]:
-        logger.log_hyperparams(config.to_mapping())
+    except Exception as error:  # each service has errors of its own
+        raise RuntimeError(f"pretrain: logger {kind} does not start: {error}") from error
     return loggers

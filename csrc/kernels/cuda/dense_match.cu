@@ -8,10 +8,10 @@
 // up in float32 after eight features. Keys go by with a running best. Few images: the features are
 // cut into slices, whose sums a second launch adds in order.
 //
-// Cost at N = 256, C = 2,048, 49 x 49, on paper (it has not run on a GPU): 205 MB float32, 103 MB
-// 16-bit, read once: 48 / 24 us at 4.3 TB/s. 256 blocks, two on each of 132 multiprocessors, are
-// one wave, 97 % full. The 2.5 GFLOP are 3.8 in whole tiles, 11.3 of tf32 for float32: 23 us at
-// 495 TFLOP/s. docs/design.md adds the issue slots.
+// Cost at N = 256, C = 2,048, 49 x 49, on paper: 205 MB float32, 103 MB 16-bit, read once: 48 / 24
+// us at 4.3 TB/s. 256 blocks, two on each of 132 multiprocessors, are one wave, 97 % full. The 2.5
+// GFLOP are 3.8 in whole tiles, 11.3 of tf32 for float32: 23 us at 495 TFLOP/s. docs/design.md adds
+// the issue slots.
 #include "densecl/cuda/dense_match.h"
 
 #include <cstdlib>

@@ -34,7 +34,7 @@ InfoNceSweep sweep_of(const InfoNceCall& call) {
   sweep.padded_features = static_cast<int32_t>(plan.padded_features);
   sweep.queue_length = problem.queue_length;
   sweep.filled = call.filled;
-  sweep.scale = static_cast<float>(1.44269504088896340736 / problem.temperature);
+  sweep.scale = static_cast<float>(log2_e / problem.temperature);
   sweep.slices = static_cast<int32_t>(plan.slices);
   sweep.slice_rows = plan.slice_rows;
   sweep.shift = workspace_part<float>(call, plan.shift_offset);

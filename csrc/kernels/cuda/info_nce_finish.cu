@@ -41,10 +41,10 @@ __device__ __forceinline__ void join_weighted(const InfoNceSweep& sweep, int32_t
   const float* of_row = sweep.weighted + int64_t{row} * sweep.padded_features;
   for (int group = 0; group < sweep.slices; group += 32) {
     const int mine = group + lane;
-    const double part =
-        mine < sweep.slices
-            ? exp2(sweep.shift[int64_t{mine} * sweep.padded_rows + row] - shift) / sum
-            : 0.0;
+    const int64_t at = int64_t{mine} * sweep.padded_rows + row;
+    // As of the sums: an empty slice's shift says nothing, and may lie far above the others.
+    double part = 0.0;
+    if (mine < sweep.slices && sweep.sum[at] != 0.0f) part = exp2(sweep.shift[at] - shift) / sum;
     const int count = min(32, sweep.slices - group);
     for (int s = 0; s < count; s += loads_at_once) {
       float weighted[loads_at_once][row_slots];

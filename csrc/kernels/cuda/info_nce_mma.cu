@@ -235,55 +235,8 @@ struct Warp {
 template <class Type, int features, bool gradient>
 __global__ void __launch_bounds__(sweep_threads, gradient ? 0 : 4)
     sweep_kernel(const __grid_constant__ Batch<InfoNceSweep> sweeps) {
-  using S = Shape<features>;
   let_next_start();
-  const SweepBlock block(sweeps, S::block_rows);
-  const InfoNceSweep& sweep = sweeps.of[block.problem];
-  const int32_t first_row = block.tile * S::block_rows;
-  if (first_row >= sweep.rows) return;
-  const SliceRange slice(sweep, block.slice);
-  if (slice.begin >= slice.end) {
-    wait_for_previous();
-    return write_empty_slice(sweep, first_row, block.slice, S::block_rows);
-  }
-
-  uint16_t* query = shared_memory<uint16_t>();
-  uint16_t* stages = query + S::Query::size;
-  const RowSource<uint16_t> queue = queue_source<uint16_t>(sweep);
-  const int tiles =
-      static_cast<int>((slice.end - slice.begin + S::Queue::rows - 1) / S::Queue::rows);
-  const auto fetch = [&](int tile) {
-    if (tile < tiles) {
-      load_tile<typename S::Queue>(queue, slice.begin + int64_t{tile} * S::Queue::rows, slice.end,
-                                   stages + tile % S::stages * S::Queue::size);
-    }
-  };
-  // The queue is older than the previous kernel, the query is what that prepares.
-  fetch(0);
-  wait_for_previous();
-  load_tile<typename S::Query>(query_source<uint16_t>(sweep), first_row, sweep.padded_rows, query);
-  commit_copies();
-#pragma unroll
-  for (int tile = 1; tile < S::stages - 1; ++tile) {
-    fetch(tile);
-    commit_copies();
-  }
-
-  const int last = static_cast<int>(slice.end - slice.begin - int64_t{tiles - 1} * S::Queue::rows);
-  const int warp = static_cast<int>(threadIdx.x / 32);
-  Warp<Type, features, gradient> work;
-  work.start(sweep, first_row + warp * S::warp_rows, query + warp * S::warp_rows * features);
-#pragma unroll 1
-  for (int tile = 0; tile < tiles; ++tile) {
-    wait_copies<S::stages - 2>();
-    // All see this tile, and all are done with the one before, whose stage is free now.
-    __syncthreads();
-    fetch(tile + S::stages - 1);
-    commit_copies();
-    work.take(stages + tile % S::stages * S::Queue::size, tile + 1 == tiles ? last : S::Queue::rows,
-              sweep.scale);
-  }
-  work.write(sweep, first_row + warp * S::warp_rows, block.slice);
+  sweep_slice<Shape<features>, Warp<Type, features, gradient>, uint16_t>(sweeps);
 }
 
 template <class Type, int features>

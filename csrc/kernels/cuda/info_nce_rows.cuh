@@ -9,6 +9,7 @@ namespace densecl::cuda {
 
 constexpr uint32_t whole_warp = 0xffffffffu;
 constexpr int row_slots = static_cast<int>(info_nce_features / 32);
+constexpr double log2_e = 1.44269504088896340736;
 constexpr double shortest_row = 1e-12;  // as on the CPU: a shorter row has no direction
 
 // Any order of lanes gives the same bits: the butterfly adds equal pairs.
@@ -21,11 +22,14 @@ __device__ __forceinline__ double warp_sum(double x) {
 // The larger; NaN if either is.
 __device__ __forceinline__ float larger(float a, float b) { return a == a && !(b <= a) ? b : a; }
 
-// The longest row of the queue, from the maxima over its parts; every lane gets it.
-__device__ __forceinline__ float longest_row(const float* parts, int count) {
+// The largest of `count` lengths, found by a warp; every lane gets it. NaN if one of them is; or,
+// of the finite ones alone, those that are not left out.
+template <bool finite = false>
+__device__ __forceinline__ float longest_row(const float* lengths, int count) {
   float longest = 0.0f;
   for (int i = static_cast<int>(threadIdx.x % 32); i < count; i += 32) {
-    longest = larger(longest, parts[i]);
+    const float length = lengths[i];
+    if (!finite || length < __uint_as_float(0x7f800000u)) longest = larger(longest, length);
   }
 #pragma unroll
   for (int bits = 16; bits > 0; bits /= 2) {
@@ -33,6 +37,20 @@ __device__ __forceinline__ float longest_row(const float* parts, int count) {
   }
   return longest;
 }
+
+// How a type's weights are shifted: up to `limit`, a bound on base-2 logits, by 0 or by the bound
+// less `room`; beyond by the running maximum less `room`, so that they are at most 2^room.
+//
+// e^60 times 2^40 rows is a float, and so is e^-60.
+struct WideRule {
+  static constexpr float limit = static_cast<float>(60.0 * log2_e), room = 0.0f;
+  static constexpr bool follows_bound = false;
+};
+// Within this limit the weights, from 2^(15 - 2 bound) to 2^15, are all normal numbers of float16.
+struct HalfRule {
+  static constexpr float limit = 14.5f, room = 15.0f;
+  static constexpr bool follows_bound = true;
+};
 
 // Queue rows that count.
 __device__ __forceinline__ int64_t counted_rows(const int64_t* filled, int64_t length) {

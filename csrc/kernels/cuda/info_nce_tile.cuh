@@ -1,8 +1,9 @@
-// What the portable sweeps of info_nce share: tiles of rows fetched into shared memory, and the
-// softmax sums of the rows a thread holds parts of.
+// What the portable sweeps of info_nce share: tiles of rows fetched into shared memory, the softmax
+// sums of the rows a thread holds parts of, and a block's way through its slice.
 #pragma once
 
 #include <ptx/cp_async.cuh>
+#include <ptx/dependent.cuh>
 #include <ptx/math.cuh>
 
 #include "cuda/info_nce_rows.cuh"
@@ -11,7 +12,6 @@ namespace densecl::cuda {
 
 constexpr int sweep_warps = 4;
 constexpr int sweep_threads = 32 * sweep_warps;
-constexpr float log2_e = 1.44269504f;
 
 // Rows in global memory.
 template <class Storage>
@@ -58,20 +58,6 @@ __device__ __forceinline__ RowSource<Storage> queue_source(const InfoNceSweep& s
           reinterpret_cast<uint64_t>(sweep.queue) % 16 == 0 &&
               sweep.queue_row_stride * static_cast<int64_t>(sizeof(Storage)) % 16 == 0};
 }
-
-// How a type's weights are shifted: up to `limit`, a bound on base-2 logits, by 0 or by the bound
-// less `room`; beyond by the running maximum less `room`, so that they are at most 2^room.
-//
-// e^60 times 2^40 rows is a float, and so is e^-60.
-struct WideRule {
-  static constexpr float limit = 60.0f * log2_e, room = 0.0f;
-  static constexpr bool follows_bound = false;
-};
-// Within this limit the weights, from 2^(15 - 2 bound) to 2^15, are all normal numbers of float16.
-struct HalfRule {
-  static constexpr float limit = 14.5f, room = 15.0f;
-  static constexpr bool follows_bound = true;
-};
 
 // Softmax sums of rows g and g + 8 of a fragment, g = lane / 4, over the columns that the lane
 // holds. Compensated (Kahan), so that a million equal terms add up.
@@ -206,6 +192,59 @@ __device__ __forceinline__ void write_empty_slice(const InfoNceSweep& sweep, int
   for (int i = thread; i < block_rows * sweep.padded_features; i += sweep_threads) {
     weighted[i] = 0.0f;
   }
+}
+
+// A block's rows against its slice: the queue's tiles go through a ring of S::stages, and every
+// warp's Work takes S::warp_rows rows against each.
+template <class S, class Work, class Storage>
+__device__ __forceinline__ void sweep_slice(const Batch<InfoNceSweep>& sweeps) {
+  const SweepBlock block(sweeps, S::block_rows);
+  const InfoNceSweep& sweep = sweeps.of[block.problem];
+  const int32_t first_row = block.tile * S::block_rows;
+  if (first_row >= sweep.rows) return;
+  const SliceRange slice(sweep, block.slice);
+  if (slice.begin >= slice.end) {
+    wait_for_previous();
+    return write_empty_slice(sweep, first_row, block.slice, S::block_rows);
+  }
+
+  Storage* query = shared_memory<Storage>();
+  Storage* stages = query + S::Query::size;
+  const RowSource<Storage> queue = queue_source<Storage>(sweep);
+  const int tiles =
+      static_cast<int>((slice.end - slice.begin + S::Queue::rows - 1) / S::Queue::rows);
+  const auto fetch = [&](int tile) {
+    if (tile < tiles) {
+      load_tile<typename S::Queue>(queue, slice.begin + int64_t{tile} * S::Queue::rows, slice.end,
+                                   stages + tile % S::stages * S::Queue::size);
+    }
+  };
+  // The queue is older than the previous kernel, the query is what that prepares.
+  fetch(0);
+  wait_for_previous();
+  load_tile<typename S::Query>(query_source<Storage>(sweep), first_row, sweep.padded_rows, query);
+  commit_copies();
+#pragma unroll
+  for (int tile = 1; tile < S::stages - 1; ++tile) {
+    fetch(tile);
+    commit_copies();
+  }
+
+  const int last = static_cast<int>(slice.end - slice.begin - int64_t{tiles - 1} * S::Queue::rows);
+  const int warp_row = static_cast<int>(threadIdx.x / 32) * S::warp_rows;
+  Work work;
+  work.start(sweep, first_row + warp_row, query + S::Query::at(warp_row, 0));
+#pragma unroll 1
+  for (int tile = 0; tile < tiles; ++tile) {
+    wait_copies<S::stages - 2>();
+    // All see this tile, and all are done with the one before, whose stage is free now.
+    __syncthreads();
+    fetch(tile + S::stages - 1);
+    commit_copies();
+    work.take(stages + tile % S::stages * S::Queue::size, tile + 1 == tiles ? last : S::Queue::rows,
+              sweep.scale);
+  }
+  work.write(sweep, first_row + warp_row, block.slice);
 }
 
 }  // namespace densecl::cuda

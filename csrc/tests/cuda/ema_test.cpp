@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "cuda_emulator/emulator.h"
 #include "tests/support.h"
@@ -63,6 +64,23 @@ TEST(CudaEma, EveryTypeSizeAndAlignment) {
           for (int64_t i = 0; i < target_offset; ++i) ASSERT_EQ(target.memory[i], before.memory[i]);
         }
       }
+    }
+  }
+}
+
+TEST(CudaEma, ASideWithoutWeightCountsForNothing) {
+  const float bad[] = {std::numeric_limits<float>::quiet_NaN(),
+                       std::numeric_limits<float>::infinity(), -0.0f};
+  std::vector<float> odd;
+  for (int i = 0; i < 37; ++i) odd.push_back(bad[i % 3]);
+  for (const DType dtype : dtypes) {
+    for (const double momentum : {0.0, 1.0}) {
+      Typed good(normal(37, 1), dtype), unchanged(normal(37, 1), dtype), other(odd, dtype);
+      Typed& target = momentum == 0.0 ? other : good;
+      Typed& source = momentum == 0.0 ? good : other;
+      const EmaPair pair{target.data(), source.data(), dtype, dtype, 37};
+      ASSERT_EQ(ema_update(&pair, 1, momentum, nullptr), Status::ok);
+      EXPECT_EQ(target.bytes(), unchanged.bytes());
     }
   }
 }

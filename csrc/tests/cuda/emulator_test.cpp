@@ -202,6 +202,16 @@ TEST_F(EmulatorOverlap, AKernelThatReadsBeforeItWaitsDoesNot) {
   EXPECT_EQ(count_three_launches(false, 20), 60) << "no overlap before Hopper";
 }
 
+TEST_F(EmulatorOverlap, IsSwitchedOffByTheEnvironment) {
+  setenv("DENSECL_CUDA_PDL", "0", 1);
+  EXPECT_EQ(count_three_launches(false, 20), 60);
+  setenv("DENSECL_CUDA_PDL", "1", 1);
+  if (!under_thread_sanitizer) {
+    EXPECT_LT(count_three_launches(false, 5), 15);
+  }
+  unsetenv("DENSECL_CUDA_PDL");
+}
+
 TEST_F(EmulatorOverlap, SomeThreadMustWait) {
   int value = 0;
   launch(never_waits, {1, 1}, nullptr, &value);

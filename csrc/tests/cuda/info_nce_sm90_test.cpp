@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <random>
 #include <vector>
 
@@ -246,6 +247,23 @@ TEST(InfoNceSm90, FewDistinctKeys) {
     expect_close({.length = 384, .temperature = 0.1f, .distinct = distinct});
   }
 }
+// Whatever the period of repeated keys, their equal weights meet thresholds that average out.
+TEST(InfoNceSm90, RepeatedKeysOfEveryPeriod) {
+  for (const int features : {64, 256}) {  // tiles of 128 and of 64 keys
+    for (const int distinct : {1, 2, 4, 7, 8, 16, 32, 64}) {
+      SCOPED_TRACE(testing::Message() << features << ", " << distinct);
+      expect_close(
+          {.features = features, .length = 384, .temperature = 0.07f, .distinct = distinct}, 1e-5,
+          4e-4);
+    }
+  }
+}
+// A weight that is rounded against a threshold of its tile alone is as wrong in every tile.
+TEST(InfoNceSm90, RepeatedTilesAverageOut) {
+  expect_close(
+      {.features = 64, .length = 3072, .slice_rows = 3072, .temperature = 0.1f, .distinct = 128},
+      1e-5, 1e-4);
+}
 TEST(InfoNceSm90, OneKeyDominates) {
   expect_close({.temperature = 0.05f, .dominated = true}, 1e-5);
 }
@@ -258,6 +276,38 @@ TEST(InfoNceSm90, NothingCounts) {
   ASSERT_NO_FATAL_FAILURE(run.launch());
   for (const float x : run.results()) ASSERT_EQ(x, 0.0f);
 }
+// The first heavy weight comes when sums are large already: the look-out for heavy weights must not
+// have ended.
+TEST(InfoNceSm90, OneKeyDominatesLate) {
+  for (const float temperature : {0.1f, 0.2f}) {
+    expect_close(
+        {.length = 2560, .slice_rows = 2560, .temperature = temperature, .dominated = true}, 1e-5);
+  }
+}
+
+class SweepSteps : public testing::Test {
+ protected:
+  void TearDown() override { unsetenv("DENSECL_CUDA_SWEEP"); }
+  static std::vector<float> results(const char* steps, const Case& c) {
+    setenv("DENSECL_CUDA_SWEEP", steps, 1);
+    Sweep run(c);
+    run.launch();
+    return run.results();
+  }
+};
+// The heavy weights' look-out ends in the first case's eighth tile.
+TEST_F(SweepSteps, SameBitsButForTheThreshold) {
+  for (const Case& c :
+       {Case{.length = 1700, .slice_rows = 1792, .temperature = 1.0f},
+        Case{.temperature = 0.05f, .dominated = true}, Case{.temperature = 0.01f}}) {
+    const std::vector<float> base = results("base", c), all = results("all", c);
+    EXPECT_EQ(results("overlap", c), base);
+    EXPECT_EQ(results("uniform", c), base);
+    EXPECT_EQ(results("threshold", c), all);
+    EXPECT_NE(all, base);
+  }
+}
+
 TEST(InfoNceSm90, SameBitsInEveryOrder) {
   std::vector<float> first;
   emulator::for_each_schedule([&](const emulator::Schedule&) {

@@ -377,6 +377,62 @@ TEST(CudaInfoNce, NaNAndInfinityComeOutAsNaN) {
   }
 }
 
+TEST(CudaInfoNce, ABadRowLeavesTheHopperSweepsOthersAlone) {
+  const Schedule before = emulator::schedule();
+  emulator::schedule().compute_capability = 90;
+  for (const DType dtype : {DType::bf16, DType::f16}) {
+    const InfoNceShape shape{
+        .images = 40, .features = 16, .queue_length = 140, .queue_dtype = dtype};
+    InfoNceCase clean(shape);
+    ASSERT_EQ(run(clean.problem(), nullptr, InfoNceKernel::sm90), Status::ok);
+    for (const float poison : {nan, infinity, -infinity}) {
+      InfoNceCase bad(shape);
+      bad.query.set(2 * shape.features + 3, poison);
+      ASSERT_EQ(run(bad.problem(), nullptr, InfoNceKernel::sm90), Status::ok);
+      for (int64_t i = 0; i < shape.rows(); ++i) {
+        if (i == 2) {
+          EXPECT_TRUE(std::isnan(bad.loss[i]));
+          EXPECT_TRUE(std::isnan(bad.grad_query[i * shape.features]));
+          continue;
+        }
+        EXPECT_EQ(bad.loss[i], clean.loss[i]) << i;
+        for (int64_t d = 0; d < shape.features; ++d) {
+          EXPECT_EQ(bad.grad_query[i * shape.features + d],
+                    clean.grad_query[i * shape.features + d]);
+        }
+      }
+    }
+  }
+  emulator::schedule() = before;
+}
+
+// Slices in which no row counts, beside logits of -2,900 in base 2.
+TEST(CudaInfoNce, EmptySlicesBesideLogitsFarBelowZero) {
+  const Schedule before = emulator::schedule();
+  emulator::schedule().compute_capability = 90;
+  InfoNceShape shape{.images = 3, .features = 16, .queue_length = 300, .normalize = false};
+  auto q = normal(shape.rows() * shape.features, 1, 0.1f);
+  auto p = normal(shape.rows() * shape.features, 2, 0.1f);
+  auto n = normal(shape.queue_length * shape.features, 3, 0.1f);
+  for (int64_t i = 0; i < shape.rows(); ++i) {
+    q[i * shape.features] = 20.0f;
+    p[i * shape.features] = -20.0f;
+  }
+  for (int64_t j = 0; j < shape.queue_length; ++j) n[j * shape.features] = -20.0f;
+  for (const auto& [dtype, kernel] : {std::pair{DType::f32, InfoNceKernel::portable},
+                                      {DType::bf16, InfoNceKernel::portable},
+                                      {DType::bf16, InfoNceKernel::sm90}}) {
+    shape.queue_dtype = dtype;
+    const int64_t filled = 100;
+    InfoNceCase c(shape, q, p, n);
+    ASSERT_EQ(run(c.problem(), &filled, kernel), Status::ok);
+    c.shape.queue_length = filled;
+    // Logits of 2,000 are float32s 1e-4 apart.
+    c.check(1e-3, 1e-3);
+  }
+  emulator::schedule() = before;
+}
+
 TEST(CudaInfoNce, OverflowIsNeverAWrongNumber) {
   using Scales = std::pair<float, float>;
   for (const auto& [rows, queue] :
@@ -442,7 +498,13 @@ TEST(CudaInfoNce, TheEnvironmentChoosesTheKernel) {
   const InfoNceProblem narrow = half.problem();
   EXPECT_EQ(info_nce_kernel({narrow, nullptr, cuda::plan_info_nce(narrow), nullptr, {}}),
             InfoNceKernel::sm90);
-  for (const auto& [offset, stride] : {std::pair{2, 8}, {0, 12}, {0, 9}}) {
+  // Unaligned rows, an expanded row, rows that overlap, and a stride that no description holds.
+  for (const auto& [offset, stride] : {std::pair<int64_t, int64_t>{2, 8},
+                                       {0, 12},
+                                       {0, 9},
+                                       {0, 0},
+                                       {0, -8},
+                                       {0, int64_t{1} << 39}}) {
     InfoNceProblem odd = narrow;
     odd.queue.data = static_cast<const unsigned char*>(odd.queue.data) + offset;
     odd.queue.row_stride = stride;

@@ -57,7 +57,10 @@ struct Meeting {
 
 struct Barrier {
   int arrived = 0, expected = 0;
+  const char* what = "";
   Where where;
+  std::map<int, int> lanes;  // that arrived, by warp
+  std::shared_ptr<bool> any = std::make_shared<bool>(false);
   const void* key = new_key();
   std::vector<Thread*> waiting;
 };
@@ -65,6 +68,7 @@ struct Barrier {
 struct Block {
   dim3 index;
   std::unique_ptr<unsigned char[]> shared;
+  std::vector<unsigned char> async_view;  // of shared, once it is asked for
   std::vector<std::unique_ptr<Thread>> threads;
   std::vector<Thread*> order;
   int ended = 0;
@@ -75,6 +79,7 @@ struct Block {
 
 struct Action {
   int delay;
+  const Block* block;
   std::function<void()> run;
 };
 
@@ -334,6 +339,10 @@ bool step(Launch& launch) {
   if (!launch.error.empty()) return true;
   std::erase_if(launch.blocks, [](const std::unique_ptr<Block>& block) {
     if (block->ended != static_cast<int>(block->threads.size())) return false;
+    for (const Action& action : current->actions) {
+      if (action.block != block.get() || !current->error.empty()) continue;
+      current->error = name_of(*block->threads[0]) + ": ended with a copy still in flight";
+    }
     close_block(*block);
     return true;
   });
@@ -537,6 +546,18 @@ void check_shared(const void* p, std::size_t bytes, std::size_t alignment, const
 
 void poison(void* p, std::size_t bytes) { std::memset(p, 0xff, bytes); }
 
+unsigned char* async_view(const void* p) {
+  const Unwatched unwatched;
+  Block& block = *current->running->block;
+  if (block.async_view.empty()) block.async_view.assign(current->grid.shared_bytes, 0xff);
+  return block.async_view.data() + (static_cast<const unsigned char*>(p) - block.shared.get());
+}
+
+void fence_proxy_async() {
+  const Unwatched unwatched;
+  std::memcpy(async_view(shared()), shared(), shared_bytes());
+}
+
 void yield() {
   const Unwatched unwatched;
   switch_to_host();
@@ -577,8 +598,8 @@ void after_atomic(const volatile void* address) {
 
 void later(std::function<void()> action) {
   const Unwatched unwatched;
-  const int delay = current->shuffled ? static_cast<int>(current->random() % 8) : 1;
-  current->actions.push_back({delay, std::move(action)});
+  const int delay = current->shuffled ? static_cast<int>(current->random() % 8) : 2;
+  current->actions.push_back({delay, current->running->block, std::move(action)});
 }
 
 void** meet(int first, int count, uint32_t mask, void* mine, const char* what, Where where,
@@ -645,7 +666,7 @@ void release() {
   current->met = nullptr;
 }
 
-void block_barrier(int id, int threads, bool wait, const char* what, Where where) {
+bool block_barrier(int id, int threads, bool wait, const char* what, Where where, bool predicate) {
   const Unwatched unwatched;
   Thread& thread = *current->running;
   Block& block = *thread.block;
@@ -662,13 +683,27 @@ void block_barrier(int id, int threads, bool wait, const char* what, Where where
   if (id == 0 && barrier.arrived > 0 && barrier.where.line() != where.line()) {
     wrong("divergent, others wait at " + place(barrier.where));
   }
+  const auto reduces = [](const char* name) { return std::strcmp(name, "bar.red.or") == 0; };
+  if (barrier.arrived > 0 && reduces(what) != reduces(barrier.what)) {
+    wrong(std::string("others are in ") + barrier.what + " at " + place(barrier.where));
+  }
   barrier.expected = threads;
+  barrier.what = what;
   barrier.where = where;
   ++barrier.arrived;
+  ++barrier.lanes[thread.index / 32];
+  const std::shared_ptr<bool> any = barrier.any;
+  *any = *any || predicate;
   const void* const key = barrier.key;
   publish(key);
   thread.fenced = false;
   if (barrier.arrived == threads) {
+    for (const auto& [warp, lanes] : barrier.lanes) {
+      if (id != 0 && lanes % 32 != 0) {
+        wrong(std::to_string(lanes) + " lanes of warp " + std::to_string(warp) +
+              ", where a chip counts warps");
+      }
+    }
     for (Thread* other : barrier.waiting) other->state = Thread::ready;
     block.barriers.erase(id);
   } else if (wait) {
@@ -676,6 +711,7 @@ void block_barrier(int id, int threads, bool wait, const char* what, Where where
     sleep_until_woken(what, where);
   }
   if (wait) observe(key);
+  return *any;
 }
 
 void grid_arrive(Where where) {

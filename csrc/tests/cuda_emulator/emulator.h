@@ -72,6 +72,11 @@ void check_aligned(const void* p, std::size_t alignment, const char* what, Where
 // Fills memory with bytes that are a NaN in every type.
 void poison(void* p, std::size_t bytes);
 
+// What the asynchronous proxy (wgmma, bulk copies) sees of p in shared memory: copies as they come,
+// and ordinary writes as of the last fence, which is any thread's and of all of them.
+unsigned char* async_view(const void* p);
+void fence_proxy_async();
+
 // Lets other threads run.
 void yield();
 // Perhaps; the schedule decides. For places after which threads' order can matter.
@@ -87,7 +92,7 @@ void before_atomic(const volatile void* address);
 void after_atomic(const volatile void* address);
 
 // Does action some time later, as an asynchronous unit of the chip would; at the latest when
-// nothing else can go on.
+// nothing else can go on. A block must not end before.
 void later(std::function<void()> action);
 
 // All threads of [first, first + count), or those of a warp that are in mask, meet. Returns the
@@ -109,9 +114,11 @@ void warp_collective(std::uint32_t mask, Lane& mine, const char* what, Where whe
   }
 }
 
-// Barrier 0 waits for the whole block at one place; others count up to `threads`, which may arrive
-// at different places. wait = false only arrives.
-void block_barrier(int id, int threads, bool wait, const char* what, Where where);
+// Barrier 0 waits for the whole block at one place; others count up to `threads`, whole warps,
+// which may arrive at different places. wait = false only arrives; who waits is told whether any of
+// them held the predicate.
+bool block_barrier(int id, int threads, bool wait, const char* what, Where where,
+                   bool predicate = false);
 
 // The barrier of a cooperative launch. Each block arrives once; whoever wants to waits.
 void grid_arrive(Where where);

@@ -1,8 +1,13 @@
 // Launching a kernel: one helper, so that the emulator can stand in for it.
 #pragma once
 
+#include <map>
+#include <mutex>
+#include <utility>
+
 #include <ptx/device.cuh>
 
+#include "cuda/switches.h"
 #include "densecl/cuda/launch.h"
 #include "densecl/types.h"
 
@@ -25,12 +30,16 @@ inline Status status_of(cudaError_t error) {
   return error == cudaSuccess ? Status::ok : launch_failure(static_cast<int>(error));
 }
 
-// Of the current device. Three attribute queries: fractions of a microsecond, legal while a stream
-// is captured. shared_bytes stays 0 where the driver fails, which every planner refuses.
+// What the driver said of the current device; legal while a stream is captured. shared_bytes is 0
+// where it fails, which every planner refuses.
 inline DeviceLimits device_limits() {
-  DeviceLimits limits{};
+  static std::mutex mutex;
+  static std::map<int, DeviceLimits> known;
   int device = 0, major = 0, minor = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return limits;
+  if (cudaGetDevice(&device) != cudaSuccess) return {};
+  const std::lock_guard<std::mutex> lock(mutex);
+  DeviceLimits& limits = known[device];
+  if (limits.shared_bytes > 0 && queries_cached()) return limits;
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
   cudaDeviceGetAttribute(&limits.multiprocessors, cudaDevAttrMultiProcessorCount, device);
@@ -39,28 +48,51 @@ inline DeviceLimits device_limits() {
   return limits;
 }
 
-// Whether the code that this device runs for a kernel holds griddepcontrol. The device's compute
-// capability does not tell: newer ones may run what the driver translated from PTX of 8.0.
-template <class Kernel>
-bool can_wait_for_previous(Kernel* kernel) {
-  cudaFuncAttributes attributes{};
-  return cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.ptxVersion >= 90;
+// What was settled with the driver about a kernel on the current device.
+struct KernelState {
+  int64_t shared_bytes = 48 * 1024;  // that a block may have; more must be asked for
+  // Of the code that runs, 90 and up where it holds griddepcontrol. The device's compute capability
+  // does not tell: newer ones may run what the driver translated from PTX of 8.0.
+  int ptx_version = 0;
+};
+inline cudaError_t ready_kernel(const void* kernel, int64_t shared_bytes, KernelState* ready) {
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, KernelState> known;
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  const std::lock_guard<std::mutex> lock(mutex);
+  KernelState& state = known[{kernel, device}];
+  if (!queries_cached()) state = {};
+  if (state.ptx_version == 0) {
+    cudaFuncAttributes attributes{};
+    error = cudaFuncGetAttributes(&attributes, kernel);
+    if (error != cudaSuccess) return error;
+    state.ptx_version = attributes.ptxVersion;
+  }
+  if (shared_bytes > state.shared_bytes) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(shared_bytes));
+    if (error != cudaSuccess) return error;
+    state.shared_bytes = shared_bytes;
+  }
+  *ready = state;
+  return cudaSuccess;
 }
-
-// The default limit; more must be asked for, once per kernel and device.
-constexpr int64_t plain_shared_bytes = 48 * 1024;
 
 template <class... Parameters, class... Arguments>
 Status launch(void (*kernel)(Parameters...), const LaunchShape& shape, Stream stream,
               Arguments&&... arguments) {
-  if (shape.shared_bytes > plain_shared_bytes) {
-    const cudaError_t error = cudaFuncSetAttribute(
-        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.shared_bytes));
-    if (error != cudaSuccess) return status_of(error);
+  KernelState state;
+  cudaError_t error =
+      ready_kernel(reinterpret_cast<const void*>(kernel), shape.shared_bytes, &state);
+  if (error != cudaSuccess) {
+    cudaGetLastError();
+    return status_of(error);
   }
   cudaLaunchAttribute attributes[2]{};
   unsigned count = 0;
-  if (shape.overlaps_previous && can_wait_for_previous(kernel)) {
+  if (shape.overlaps_previous && state.ptx_version >= 90 && overlap_allowed()) {
     attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[count++].val.programmaticStreamSerializationAllowed = 1;
   }
@@ -75,8 +107,7 @@ Status launch(void (*kernel)(Parameters...), const LaunchShape& shape, Stream st
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = attributes;
   config.numAttrs = count;
-  const cudaError_t error =
-      cudaLaunchKernelEx(&config, kernel, static_cast<Arguments&&>(arguments)...);
+  error = cudaLaunchKernelEx(&config, kernel, static_cast<Arguments&&>(arguments)...);
   // Clears the error, so that the next library's check does not report this one.
   if (error != cudaSuccess) cudaGetLastError();
   return status_of(error);

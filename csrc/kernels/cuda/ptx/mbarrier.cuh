@@ -17,7 +17,7 @@ __device__ __forceinline__ void open_barrier(Barrier* barrier, int arrivals) {
 }
 
 // By the thread that opened them, before the block's barrier that shows them to all.
-__device__ __forceinline__ void publish_barriers() {
+__device__ __forceinline__ void fence_barrier_init() {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 #endif

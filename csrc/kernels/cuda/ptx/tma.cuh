@@ -51,18 +51,21 @@ __device__ __forceinline__ void prefetch_map(const TensorMap* map) {
 }
 
 // How long the second-level cache should keep what is read.
-enum class Keep : uint64_t { first_out = 0x12f0000000000000, last_out = 0x14f0000000000000 };
+enum class CacheHint : uint64_t {
+  evict_first = 0x12f0000000000000,
+  evict_last = 0x14f0000000000000
+};
 
 // Starts the copy of the box at (row, column) to `to`; the barrier counts its bytes, all of the
 // box. By one thread.
 __device__ __forceinline__ void copy_box(void* to, const TensorMap* map, int column, int row,
-                                         Barrier* barrier, Keep keep, int /*box_rows*/) {
+                                         Barrier* barrier, CacheHint hint, int /*box_rows*/) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
       "[%0], [%1, {%3, %4}], [%2], %5;" ::"r"(shared_address(to)),
       "l"(map), "r"(shared_address(barrier)), "r"(column), "r"(row),
-      "l"(static_cast<uint64_t>(keep))
+      "l"(static_cast<uint64_t>(hint))
       : "memory");
 #endif
 }
@@ -80,7 +83,7 @@ __device__ __forceinline__ void copy_block(void* to, const void* from, int bytes
 }
 
 // Between ordinary writes to shared memory and the tensor cores' or the copy engine's reads.
-__device__ __forceinline__ void show_writes_to_units() {
+__device__ __forceinline__ void fence_proxy_async() {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif

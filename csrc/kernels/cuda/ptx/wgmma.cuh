@@ -9,27 +9,9 @@
 #include <ptx/device.cuh>
 
 #include "densecl/types.h"
+#include "sm90/descriptor.cuh"
 
 namespace densecl::cuda {
-
-// Rows of 64 elements of the summed dimension (rows of a, columns of b). Steps of 16 elements lie
-// 32 bytes apart within a row of 128.
-__device__ __forceinline__ uint64_t along_rows(const void* matrix) {
-  return (uint64_t{shared_address(matrix)} & 0x3ffff) >> 4 | uint64_t{1} << 16 |
-         uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
-}
-
-// Rows of 64 columns of b, one for every element of the summed dimension; 64 more columns start
-// `next` bytes on. Steps of 16 elements lie 2048 bytes apart.
-__device__ __forceinline__ uint64_t across_rows(const void* matrix, int next) {
-  return (uint64_t{shared_address(matrix)} & 0x3ffff) >> 4 |
-         static_cast<uint64_t>(next >> 4) << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
-}
-
-// The same matrix, some bytes on.
-__device__ __forceinline__ uint64_t advanced(uint64_t matrix, int bytes) {
-  return matrix + static_cast<uint64_t>(bytes >> 4);
-}
 
 // Before the first product after registers of d or a were written.
 __device__ __forceinline__ void fence_products() {
@@ -55,17 +37,25 @@ __device__ __forceinline__ void wait_products() {
 
 // Keeps the compiler from moving uses of registers across a wait.
 template <int count>
-__device__ __forceinline__ void hold(float (&registers)[count]) {
+__device__ __forceinline__ void fence_operand(float (&registers)[count]) {
 #pragma unroll
   for (int i = 0; i < count; ++i) asm volatile("" : "+f"(registers[i])::"memory");
 }
 template <int count>
-__device__ __forceinline__ void hold(uint32_t (&registers)[count][4]) {
+__device__ __forceinline__ void fence_operand(uint32_t (&registers)[count][4]) {
 #pragma unroll
   for (int i = 0; i < count; ++i) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) asm volatile("" : "+r"(registers[i][j])::"memory");
   }
+}
+
+// Has two numbers, neither negative, computed before the wait that follows. ptxas moves a wait up
+// above all that only later code needs (fence_operand() leaves nothing behind for it), but no
+// barrier: this one's mask, always the whole warp, depends on the numbers.
+__device__ __forceinline__ void settle(const float (&numbers)[2]) {
+  const uint32_t lanes = numbers[0] + numbers[1] < 0.0f ? 1u : 0xffffffffu;
+  asm volatile("bar.warp.sync %0;" ::"r"(lanes) : "memory");
 }
 
 #define DENSECL_D8(d, i)                                                                      \
@@ -110,7 +100,7 @@ __device__ __forceinline__ void hold(uint32_t (&registers)[count][4]) {
                : outputs                                                                     \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_matrix), "r"(accumulate))
 
-// d [+]= a b, both along_rows.
+// d [+]= a b, both K-major.
 template <DType type, int n>
 __device__ __forceinline__ void multiply_shared(float (&d)[n / 2], uint64_t a_matrix,
                                                 uint64_t b_matrix, int accumulate) {
@@ -128,7 +118,7 @@ __device__ __forceinline__ void multiply_shared(float (&d)[n / 2], uint64_t a_ma
 #endif
 }
 
-// d [+]= a b, a in registers, b across_rows.
+// d [+]= a b, a in registers, b MN-major.
 template <DType type, int n>
 __device__ __forceinline__ void multiply_registers(float (&d)[n / 2], const uint32_t (&a)[4],
                                                    uint64_t b_matrix, int accumulate) {

@@ -4,7 +4,7 @@
 // The products are those of dense_match.cu, to the bit. What differs is the way into shared memory:
 // one thread starts two bulk copies a chunk, whose bytes an mbarrier counts, instead of 784 pieces
 // with an address each. That saves about a quarter of the instructions, which limit float32 as much
-// as the memory does (docs/design.md). It has not run on a GPU.
+// as the memory does (docs/design.md).
 #include <ptx/launch.cuh>
 #include <ptx/tma.cuh>
 
@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(match_threads, 2)
   };
   if (threadIdx.x == 0) {
     for (int s = 0; s < match_stages; ++s) open_barrier(full + s, 1);
-    publish_barriers();
+    fence_barrier_init();
     for (int c = 0; c < match_stages - 1; ++c) fetch(c);
   }
   __syncthreads();

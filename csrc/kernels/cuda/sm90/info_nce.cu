@@ -10,6 +10,8 @@
 // Cost: 4 M K D FLOP, M K exponentials: half as many cycles as the products at D = 128. The queue
 // comes from the second-level cache once per 128 rows.
 #include <cmath>
+#include <cstdlib>
+#include <cstring>
 
 #include <ptx/barrier.cuh>
 #include <ptx/dependent.cuh>
@@ -19,7 +21,9 @@
 #include <ptx/tma.cuh>
 #include <ptx/wgmma.cuh>
 
-#include "info_nce_sweep.h"
+#include "cuda/info_nce_rows.cuh"
+#include "cuda/info_nce_sweep.h"
+#include "sm90/info_nce_softmax.cuh"
 
 namespace densecl::cuda {
 namespace {
@@ -28,15 +32,6 @@ constexpr int tile_rows = 128;
 constexpr int group_threads = 128;  // a warpgroup
 constexpr int block_threads = 3 * group_threads;
 constexpr int row_bytes = 128;  // of a box: 64 features
-
-constexpr float log2_e = 1.44269504f;
-constexpr float unshifted_bound = 60.0f * log2_e;  // 2^bound times 2^20 keys is a float
-// Float16's range is short: weights are at most 2^15, and up to this bound all are normal numbers.
-constexpr float half_bound = 14.5f;
-constexpr float half_room = 15.0f;
-
-constexpr float heavy_share = 1.0f / 16;  // of a row's sum: the weight's rounding error counts
-constexpr uint32_t golden = 40503;        // 2^16 / 1.618...
 
 constexpr int early_tiles = 2;  // of the queue, fetched while the previous kernel may still run
 
@@ -107,7 +102,8 @@ __device__ void fetch(const Part<blocks>& part, const TensorMap* query, const Te
       arrive_expecting(part.full(ring.stage), L::stage_bytes);
       for (int b = 0; b < blocks; ++b) {
         copy_box(part.stage(ring.stage) + b * L::keys * row_bytes, queue, b * box_columns,
-                 part.begin + tile * L::keys, part.full(ring.stage), Keep::last_out, L::keys);
+                 part.begin + tile * L::keys, part.full(ring.stage), CacheHint::evict_last,
+                 L::keys);
       }
     }
   };
@@ -117,92 +113,9 @@ __device__ void fetch(const Part<blocks>& part, const TensorMap* query, const Te
   arrive_expecting(part.query_came(), L::query_bytes);
   for (int b = 0; b < blocks; ++b) {
     copy_box(part.memory + b * tile_rows * row_bytes, query, b * box_columns,
-             part.row_tile * tile_rows, part.query_came(), Keep::first_out, tile_rows);
+             part.row_tile * tile_rows, part.query_came(), CacheHint::evict_first, tile_rows);
   }
   fetch_up_to(part.tiles);
-}
-
-// The softmax of a thread's two rows (8 apart) of 64, with what they have come to.
-template <DType type, bool online>
-struct Softmax {
-  float shift[2], sum[2] = {0.0f, 0.0f};
-  float rescale[2];  // online: what the sums so far are multiplied with
-  float peak[2];     // of the newest weights
-
-  // Scores become weights; columns from `valid` on weigh nothing.
-  template <int count>
-  __device__ void take(float (&scores)[count], float scale, int valid) {
-    if (valid < 2 * count) {
-      const int column = static_cast<int>(threadIdx.x) % 4 * 2;
-#pragma unroll
-      for (int i = 0; i < count; ++i) {
-        if (i / 4 * 8 + column + i % 2 >= valid) scores[i] = -INFINITY;
-      }
-    }
-    if constexpr (online) raise(scores, scale);
-    float total[2] = {0.0f, 0.0f};
-    peak[0] = peak[1] = 0.0f;
-#pragma unroll
-    for (int i = 0; i < count; ++i) {
-      const int h = i / 2 % 2;
-      // Beside a running maximum, huge logits must be rounded as the maximum was.
-      scores[i] = exp2_approx(online ? __fsub_rn(__fmul_rn(scores[i], scale), shift[h])
-                                     : fmaf(scores[i], scale, -shift[h]));
-      total[h] += scores[i];
-      peak[h] = fmaxf(peak[h], scores[i]);
-    }
-    sum[0] += total[0];
-    sum[1] += total[1];
-  }
-
-  // Whether one of this thread's newest weights holds more than 1/16 of its row's sum so far.
-  __device__ bool heavy() const {
-    const float first = heavy_share * over_row(sum[0]), second = heavy_share * over_row(sum[1]);
-    return peak[0] > first || peak[1] > second;
-  }
-
-  // Moves the shift to a maximum that covers these scores as well.
-  template <int count>
-  __device__ void raise(const float (&scores)[count], float scale) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      float top = -INFINITY;
-#pragma unroll
-      for (int i = 0; i < count; ++i) {
-        if (i / 2 % 2 == h) top = fmaxf(top, scores[i]);
-      }
-      top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
-      top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
-      const float room = type == DType::f16 ? half_room : 0.0f;
-      const float raised = fmaxf(shift[h], __fmul_rn(top, scale) - room);
-      rescale[h] = raised == shift[h] ? 1.0f : exp2_approx(shift[h] - raised);
-      shift[h] = raised;
-      sum[h] *= rescale[h];
-    }
-  }
-
-  // The sum over the four threads that share a row.
-  __device__ static float over_row(float x) {
-    x += __shfl_xor_sync(0xffffffffu, x, 1);
-    return x + __shfl_xor_sync(0xffffffffu, x, 2);
-  }
-};
-
-// A pair of weights for the second product. bfloat16 keeps 8 bits of a weight: rounded to nearest,
-// many equal weights would be off in the same direction, so they are rounded at a threshold that
-// walks evenly through the last place (steps of the golden ratio) and average out.
-template <DType type>
-__device__ __forceinline__ uint32_t pack(float low, float high, uint32_t threshold) {
-  if constexpr (type == DType::f16) return pack_f16(low, high);
-  const uint32_t next = threshold + golden;
-  return (__float_as_uint(low) + (threshold & 0xffffu)) >> 16 |
-         ((__float_as_uint(high) + (next & 0xffffu)) & 0xffff0000u);
-}
-
-// What pack() left out of a pair of bfloat16.
-__device__ __forceinline__ uint32_t pack_rest(float low, float high, uint32_t threshold) {
-  const uint32_t pair = pack<DType::bf16>(low, high, threshold);
-  return pack_bf16(low - __uint_as_float(pair << 16), high - __uint_as_float(pair & 0xffff0000u));
 }
 
 // Rows of the last tile that do not count may hold anything, NaN as well: zero times that would
@@ -215,32 +128,37 @@ __device__ void clear_rows(unsigned char* stage, int from, int thread) {
     uint4* rows = reinterpret_cast<uint4*>(stage + (b * L::keys + from) * row_bytes);
     for (int i = thread; i < pieces; i += 2 * group_threads) rows[i] = uint4{0, 0, 0, 0};
   }
-  show_writes_to_units();
+  fence_proxy_async();
   barrier_wait(both_barrier, 2 * group_threads);
 }
 
-template <DType type, int blocks, bool gradient, bool online>
+// largest: no weight is larger, where the shift is constant.
+template <DType type, int blocks, bool gradient, bool online, SweepSteps steps>
 __device__ void multiply(const Part<blocks>& part, const InfoNceSweep& sweep, int group,
-                         const float (&shift)[2]) {
+                         const float (&shift)[2], float largest) {
   using L = Layout<blocks>;
   constexpr int keys = L::keys;
   const int thread = static_cast<int>(threadIdx.x) % group_threads;
   const int lane = thread % 32;
   const bool last_group = group == 1;
 
-  Softmax<type, online> softmax;
+  Softmax<type, online, steps> softmax;
   softmax.shift[0] = shift[0];
   softmax.shift[1] = shift[1];
   float scores[keys / 2];
   float weighted[32 * blocks] = {};
   uint32_t weights[keys / 16][4];
 
-  const uint64_t query = along_rows(part.memory + group * 64 * row_bytes);
+  const uint64_t query = k_major_descriptor(part.memory + group * 64 * row_bytes);
   Ring<L::stages> ring;      // of the scores' tile
   Ring<L::stages> previous;  // of the weights' tile
 
+  // All lanes hold the same stage; told so, the compiler keeps descriptors in uniform registers.
+  const auto stage_at = [&](int stage) {
+    return part.stage(steps >= SweepSteps::uniform ? __shfl_sync(0xffffffffu, stage, 0) : stage);
+  };
   const auto score = [&](int stage) {
-    const uint64_t tile = along_rows(part.stage(stage));
+    const uint64_t tile = k_major_descriptor(stage_at(stage));
 #pragma unroll
     for (int step = 0; step < 4 * blocks; ++step) {
       const int block = step / 4, within = step % 4 * 32;
@@ -250,7 +168,7 @@ __device__ void multiply(const Part<blocks>& part, const InfoNceSweep& sweep, in
     commit_products();
   };
   const auto add_weighted = [&](int stage) {
-    const uint64_t tile = across_rows(part.stage(stage), keys * row_bytes);
+    const uint64_t tile = mn_major_descriptor(stage_at(stage), keys * row_bytes);
 #pragma unroll
     for (int step = 0; step < keys / 16; ++step) {
       multiply_registers<type, 64 * blocks>(weighted, weights[step],
@@ -262,10 +180,10 @@ __device__ void multiply(const Part<blocks>& part, const InfoNceSweep& sweep, in
   const auto pass_turn = [&](bool last) {
     if (!(last && last_group)) barrier_arrive(turn_barrier + 1 - group, 2 * group_threads);
   };
-  const auto hold_all = [&] {
-    hold(scores);
-    hold(weighted);
-    hold(weights);
+  const auto fence_operands = [&] {
+    fence_operand(scores);
+    fence_operand(weighted);
+    fence_operand(weights);
   };
   const auto free_stage = [&](int stage) {
     if (lane == 0) arrive(part.empty(stage));
@@ -279,27 +197,30 @@ __device__ void multiply(const Part<blocks>& part, const InfoNceSweep& sweep, in
     clear_rows<blocks>(part.stage(ring.stage), valid, group * group_threads + thread);
     return valid;
   };
+  // Whether the tile has heavy weights, for the warpgroup. Float16 keeps 11 bits, enough for any.
+  bool look = type == DType::bf16;
+  const auto vote = [&](int tile) {
+    if (!look) {
+      settle(softmax.sum);
+      return false;
+    }
+    const bool any = barrier_any(heavy_barrier + group, group_threads, softmax.heavy(scores));
+    if (steps >= SweepSteps::all && !online && tile % 8 == 7) {
+      look = barrier_any(heavy_barrier + group, group_threads, softmax.may_be_heavy(largest));
+    }
+    return any;
+  };
   // Readies the ring's tile for the second product; heavy weights' rounding errors go first.
-  const auto take_weights = [&](int tile) {
-    const uint32_t threshold = static_cast<uint32_t>(tile) * 25033u;
-    // Float16 keeps 11 bits, enough for the heaviest.
-    if (type == DType::bf16 && barrier_any(heavy_barrier + group, group_threads, softmax.heavy())) {
-#pragma unroll
-      for (int i = 0; i < keys / 4; ++i) {
-        weights[i / 4][i % 4] = pack_rest(scores[2 * i], scores[2 * i + 1],
-                                          threshold + 2u * static_cast<uint32_t>(i) * golden);
-      }
-      hold_all();
+  const auto take_weights = [&](int tile, bool any_heavy) {
+    if (any_heavy) {
+      pack<type, steps, true>(scores, tile, weights);
+      fence_operands();
       fence_products();
       add_weighted(ring.stage);
       wait_products<0>();
-      hold_all();
+      fence_operands();
     }
-#pragma unroll
-    for (int i = 0; i < keys / 4; ++i) {
-      weights[i / 4][i % 4] = pack<type>(scores[2 * i], scores[2 * i + 1],
-                                         threshold + 2u * static_cast<uint32_t>(i) * golden);
-    }
+    pack<type, steps, false>(scores, tile, weights);
   };
 
   if (last_group) barrier_arrive(turn_barrier, 2 * group_threads);
@@ -308,12 +229,12 @@ __device__ void multiply(const Part<blocks>& part, const InfoNceSweep& sweep, in
     for (int tile = 0; tile < part.tiles; ++tile, ring.advance()) {
       const int valid = open_tile(tile);
       take_turn();
-      hold(scores);
+      fence_operand(scores);
       fence_products();
       score(ring.stage);
       pass_turn(tile + 1 == part.tiles);
       wait_products<0>();
-      hold(scores);
+      fence_operand(scores);
       free_stage(ring.stage);
       softmax.take(scores, sweep.scale, valid);
     }
@@ -321,40 +242,48 @@ __device__ void multiply(const Part<blocks>& part, const InfoNceSweep& sweep, in
     // Each tile's scores are issued together with the weighted sum of the tile before.
     int valid = open_tile(0);
     take_turn();
-    hold_all();
+    fence_operands();
     fence_products();
     score(ring.stage);
     pass_turn(part.tiles == 1);
     wait_products<0>();
-    hold_all();
+    fence_operands();
     softmax.take(scores, sweep.scale, valid);
-    take_weights(0);
+    take_weights(0, vote(0));
     ring.advance();
     for (int tile = 1; tile < part.tiles; ++tile, ring.advance(), previous.advance()) {
       valid = open_tile(tile);
       take_turn();
-      hold_all();
+      fence_operands();
       fence_products();
       score(ring.stage);
       add_weighted(previous.stage);
       pass_turn(tile + 1 == part.tiles);
       wait_products<1>();
-      hold(scores);
+      fence_operand(scores);
       softmax.take(scores, sweep.scale, valid);
+      bool any_heavy = false;
+      if constexpr (steps >= SweepSteps::overlap) {
+        // Here and not after the wait: the compiler may move a wait above exponentials, not above a
+        // vote that needs them.
+        fence_operand(scores);
+        any_heavy = vote(tile);
+      }
       wait_products<0>();
-      hold_all();
+      fence_operands();
+      if constexpr (steps < SweepSteps::overlap) any_heavy = vote(tile);
       free_stage(previous.stage);
       if constexpr (online) {
 #pragma unroll
         for (int i = 0; i < 32 * blocks; ++i) weighted[i] *= softmax.rescale[i / 2 % 2];
       }
-      take_weights(tile);
+      take_weights(tile, any_heavy);
     }
-    hold_all();
+    fence_operands();
     fence_products();
     add_weighted(previous.stage);
     wait_products<0>();
-    hold_all();
+    fence_operands();
   }
 
   const int64_t first = int64_t{part.slice} * sweep.padded_rows + part.row_tile * tile_rows +
@@ -378,17 +307,14 @@ __device__ void multiply(const Part<blocks>& part, const InfoNceSweep& sweep, in
   }
 }
 
-// The largest of count values among a warp's lanes; NaN counts as infinite.
-__device__ float largest(const float* values, int count, int lane) {
-  float peak = 0.0f;
-  for (int i = lane; i < count; i += 32) {
-    const float x = values[i];
-    peak = x <= peak ? peak : (x > peak ? x : INFINITY);
+// DENSECL_CUDA_SWEEP; all steps where it names none.
+SweepSteps sweep_steps() {
+  const char* named = std::getenv("DENSECL_CUDA_SWEEP");
+  const char* names[] = {"base", "overlap", "uniform", "threshold"};
+  for (int i = 0; named != nullptr && i < 4; ++i) {
+    if (std::strcmp(named, names[i]) == 0) return static_cast<SweepSteps>(i);
   }
-  for (int lanes = 1; lanes < 32; lanes *= 2) {
-    peak = fmaxf(peak, __shfl_xor_sync(0xffffffffu, peak, lanes));
-  }
-  return peak;
+  return SweepSteps::all;
 }
 
 // Of the problems of a launch.
@@ -396,7 +322,7 @@ struct SweepMaps {
   TensorMap query[2], queue[2];
 };
 
-template <DType type, int blocks, bool gradient>
+template <DType type, int blocks, bool gradient, SweepSteps steps>
 __global__ void __launch_bounds__(block_threads, 1)
     sweep_kernel(const __grid_constant__ SweepMaps maps,
                  const __grid_constant__ Batch<InfoNceSweep> sweeps) {
@@ -415,7 +341,7 @@ __global__ void __launch_bounds__(block_threads, 1)
       open_barrier(part.full(i), 1);
       open_barrier(part.empty(i), 2 * group_threads / 32);  // a warp's lane 0 speaks for it
     }
-    publish_barriers();
+    fence_barrier_init();
   }
   __syncthreads();
 
@@ -429,19 +355,21 @@ __global__ void __launch_bounds__(block_threads, 1)
     wait_for_previous();
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const float* lengths = sweep.query_length + block.tile * tile_rows;
-    const float longest = largest(sweep.queue_longest, sweep.longest_count, lane) * sweep.scale;
-    const float bound = largest(lengths, tile_rows, lane) * longest;
+    const float longest = longest_row(sweep.queue_longest, sweep.longest_count) * sweep.scale;
+    // A row that is not finite ends in NaN either way and must not move the others to another
+    // rounding.
+    const float bound = longest_row</*finite=*/true>(lengths, tile_rows) * longest;
     const int row = group * 64 + static_cast<int>(threadIdx.x) % group_threads / 32 * 16 + lane / 4;
     float shift[2] = {0.0f, 0.0f};
-    if (bound <= (type == DType::bf16 ? unshifted_bound : half_bound)) {
-      if constexpr (type == DType::f16) {
-        shift[0] = lengths[row] * longest - half_room;
-        shift[1] = lengths[row + 8] * longest - half_room;
+    if (bound <= Rule<type>::limit) {
+      if constexpr (Rule<type>::follows_bound) {
+        shift[0] = lengths[row] * longest - Rule<type>::room;
+        shift[1] = lengths[row + 8] * longest - Rule<type>::room;
       }
-      multiply<type, blocks, gradient, false>(part, sweep, group, shift);
+      multiply<type, blocks, gradient, false, steps>(part, sweep, group, shift, exp2_approx(bound));
     } else {
       shift[0] = shift[1] = -INFINITY;
-      multiply<type, blocks, gradient, true>(part, sweep, group, shift);
+      multiply<type, blocks, gradient, true, steps>(part, sweep, group, shift, 0.0f);
     }
   }
 }
@@ -462,9 +390,24 @@ Status start(const Batch<InfoNceSweep>& sweeps, Stream stream) {
   unsigned count;
   const Batch<InfoNceSweep> batch = count_sweep_blocks(sweeps, tile_rows, &count);
   const LaunchShape shape{count, block_threads, L::shared_bytes, /*overlaps_previous=*/true};
-  return sweeps.of[0].weighted
-             ? launch(sweep_kernel<type, blocks, true>, shape, stream, maps, batch)
-             : launch(sweep_kernel<type, blocks, false>, shape, stream, maps, batch);
+  const auto run = [&](auto kernel) { return launch(kernel, shape, stream, maps, batch); };
+  if (!sweeps.of[0].weighted) return run(sweep_kernel<type, blocks, false, SweepSteps::all>);
+  // The earlier steps are there for the shape that is measured.
+  if constexpr (type == DType::bf16 && blocks == 2) {
+    switch (sweep_steps()) {
+      case SweepSteps::base:
+        return run(sweep_kernel<type, blocks, true, SweepSteps::base>);
+      case SweepSteps::overlap:
+        return run(sweep_kernel<type, blocks, true, SweepSteps::overlap>);
+      case SweepSteps::uniform:
+        return run(sweep_kernel<type, blocks, true, SweepSteps::uniform>);
+      case SweepSteps::threshold:
+        return run(sweep_kernel<type, blocks, true, SweepSteps::threshold>);
+      default:
+        break;
+    }
+  }
+  return run(sweep_kernel<type, blocks, true, SweepSteps::all>);
 }
 
 template <DType type>
@@ -484,9 +427,13 @@ Status start(const Batch<InfoNceSweep>& sweeps, Stream stream) {
 }  // namespace
 
 bool sweep_sm90_fits(const InfoNceSweep& sweep) {
-  return sweep.dtype != DType::f32 && sweep.padded_features <= 4 * box_columns &&
-         reinterpret_cast<uintptr_t>(sweep.queue) % 16 == 0 && sweep.queue_row_stride % 8 == 0 &&
-         sweep.queue_length > 0 && sweep.queue_length < (int64_t{1} << 31);
+  const int64_t stride = sweep.queue_row_stride;
+  // What the tensor memory accelerator can describe; an expanded queue it cannot.
+  return sweep.dtype != DType::f32 && sweep.features > 0 &&
+         sweep.padded_features <= 4 * box_columns &&
+         reinterpret_cast<uintptr_t>(sweep.queue) % 16 == 0 && stride % 8 == 0 &&
+         stride >= sweep.features && stride < (int64_t{1} << 39) && sweep.queue_length > 0 &&
+         sweep.queue_length < (int64_t{1} << 31);
 }
 
 Status sweep_sm90(const Batch<InfoNceSweep>& sweeps, Stream stream) {

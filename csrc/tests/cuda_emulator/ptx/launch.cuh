@@ -7,6 +7,7 @@
 
 #include <ptx/device.cuh>
 
+#include "cuda/switches.h"
 #include "densecl/cuda/launch.h"
 #include "densecl/types.h"
 
@@ -45,12 +46,13 @@ Status launch(void (*kernel)(Parameters...), const LaunchShape& shape, void*,
       int64_t{2048 / static_cast<int>(t.x * t.y * t.z)} * device_limits().multiprocessors;
   if (shape.cooperative && int64_t{b.x} * b.y * b.z > resident) wrong("launch: too many blocks");
   const std::tuple<Parameters...> values(static_cast<Arguments&&>(arguments)...);
-  emulator::run({{b.x, b.y, b.z},
-                 {t.x, t.y, t.z},
-                 static_cast<std::size_t>(shape.shared_bytes),
-                 shape.cooperative,
-                 shape.overlaps_previous && device_limits().compute_capability >= 90},
-                [kernel, values] { std::apply(kernel, values); });
+  emulator::run(
+      {{b.x, b.y, b.z},
+       {t.x, t.y, t.z},
+       static_cast<std::size_t>(shape.shared_bytes),
+       shape.cooperative,
+       shape.overlaps_previous && device_limits().compute_capability >= 90 && overlap_allowed()},
+      [kernel, values] { std::apply(kernel, values); });
   return Status::ok;
 }
 

@@ -1,6 +1,8 @@
 // Twin of cuda/ptx/mbarrier.cuh.
 #pragma once
 
+#include <map>
+
 #include <ptx/device.cuh>
 
 #include "cuda_emulator/race.h"
@@ -22,6 +24,23 @@ struct BarrierState {
 inline BarrierState& state_of(cuda::Barrier* barrier, const char* what, Where where) {
   check_shared(barrier, sizeof(cuda::Barrier), 8, what, where);
   return *reinterpret_cast<BarrierState*>(barrier);
+}
+
+// Barriers whose opening asynchronous copies cannot know of, with the thread that opened them.
+inline std::map<const cuda::Barrier*, int>& unpublished() {
+  static std::map<const cuda::Barrier*, int> all;
+  static int launch = 0;
+  if (launch != launches()) all.clear();  // what a launch that failed left behind
+  launch = launches();
+  return all;
+}
+
+// As an asynchronous copy begins.
+inline void check_copy_barrier(cuda::Barrier* barrier, const char* what, Where where) {
+  state_of(barrier, what, where);
+  if (unpublished().contains(barrier)) {
+    fail(std::string(what) + ": the barrier was opened without fence.mbarrier_init", where);
+  }
 }
 
 inline void end_phase_if_complete(BarrierState& state) {
@@ -58,8 +77,17 @@ inline void open_barrier(Barrier* barrier, int arrivals, DENSECL_WHERE) {
   const emulator::Unwatched unwatched;
   const auto count = static_cast<uint16_t>(arrivals);
   emulator::state_of(barrier, "mbarrier.init", where) = {count, count, 0};
+  emulator::unpublished()[barrier] = emulator::thread_in_block();
 }
-inline void publish_barriers() {}
+inline void fence_barrier_init() {
+  const emulator::Unwatched unwatched;
+  const auto* begin = reinterpret_cast<const Barrier*>(emulator::shared());
+  const auto* end = reinterpret_cast<const Barrier*>(emulator::shared() + emulator::shared_bytes());
+  std::erase_if(emulator::unpublished(), [&](const auto& opened) {
+    return opened.first >= begin && opened.first < end &&
+           opened.second == emulator::thread_in_block();
+  });
+}
 
 inline void arrive(Barrier* barrier, DENSECL_WHERE) {
   emulator::arrive_at(barrier, 0, "mbarrier.arrive", where);

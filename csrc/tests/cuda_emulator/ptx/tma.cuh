@@ -8,7 +8,7 @@
 
 namespace densecl::cuda {
 
-struct TensorMap {
+struct alignas(64) TensorMap {
   const unsigned char* data;
   int64_t rows, columns, stride;
   int box_rows;
@@ -18,7 +18,11 @@ constexpr int box_columns = 64;
 
 inline Status describe_matrix(TensorMap* map, const void* data, int64_t rows, int64_t columns,
                               int64_t stride, int box_rows) {
-  if (reinterpret_cast<uintptr_t>(data) % 16 != 0 || stride % 8 != 0 || box_rows > 256) {
+  // What cuTensorMapEncodeTiled refuses.
+  const auto size_fits = [](int64_t size) { return size > 0 && size <= int64_t{1} << 32; };
+  if (reinterpret_cast<uintptr_t>(map) % 64 != 0 || reinterpret_cast<uintptr_t>(data) % 16 != 0 ||
+      !size_fits(rows) || !size_fits(columns) || stride % 8 != 0 || stride < columns ||
+      stride >= int64_t{1} << 39 || box_rows < 1 || box_rows > 256) {
     return launch_failure(1);
   }
   *map = {static_cast<const unsigned char*>(data), rows, columns, stride, box_rows};
@@ -27,16 +31,18 @@ inline Status describe_matrix(TensorMap* map, const void* data, int64_t rows, in
 
 inline void prefetch_map(const TensorMap*) {}
 
-enum class Keep : uint64_t { first_out, last_out };
+enum class CacheHint : uint64_t { evict_first, evict_last };
 
-inline void copy_box(void* to, const TensorMap* map, int column, int row, Barrier* barrier, Keep,
-                     int box_rows, DENSECL_WHERE) {
+inline void copy_box(void* to, const TensorMap* map, int column, int row, Barrier* barrier,
+                     CacheHint, int box_rows, DENSECL_WHERE) {
   const emulator::Unwatched unwatched;
   const std::size_t bytes = 128 * static_cast<std::size_t>(box_rows);
   emulator::check_shared(to, bytes, 1024, "TMA", where);
-  emulator::state_of(barrier, "TMA", where);
+  emulator::check_copy_barrier(barrier, "TMA", where);
   if (box_rows != map->box_rows) emulator::fail("TMA: not the map's box", where);
+  unsigned char* const seen = emulator::async_view(to);
   emulator::poison(to, bytes);
+  emulator::poison(seen, bytes);
   emulator::later([=, map = *map] {
     unsigned char* out = static_cast<unsigned char*>(to);
     for (int r = 0; r < box_rows; ++r) {
@@ -50,6 +56,7 @@ inline void copy_box(void* to, const TensorMap* map, int column, int row, Barrie
         }
       }
     }
+    std::memcpy(seen, to, bytes);
     emulator::bytes_came(barrier, static_cast<int>(bytes));
   });
 }
@@ -60,14 +67,17 @@ inline void copy_block(void* to, const void* from, int bytes, Barrier* barrier, 
   emulator::check_shared(to, size, 16, "bulk copy", where);
   emulator::check_aligned(from, 16, "bulk copy", where);
   if (bytes <= 0 || bytes % 16 != 0) emulator::fail("bulk copy: bytes not a multiple of 16", where);
-  emulator::state_of(barrier, "bulk copy", where);
+  emulator::check_copy_barrier(barrier, "bulk copy", where);
+  unsigned char* const seen = emulator::async_view(to);
   emulator::poison(to, size);
+  emulator::poison(seen, size);
   emulator::later([=] {
     std::memcpy(to, from, size);
+    std::memcpy(seen, to, size);
     emulator::bytes_came(barrier, bytes);
   });
 }
 
-inline void show_writes_to_units() {}
+inline void fence_proxy_async() { emulator::fence_proxy_async(); }
 
 }  // namespace densecl::cuda

@@ -13,6 +13,7 @@
 #include "cuda_emulator/race.h"
 #include "densecl/half.h"
 #include "densecl/types.h"
+#include "sm90/descriptor.cuh"
 
 namespace densecl::emulator {
 
@@ -41,24 +42,42 @@ inline Products& products() {
   return all[{shared(), thread_in_block()}];
 }
 
+inline int leading_bytes(uint64_t matrix) { return static_cast<int>(matrix >> 16 & 0x3fff) * 16; }
+inline int stride_bytes(uint64_t matrix) { return static_cast<int>(matrix >> 32 & 0x3fff) * 16; }
+
 // A 16-bit element of a swizzled matrix: `offset` bytes from its start before the swizzle.
 inline uint16_t element(uint64_t matrix, int offset, Where where) {
   uint32_t address = static_cast<uint32_t>(matrix & 0x3fff) * 16 + static_cast<uint32_t>(offset);
   address ^= (address >> 7 & 7) << 4;
   const void* p = cuda::shared_pointer(address);
   check_shared(p, 2, 2, "wgmma", where);
-  uint16_t bits;
+  uint16_t bits, seen;
   std::memcpy(&bits, p, 2);
+  std::memcpy(&seen, async_view(p), 2);
+  if (bits != seen) fail("wgmma: reads what was written without fence.proxy.async", where);
   return bits;
 }
 
-inline int leading_bytes(uint64_t matrix) { return static_cast<int>(matrix >> 16 & 0x3fff) * 16; }
-inline int stride_bytes(uint64_t matrix) { return static_cast<int>(matrix >> 32 & 0x3fff) * 16; }
+// The bits that a chip reads beside the address and the two offsets.
+inline void check_descriptor(uint64_t matrix, bool k_major, Where where) {
+  if (matrix >> 62 != 1) fail("wgmma: a descriptor of another swizzle than 128 bytes", where);
+  if (matrix >> 49 & 7) fail("wgmma: a descriptor with a base offset", where);
+  if (matrix &
+      (uint64_t{0x1fff} << 49 | uint64_t{7} << 46 | uint64_t{3} << 30 | uint64_t{3} << 14)) {
+    fail("wgmma: a descriptor with bits that mean nothing", where);
+  }
+  if (matrix >> 3 & 7) fail("wgmma: a descriptor's rows start within a swizzled pattern", where);
+  if (k_major && leading_bytes(matrix) != 16) {
+    fail("wgmma: a K-major descriptor whose leading offset is not 1", where);
+  }
+}
 
 inline void issue(const Product& product, Where where) {
   const Unwatched unwatched;
   Products& mine = products();
   if (!mine.fenced) fail("wgmma without wgmma.fence before it", where);
+  if (product.a == nullptr) check_descriptor(product.a_matrix, true, where);
+  check_descriptor(product.b_matrix, product.a == nullptr, where);
   const int registers = product.n / 2;
   if (!mine.sums.contains(product.d)) {
     mine.sums[product.d].assign(product.d, product.d + registers);
@@ -118,18 +137,6 @@ inline void compute(Products** threads, std::size_t index, Where where) {
 
 namespace densecl::cuda {
 
-inline uint64_t along_rows(const void* matrix) {
-  return (uint64_t{shared_address(matrix)} & 0x3ffff) >> 4 | uint64_t{1} << 16 |
-         uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
-}
-inline uint64_t across_rows(const void* matrix, int next) {
-  return (uint64_t{shared_address(matrix)} & 0x3ffff) >> 4 |
-         static_cast<uint64_t>(next >> 4) << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
-}
-inline uint64_t advanced(uint64_t matrix, int bytes) {
-  return matrix + static_cast<uint64_t>(bytes >> 4);
-}
-
 inline void fence_products() {
   const emulator::Unwatched unwatched;
   emulator::products().fenced = true;
@@ -173,9 +180,13 @@ void wait_products(DENSECL_WHERE) {
 }
 
 template <int count>
-void hold(float (&)[count]) {}
+void fence_operand(float (&)[count]) {}
 template <int count>
-void hold(uint32_t (&)[count][4]) {}
+void fence_operand(uint32_t (&)[count][4]) {}
+
+inline void settle(const float (&numbers)[2], DENSECL_WHERE) {
+  if (numbers[0] + numbers[1] < 0.0f) emulator::fail("settle: a negative number", where);
+}
 
 template <DType type, int n>
 void multiply_shared(float (&d)[n / 2], uint64_t a, uint64_t b, int accumulate, DENSECL_WHERE) {

@@ -37,6 +37,10 @@ inline InfoNcePlan plan_info_nce(const InfoNceProblem& problem) {
 
 // Which sweep over the queue runs: the best for the current device, this build and the problem, or
 // what DENSECL_CUDA_KERNEL=portable|sm90 asks for.
+//
+// To measure what each step of sm90's schedule gives, DENSECL_CUDA_SWEEP=base|overlap|uniform|
+// threshold|all, each with the ones before it, chooses the sweep of bfloat16 queues with 65 to 128
+// features and gradients; the other sweeps, and another name, are all.
 enum class InfoNceKernel {
   portable,     // mma.sync, sm_80 and later
   sm90,         // TMA and wgmma
