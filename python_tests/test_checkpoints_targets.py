@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -235,3 +237,22 @@ def test_outputs_that_would_cost_something(run: Path, tmp_path: Path) -> None:
     export_backbone(run, run / "backbone.pth")  # beside the run's own files is a good place
     (run / "backbone.pth").unlink()
     (run / "backbone.pth.md").unlink()
+
+
+@pytest.mark.parametrize("to", ["torchvision", "huggingface", "detectron2"])
+def test_a_full_disk_names_the_output(run: Path, tmp_path: Path, to: str) -> None:
+    name = {"torchvision": "a.safetensors", "huggingface": "hub", "detectron2": "a.pkl"}[to]
+    program = f"""
+import resource, signal
+from densecl_ext.checkpoints import export_backbone
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+try:
+    export_backbone({str(run)!r}, {str(tmp_path / name)!r}, {to!r})
+except OSError as error:
+    print(error)
+"""
+    root = Path(__file__).resolve().parent.parent
+    told = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True)
+    assert "File too large" in told.stdout and str(tmp_path / name) in told.stdout, told.stderr
+    assert "unfinished" not in told.stdout and not list(tmp_path.iterdir())

@@ -59,7 +59,10 @@ def write_huggingface(source: BackboneFile, output: Path) -> dict[str, str]:
     if (output / "checkpoints").exists():
         raise ValueError(f"export_backbone: the output {output} is the folder of a run")
     output.parent.mkdir(parents=True, exist_ok=True)
-    stage = Path(tempfile.mkdtemp(dir=output.parent, prefix=TEMPORARY_PREFIX))
+    try:
+        stage = Path(tempfile.mkdtemp(dir=output.parent, prefix=TEMPORARY_PREFIX))
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(output)) from None
     try:
         (stage / "config.json").write_text(json.dumps(_config(source), indent=2) + "\n")
         (stage / "preprocessor_config.json").write_text(
@@ -81,6 +84,10 @@ def write_huggingface(source: BackboneFile, output: Path) -> dict[str, str]:
         output.mkdir(exist_ok=True)
         for file in sorted(stage.iterdir()):
             os.replace(file, output / file.name)
+    except RuntimeError as error:  # names the file that a person asked for
+        raise RuntimeError(str(error).replace(str(stage), str(output))) from error
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(output)) from error
     finally:
         shutil.rmtree(stage, ignore_errors=True)
     return loads

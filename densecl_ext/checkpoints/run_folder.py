@@ -42,6 +42,7 @@ class RunFolder:
         self.backbone = self.path / "backbone.pth"
         self.profile = self.path / "profile"
         self._lock: BaseFileLock | None = None
+        self._step: int | None = None  # of the newest checkpoint
 
     def exists(self) -> bool:
         """Whether a run has begun here."""
@@ -70,6 +71,7 @@ class RunFolder:
             self._require_last()
             self._take_lock()
             checkpoint, used = read_newest(self.last, complete=True)
+            self._step = checkpoint["step"]
             if used == self.previous:
                 # Out of the way of the next save, which would move it over the whole one.
                 with contextlib.suppress(FileNotFoundError):
@@ -126,7 +128,10 @@ class RunFolder:
         Raises OSError as `save_checkpoint`.
         """
         content = {"format": FORMAT, "version": VERSION, **state}
-        save_checkpoint(self.last, content, previous=self.previous)
+        # The same step again, as at the end of a run, must not cost the one before it.
+        again = self._step is not None and state.get("step") == self._step
+        save_checkpoint(self.last, content, previous=None if again else self.previous)
+        self._step = state.get("step")
         return self.last
 
     def keep(self, name: str) -> None:

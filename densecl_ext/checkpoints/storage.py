@@ -74,6 +74,8 @@ def atomic_file(
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         first = _first(error, outer)
+        if isinstance(first, OSError) and first.errno is not None and first.filename is None:
+            first = OSError(first.errno, first.strerror, os.fspath(path))
         if first is not error:
             raise first from None
         raise
