@@ -74,7 +74,8 @@ class Measurement:
     def __init__(self, config: PretrainConfig, labels: str | None) -> None:
         from densecl_ext.evaluate.correspondence import CorrespondenceOptions, Views
 
-        self.pairs = CorrespondenceOptions(data=config.data, view_size=config.image_size)
+        folder = config.data if isinstance(config.data, str) else config.data[0]
+        self.pairs = CorrespondenceOptions(data=folder, view_size=config.image_size)
         self.views = Views.load(self.pairs)
         self.labelled, self.protocols = None, []
         if labels is not None:
