@@ -14,7 +14,7 @@ pytest.importorskip("PIL")
 pytest.importorskip("torchvision")
 pytest.importorskip("torchmetrics")
 
-from densecl_ext.cli.dataclass_options import dataclass_from_words
+from densecl_ext.cli.comparing import protocol_options
 from evaluate_data import MeanColour, Normed, write_labelled
 
 from densecl_ext import cli
@@ -96,13 +96,13 @@ def test_a_probe_leaves_no_trace(tmp_path: Path) -> None:
 
 
 def test_words_to_options() -> None:
-    options = dataclass_from_words(
-        SegmentationOptions, ["size=4,6", "label-stride=3", "lr=1e-2", "solver=lbfgs"]
+    options = protocol_options(
+        SegmentationOptions, "x", ("size=4,6", "label-stride=3", "lr=1e-2", "solver=lbfgs")
     )
     assert options.size == (4, 6) and options.label_stride == 3 and options.lr == 0.01
-    for word, message in (("sise=3", "option of"), ("epochs=x", "epochs must be int"), ("a", "=")):
+    for word, message in (("sise=3", "mean size"), ("epochs=x", "expected an integer"), ("a", "=")):
         with pytest.raises(ValueError, match=message):
-            dataclass_from_words(SegmentationOptions, [word])
+            protocol_options(SegmentationOptions, "x", (word,))
 
 
 def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -60,8 +60,7 @@ def compare(
     from densecl_ext.train.machine import pick_device
 
     chosen = find_protocol(protocol)
-    values = {"data": data, **_settings(chosen.options, settings)}
-    asked: Any = build(chosen.options, values, source="compare")
+    asked = protocol_options(chosen.options, data, settings)
     place = pick_device(device)
     named = dict(_arm(word) for word in arms)
     if len(named) != len(arms):
@@ -91,17 +90,20 @@ def compare(
         print(f"wrote {picture}")
 
 
-def _settings(options: type, words: tuple[str, ...]) -> dict[str, Any]:
-    """`size=180,240` and the like, raw."""
-    values: dict[str, Any] = {}
-    schemas = properties(options)
+def protocol_options(options: type, data: str, words: tuple[str, ...]) -> Any:
+    """A protocol's options from words such as `size=180,240`.
+
+    Raises:
+        ValueError: a word that is none, or an option that does not fit.
+    """
+    values: dict[str, Any] = {"data": data}
     for word in words:
         name, equals, text = word.partition("=")
         if not equals:
             raise ValueError(f"compare: --set must be OPTION=VALUE, got {word!r}")
-        several = schemas.get(name.replace("-", "_"), {}).get("type") == "array"
-        values[name] = text.split(",") if several else text
-    return values
+        schema = properties(options).get(name.replace("-", "_"), {})
+        values[name] = text.split(",") if schema.get("type") == "array" else text
+    return build(options, values, source="compare")
 
 
 def _arm(word: str) -> tuple[str, list[str]]:
