@@ -28,7 +28,7 @@ SHORT = {"output_stride": 8, "truncate": True}
 def run_file(path: Path, backbone: nn.Module, name: str, **options: Any) -> Path:
     config = {"backbone": name, "output_stride": None, "padding": "zeros", **options}
     model = {f"backbone.{k}": v for k, v in backbone.state_dict().items()}
-    model |= {f"momentum_encoder.module.{k}": v + 1.0 for k, v in model.items()}
+    model |= {f"momentum_encoder.module.{k}": v + 1 for k, v in model.items()}
     save_checkpoint(path, {"format": "densecl_ext", "config": config, "model": model})
     return path
 
