@@ -84,6 +84,7 @@ def run(tmp_path: Path) -> Path:
     (run / "metrics.csv").write_text("\n".join(lines) + "\n")
     (run / "config.yaml").write_text("data: photos\nlr: 0.1\n")
     report = {"protocol": "knn", "line": "knn: data=x, seed=0", "accuracy": 0.5, "seconds": 3.0}
+    report["head_position_share"] = 0.82
     (run / "evaluate" / "knn.json").write_text(json.dumps({"pre-trained": report}))
     scene(0, 40, 30).save(run / "matches.png")
     return run
@@ -102,7 +103,8 @@ def test_report_is_one_file_without_a_network(run: Path, tmp_path: Path) -> None
     assert "knn: data=x, seed=0" in text and "50.00" in text and "photos" in text
     assert "segmentation/miou" in text and "400 steps" in text
     assert "position_share is 0.71" in text  # the shortcut is called out, with the way out
-    assert "Geometric matching" in text
+    assert "knn: head_position_share is 0.82" in text
+    assert text.count("Geometric matching") == 2
     pictures = re.findall(r'src="([^"]+)"', text)
     assert len(pictures) >= 6 and all(p.startswith("data:image/png;base64,") for p in pictures)
     for source in pictures:

@@ -95,7 +95,7 @@ def write_report(
     page = template.render(
         title=title or run.resolve().name,
         summary=_summary(columns),
-        warnings=_warnings(columns),
+        warnings=_warnings(run, columns),
         sections=[section for section in sections if section is not None],
     )
     html.parent.mkdir(parents=True, exist_ok=True)
@@ -115,13 +115,18 @@ def _summary(columns: Mapping[str, list[float]]) -> str:
     return "Pre-training: " + ", ".join(told) + " at the last log row."
 
 
-def _warnings(columns: Mapping[str, list[float]]) -> list[str]:
+def _warnings(run: Path, columns: Mapping[str, list[float]]) -> list[str]:
     out = []
     if math.isnan(_last(columns.get("loss", [0.0]))):
         out.append("The loss has no finite value.")
-    for name in columns:
-        share = _last(columns[name])
-        if name.rpartition(PROBE_MARK)[2] in _POSITION and share > POSITION_LIMIT:
+    shares = {name: _last(values) for name, values in columns.items()}
+    for file, reports in _evaluations(run).items():
+        for report in reports.values():
+            shares |= {f"{file}: {name}": report.get(name) or 0.0 for name in _POSITION}
+    for name, share in shares.items():
+        if name.replace(": ", PROBE_MARK).rpartition(PROBE_MARK)[2] not in _POSITION:
+            continue
+        if share > POSITION_LIMIT:
             out.append(
                 f"{name} is {share:.2f}: the features tell where in the view, not what is there. "
                 "Geometric matching with single-position negatives avoids it."
@@ -203,20 +208,22 @@ def _small_curves(
     return Section(title, tables=[table], pictures=[picture])
 
 
-def _evaluated(run: Path) -> Section | None:
-    tables = []
+def _evaluations(run: Path) -> dict[str, dict[str, Any]]:
+    """Name of each evaluate/*.json -> network -> its report."""
+    out = {}
     for path in sorted((run / "evaluate").glob("*.json")):
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            reports = {
-                name: one
-                for name, one in content.items()
-                if isinstance(one, dict) and "line" in one
-            }
+            told = list(json.loads(path.read_text(encoding="utf-8")).items())
         except (ValueError, AttributeError):
-            continue
+            continue  # not what `densecl evaluate` wrote
+        reports = {name: one for name, one in told if isinstance(one, dict) and "line" in one}
         if reports:
-            tables.append(_report_table(path.stem, reports))
+            out[path.stem] = reports
+    return out
+
+
+def _evaluated(run: Path) -> Section | None:
+    tables = [_report_table(name, reports) for name, reports in _evaluations(run).items()]
     return Section("Evaluation", tables=tables) if tables else None
 
 
