@@ -103,7 +103,7 @@ def protocol_options(options: type, data: str, words: tuple[str, ...]) -> Any:
             raise ValueError(f"compare: --set must be OPTION=VALUE, got {word!r}")
         schema = properties(options).get(name.replace("-", "_"), {})
         values[name] = text.split(",") if schema.get("type") == "array" else text
-    return build(options, values, source="compare")
+    return build(options, values, source="--set")
 
 
 def _arm(word: str) -> tuple[str, list[str]]:

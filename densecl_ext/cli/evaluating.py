@@ -85,8 +85,7 @@ def protocol_command(protocol: Protocol) -> Command:
         picture: str | None,
         **values: Any,
     ) -> None:
-        source = f"densecl evaluate {protocol.name}"
-        asked: Any = build(protocol.options, given(values), source=source)
+        asked: Any = build(protocol.options, given(values), source=protocol.name)
         _evaluate(protocol, asked, weights, device, compare_random, output, picture)
 
     return run
