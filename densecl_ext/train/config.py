@@ -286,6 +286,15 @@ class PretrainConfig:
         group="output",
         may_change=True,
     )
+    probe: Text = option(
+        "none",
+        "measure the features along the run on this folder: labelled images as `densecl evaluate` "
+        "takes them, or plain images; the best checkpoint is kept as checkpoints/best.pt",
+        group="output",
+        may_change=True,
+        metavar="none|DIR",
+    )
+    probe_every: Duration = option("10ep", "how often to measure", group="output", may_change=True)
     log_every: Positive = option(10, "steps between two log rows", group="output")
     logger: Literal["auto", "csv", "tensorboard", "wandb", "mlflow"] = option(
         "auto",

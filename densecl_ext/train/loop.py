@@ -21,6 +21,7 @@ from densecl_ext.train.config import PretrainConfig, merge_resumed
 from densecl_ext.train.launch import launch
 from densecl_ext.train.machine import pick_device, set_up
 from densecl_ext.train.metrics import build_loggers
+from densecl_ext.train.probing import Probing
 from densecl_ext.train.progress import Progress
 from densecl_ext.train.recipes import dump_recipe
 from densecl_ext.train.run import Run, build_run
@@ -131,6 +132,10 @@ def pretrain(
             run.load_state_dict(checkpoint)
         loggers = build_loggers(config, folder, checkpoint["step"] if checkpoint else None)
 
+        probing = None
+        if config.probe != "none":
+            probing = Probing(config, folder, run.steps_per_epoch)
+
         # The first checkpoint, before the first step, shows that the disk takes one.
         folder.write_config(dump_recipe(config))
         folder.save(run.state_dict())
@@ -164,7 +169,8 @@ def pretrain(
             run.step += 1
             run.window.add(output.scalars(), config.batch_size)
             keep = run.step % keep_every == 0
-            save = keep or run.step % save_every == 0
+            probe = probing is not None and probing.due(run.step, last)
+            save = keep or probe or run.step % save_every == 0
             if run.step % config.log_every == 0 or run.step == last:
                 rows.append(run.window.send(run.step, weights_finite(run.model)))
             while len(rows) > (0 if save else in_flight):
@@ -172,6 +178,8 @@ def pretrain(
             if save:
                 require_finite(run, folder)
                 folder.save(run.state_dict())
+            if probing is not None and probe:
+                probing(run, folder, loggers, progress)
             if keep:
                 folder.keep(f"epoch_{run.step // run.steps_per_epoch:04d}.pt")
             progress.update(run.step)
