@@ -33,10 +33,11 @@ from densecl_ext.evaluate import (
     segmentation,
 )
 from densecl_ext.evaluate.correspondence import match_shares, position_share
-from densecl_ext.evaluate.dense import resize, soft_labels
+from densecl_ext.evaluate.dense import soft_labels
 from densecl_ext.evaluate.incontext import vote
 from densecl_ext.evaluate.metrics import miou_of
 from densecl_ext.evaluate.options import help_texts
+from densecl_ext.evaluate.pixels import resize
 from densecl_ext.evaluate.protocols import PROTOCOLS, find_protocol
 from densecl_ext.evaluate.segmentation import solve_linear
 
