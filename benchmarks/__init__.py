@@ -9,7 +9,7 @@ cases.py, losses.py, step.py  inputs of one size, and every way to compute the r
 timing.py                   interleaved rounds, by the device's own clock
 worker.py, processes.py     the process that measures, and how one that hangs or faults ends
 machine.py, ceiling.cpp     the machine, its arithmetic and copy ceilings
-report.py, charts.py        what people read
+verdicts.py, report.py, charts.py  what people read
 scale.py                    on paper: images/s, hours and cost of many GPUs (docs/scale.md)
 vit_memory.py               peak memory of a vision transformer's step, beside the formula's logits
 """

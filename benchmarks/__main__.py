@@ -12,7 +12,6 @@ import argparse
 import datetime
 import json
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -20,10 +19,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.processes import ROOT, Lost, Worker, end_on_termination
+from benchmarks.processes import Lost, Worker, end_on_termination
 from benchmarks.rows import Row, rows
 from benchmarks.step import COMPARED, StepCase, largest_batch
 from benchmarks.timing import CAPTURE_FAILED
+from benchmarks.verdicts import NOT_RUN, entries, failures, suite_of
 from benchmarks.worker import OUT_OF_MEMORY
 from densecl_ext import _native
 
@@ -61,7 +61,6 @@ class Run:
             "suite": options.suite,
             "machine_info": None,
             "datetime": datetime.datetime.now(datetime.timezone.utc).isoformat(),
-            "commit": commit(),
             "quick": options.quick,
             "benchmarks": [],
             "skipped": {},
@@ -99,6 +98,8 @@ class Run:
         try:
             found = self._worker.ask(request, min(limit, max(left, 15.0)))
         except Lost as error:
+            if time.monotonic() > self._end:
+                return {"skipped": f"cut off: the {self._options.seconds:.0f} s were over"}
             return {"error": f"failed: {error}", "broken": True}
         if "error" in found:
             found["error"] = f"failed: {found['error']}"
@@ -120,32 +121,52 @@ class Run:
         return portable | ({"DENSECL_CPU_ISA": row.isa} if row.isa else {})
 
     def row(self, row: Row) -> dict[str, Any]:
-        """A row's answer. Where ours takes the process along, its portable kernels run again.
-
-        From there on, for the rest of the run: Hopper's kernels may hang or fault.
-        """
+        """A row's answer; where that takes the process along, its candidates apart."""
         if row.id == "step-largest":
             return self._largest()
         found = self._row(row)
-        ops = OPS.get(type(row.case).__name__, ())
-        switched = os.environ.get(SWITCHES[0]) or set(ops) & set(self._portable)
-        if found.get("broken") and self._options.suite != "cpu" and ops and not switched:
-            self._portable |= dict.fromkeys(ops, f"since {row.id} {found.get('error', BROKEN)}")
-            self._note_kernels()
-            found = self._row(row)
+        if found.get("broken"):
+            found = self._apart(row)
         if "info" in found:
             self._add_memory(row, found["info"])
         return found
 
-    def _row(self, row: Row) -> dict[str, Any]:
-        """The worker's answer about a row.
+    def _apart(self, row: Row) -> dict[str, Any]:
+        """Ours alone, then the others one by one: who faults costs nobody else.
+
+        Where ours takes its process along again, its ops run by their portable kernels, from there
+        on for the rest of the run: Hopper's may hang or fault.
+        """
+        found = self._row(row, "ours")
+        ops = OPS.get(type(row.case).__name__, ()) if self._options.suite != "cpu" else ()
+        switched = os.environ.get(SWITCHES[0]) or set(ops) & set(self._portable)
+        if found.get("broken") and ops and not switched:
+            self._portable |= dict.fromkeys(ops, f"since {row.id} {found.get('error', BROKEN)}")
+            self._note_kernels()
+            found = self._row(row, "ours")
+        if "info" not in found and self._options.suite != "step":
+            return found
+        for name in row.baselines:
+            one = self._row(row, name)
+            if "info" not in found and "info" in one:
+                one["info"]["absent"]["ours"] = found.get("error", NOT_RUN)
+                found = one
+            elif "info" in one:
+                for part in ("candidates", "absent", "errors", "parts"):
+                    found["info"][part] |= one["info"][part]
+            elif "info" in found:
+                found["info"]["absent"][name] = one.get("error") or one.get("skipped") or NOT_RUN
+        return found
+
+    def _row(self, row: Row, only: str = "") -> dict[str, Any]:
+        """The worker's answer about a row, or about one of its candidates.
 
         A capture that fails keeps the candidates behind it from theirs: the row is then measured
         once more by a new process that does not try it.
         """
         compiles = any("compile" in name for name in row.baselines)
         waits: dict[str, str] = {}
-        request: dict[str, Any] = {"do": "row", "row": row.id, "waits": waits}
+        request: dict[str, Any] = {"do": "row", "row": row.id, "waits": waits, "only": only}
         request["settings"] = self._settings(row)
         if row.id.startswith("nce") and self._options.suite == "gpu":
             request["variants"] = [f"ours [{variant}]" for variant in self._options.variant]
@@ -252,37 +273,31 @@ def first_guess(results: dict[str, Any], name: str, total: float) -> int:
     return min(LARGEST, int((0.95 * total - peaks[0]) / max(slope, 1.0)) + 32)
 
 
-def commit() -> str:
-    """Which commit was measured, with "+" where files differ from it; "" outside of git."""
-    command = ["git", "describe", "--always", "--abbrev=40", "--dirty=+"]
-    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    return ran.stdout.strip()
-
-
 def write(out: Path, results: dict[str, Any], *, last: bool = False) -> None:
-    """Results and table; the charts too at the end. What a package is missing for is left out."""
-    texts = {NAMES[results.get("suite", "cpu")][0]: json.dumps(results, indent=1) + "\n"}
-    written = list(texts)
-    try:
-        from benchmarks import report
+    """Results and table, each whole at any time; at the end the charts too.
 
-        texts[NAMES[results.get("suite", "cpu")][1]] = report.markdown(results)
+    Only the results matter on a machine that is lent: whatever goes wrong with the rest is said.
+    """
+    names, written = NAMES[suite_of(results)], []
+
+    def replace(name: str, text: str) -> None:
+        (out / f".{name}").write_text(text, encoding="utf-8")
+        (out / f".{name}").replace(out / name)
+        written.append(name)
+
+    replace(names[0], json.dumps(results, indent=1) + "\n")
+    try:
+        from benchmarks import charts, report
+
+        replace(names[1], report.markdown(results))
         if last:
             print(report.asked_table(results, measured_alone=True))
-            from benchmarks import charts
-
-            written += charts.draw(report.entries(results), results, out)
-    except ImportError as error:
+            written += charts.draw(entries(results), results, out)
+    except Exception as error:
         if last:
-            print(f"no tables or charts: {error}")
-    if last and "--report-only" in sys.argv:
-        texts.pop(written[0])
-    for name, text in texts.items():
-        partial = out / f".{name}"
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(out / name)
+            print(f"tables or charts are missing: {type(error).__name__}: {error}")
     if last:
-        print(f"wrote {', '.join([*texts, *written[1:]])} in {out}")
+        print(f"wrote {', '.join(written)} in {out}")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -315,8 +330,6 @@ def main(arguments: list[str] | None = None) -> int:
     run = Run(out, options)
     run.everything()
     write(out, run.results, last=True)
-    from benchmarks.report import failures
-
     failed = failures(run.results)
     print("\n".join(failed))
     status = int(bool(failed))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -38,27 +37,30 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Case(ABC):
+class Case:
     """One size of one op. `names` are its candidates, ours first."""
 
     names: ClassVar[tuple[str, ...]]
     small: ClassVar[dict[str, Any]]  # a size that takes no time
     images: ClassVar[Any] = 0  # of one call, where images/s are what counts
     whole_memory: ClassVar[bool] = False  # peak memory counts all that a candidate is made of
+    work: ClassVar[Any] = 0.0  # FLOP of one call, 0 where bytes are what counts
+    traffic: ClassVar[Any] = 0.0  # bytes that one call must at least read and write
+    eager_bytes: ClassVar[Any] = 0.0  # what the published formula holds at its peak
 
-    @abstractmethod
-    def inputs(self, device: torch.device) -> Any: ...
+    def inputs(self, device: torch.device) -> Any:
+        raise NotImplementedError
 
-    @abstractmethod
-    def candidate(self, name: str, inputs: Any) -> Candidate: ...
+    def candidate(self, name: str, inputs: Any) -> Candidate:
+        """By name; "reference" is what every candidate must agree with: the tests' truth."""
+        raise NotImplementedError
 
-    @abstractmethod
     def expected(self, inputs: Any) -> Results:
-        """What every candidate must agree with: the tests' reference."""
+        return self.candidate("reference", inputs).results()
 
-    @abstractmethod
     def check(self, name: str, got: Results, expected: Results) -> dict[str, float]:
         """Errors against the expected results; AssertionError where they are too large."""
+        raise NotImplementedError
 
     def message(self) -> dict[str, Any]:
         """The case as JSON, read by rows.from_message."""
@@ -67,21 +69,6 @@ class Case(ABC):
     def shrunk(self) -> Case:
         """At a size that takes no time: for tests, and to warm a process up."""
         return replace(self, **self.small)
-
-    @property
-    def work(self) -> float:
-        """Floating point operations of one call, 0 where bytes are what counts."""
-        return 0.0
-
-    @property
-    def traffic(self) -> float:
-        """Bytes that one call must at least read and write, 0 where operations are what counts."""
-        return 0.0
-
-    @property
-    def eager_bytes(self) -> float:
-        """What the published formula holds at its peak, 0 where that is no concern."""
-        return 0.0
 
 
 def candidate_of(case: Case, name: str, inputs: Any) -> Candidate:
@@ -174,13 +161,11 @@ class MatchCase(Case):
         return features.contiguous()
 
     def candidate(self, name: str, inputs: tuple[Tensor, Tensor]) -> Candidate:
-        function = ops.dense_match if name == "ours" else match_as_published
+        known = {"ours": ops.dense_match, "reference": reference.dense_match}
+        function = known.get(name, match_as_published)
         if name == "torch.compile":
-            function = compiled(match_as_published)
+            function = compiled(function)
         return Candidate(lambda: function(*inputs), lambda: (function(*inputs),))
-
-    def expected(self, inputs: tuple[Tensor, Tensor]) -> Results:
-        return (reference.dense_match(*inputs),)
 
     def check(self, name: str, got: Results, expected: Results) -> dict[str, float]:
         # Near-ties may fall either way; the keys are noisy copies, so there are none to speak of.
@@ -223,6 +208,7 @@ class EmaCase(Case):
             waits = "gives every parameter new storage"
         update: Callable[[list[Tensor]], Any] = {
             "ours": lambda targets: ops.ema_update_(targets, sources, MOMENTUM),
+            "reference": lambda targets: reference.ema_update_(targets, sources, MOMENTUM),
             "loop": lambda targets: ema_loop(targets, sources),
             "_foreach_mul_ + _foreach_add_": lambda targets: ema_mul_add(targets, sources),
             "_foreach_lerp_": lambda t: torch._foreach_lerp_(t, sources, 1.0 - MOMENTUM),
@@ -234,11 +220,6 @@ class EmaCase(Case):
             return tuple(copies)
 
         return Candidate(lambda: update(targets), results, waits)
-
-    def expected(self, inputs: tuple[list[Tensor], list[Tensor]]) -> Results:
-        copies = [target.clone() for target in inputs[0]]
-        reference.ema_update_(copies, inputs[1], MOMENTUM)
-        return tuple(copies)
 
     def check(self, name: str, got: Results, expected: Results) -> dict[str, float]:
         worst = max(relative(a, b) for a, b in zip(got, expected, strict=True))
@@ -301,6 +282,7 @@ class EnqueueCase(Case):
         queue, keys = inputs
         step = {
             "ours": ops.enqueue_,
+            "reference": reference.enqueue_,
             "clone + slice assignment": enqueue_as_published,
             "index_copy_": lambda *state: enqueue_by_index(*state, int(state[1])),
             "index_copy_, device pointer": lambda *state: enqueue_by_index(*state, state[1]),
@@ -320,12 +302,6 @@ class EnqueueCase(Case):
 
         waits = "reads the pointer on the host" if name in self.names[1:3] else ""
         return Candidate(lambda: step(*own, keys), results, waits)
-
-    def expected(self, inputs: tuple[Tensor, Tensor]) -> Results:
-        queue = inputs[0].clone()
-        pointer = torch.zeros(1, dtype=torch.int64, device=queue.device)
-        reference.enqueue_(queue, pointer, inputs[1])
-        return queue, pointer
 
     def check(self, name: str, got: Results, expected: Results) -> dict[str, float]:
         errors = {"relative error": relative(got[0], expected[0])}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,15 +23,13 @@ from benchmarks.cases import (
     within,
 )
 from densecl_ext import ops, reference
-from densecl_ext.nn.losses import DenseCLLoss
 
 TEMPERATURE = 0.2
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 Attention = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # rows, keys -> output, log-sum-exp
 
 
-@dataclass(frozen=True)
-class Rows:
+class Rows(NamedTuple):
     """Arguments of the loss."""
 
     query: Tensor  # (M, D) float32, requires grad where the gradient is wanted
@@ -71,44 +69,39 @@ class InfoNceCase(Case):
         return Rows(query, positive, queue.to(getattr(torch, self.dtype)))
 
     def candidate(self, name: str, inputs: Rows) -> Candidate:
-        function, queue = self._function(name, inputs)
-        query, positive = inputs.query, inputs.positive
+        function = self._function(name, inputs)
+        exact = "autocast" not in name and name.startswith(("eager", "torch.compile"))
+        query, positive, queue = inputs
+        queue = queue.float() if exact else queue
 
         def results() -> Results:
-            with tf32_products(name == "eager TF32"):
-                return loss_and_gradient()
-
-        def loss_and_gradient() -> Results:
-            if not self.gradient:
-                with torch.no_grad():
-                    return (function(query, positive, queue),)
-            loss = function(query, positive, queue)
-            if name == "ours, before backward":
-                return (loss.detach(),)
-            (gradient,) = torch.autograd.grad(loss, query)
-            return loss.detach(), gradient
+            with tf32_products(name == "eager TF32"), torch.set_grad_enabled(self.gradient):
+                loss = function(query, positive, queue)
+                if not self.gradient or name == "ours, before backward":
+                    return (loss.detach(),)
+                return loss.detach(), *torch.autograd.grad(loss, query)
 
         return Candidate(results, results)
 
-    def _function(self, name: str, inputs: Rows) -> tuple[Loss, Tensor]:
-        """The candidate's loss and the queue that it is given, in its preferred dtype."""
-        if "autocast" in name and self.dtype == "float32":
+    def _function(self, name: str, inputs: Rows) -> Loss:
+        """The candidate's loss; `exact` ones get the queue in float32."""
+        if self.dtype == "float32" and ("autocast" in name or name == "cuDNN attention"):
             raise NotAvailable("16-bit queues only")
-        if name.startswith("ours"):
-            return ops.info_nce, inputs.queue
-        if name in ("eager", "eager TF32"):
-            return reference.info_nce, inputs.queue.float()
-        if name == "eager autocast":
-            return eager_autocast, inputs.queue
-        if name == "torch.compile":
-            return compiled(reference.info_nce), inputs.queue.float()
-        if name == "torch.compile autocast":
-            return compiled(eager_autocast), inputs.queue
-        if name == "flash attention":
-            return attention_formulation(flash_attention), inputs.queue
-        if name == "cuDNN attention":
-            return cudnn_attention_formulation(inputs.queue), inputs.queue
-        return lightly_loss(inputs.queue.float()), inputs.queue
+        if name == "cuDNN attention" and not inputs.queue.is_cuda:
+            raise NotAvailable("on a GPU only")
+        if name == "lightly":
+            return lightly_loss(inputs.queue.float())
+        if name.startswith("torch.compile"):
+            return compiled(eager_autocast if "autocast" in name else reference.info_nce)
+        return {
+            "ours": ops.info_nce,
+            "ours, before backward": ops.info_nce,
+            "eager": reference.info_nce,
+            "eager TF32": reference.info_nce,
+            "eager autocast": eager_autocast,
+            "flash attention": attention_formulation(flash_attention),
+            "cuDNN attention": attention_formulation(cudnn_attention),
+        }[name]
 
     def expected(self, inputs: Rows) -> Results:
         if self.eager_bytes <= 2e9:
@@ -117,7 +110,7 @@ class InfoNceCase(Case):
             return in_chunks(inputs)[: 2 if self.gradient else 1]
         # Too large for eager; the attention formulation in float32 was held against it at the
         # sizes that are not.
-        exact = replace(inputs, queue=inputs.queue.float())
+        exact = inputs._replace(queue=inputs.queue.float())
         return self.candidate("flash attention", exact).results()
 
     def check(self, name: str, got: Results, expected: Results) -> dict[str, float]:
@@ -229,15 +222,6 @@ def cudnn_attention(rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
     return run(rows, keys, keys, None, True, scale=1.0 / TEMPERATURE)[:2]
 
 
-def cudnn_attention_formulation(queue: Tensor) -> Loss:
-    """With cuDNN's kernel, where torch has it for such a queue."""
-    if not queue.is_cuda:
-        raise NotAvailable("on a GPU only")
-    if queue.dtype == torch.float32:
-        raise NotAvailable("16-bit queues only")
-    return attention_formulation(cudnn_attention)
-
-
 def lightly_loss(queue: Tensor) -> Loss:
     """lightly's NTXentLoss with its memory bank holding the queue; updates the bank, as it does."""
     if importlib.util.find_spec("lightly") is None:
@@ -251,94 +235,3 @@ def lightly_loss(queue: Tensor) -> Loss:
         return module(query, positive)
 
     return loss
-
-
-@dataclass(frozen=True)
-class StepInputs:
-    """What the encoders hand to the losses of one step."""
-
-    query: Tensor  # (N, D) global vectors, requires grad
-    key: Tensor  # (N, D)
-    query_grid: Tensor  # (N, D, S, S), requires grad
-    key_grid: Tensor  # (N, D, S, S)
-    query_features: Tensor  # (N, C, S, S)
-    key_features: Tensor  # (N, C, S, S)
-    queues: tuple[Tensor, Tensor]  # (K, D) each
-
-
-@dataclass(frozen=True)
-class StepLossCase(Case):
-    """Both terms of a step: matching, global and dense loss, gradients of the query's outputs."""
-
-    names = ("ours", "reference ops")
-    small = {"pairs": 4, "queue_length": 256, "features": 32, "channels": 64}
-    pairs: int
-    queue_length: int = 65536
-    features: int = 128
-    channels: int = 2048
-    grid: int = 7
-    dtype: str = "bfloat16"
-
-    def inputs(self, device: torch.device) -> StepInputs:
-        draw = normal_numbers(device)
-        n, side, dtype = self.pairs, self.grid, getattr(torch, self.dtype)
-        vectors, grids = draw(n, self.features), draw(n, self.features, side, side)
-        maps = draw(n, self.channels, side, side)
-        queues = [F.normalize(draw(self.queue_length, self.features), dim=1) for _ in range(2)]
-        return StepInputs(
-            vectors.clone().requires_grad_(),
-            vectors + draw(*vectors.shape),
-            grids.clone().requires_grad_(),
-            grids + draw(*grids.shape),
-            maps.to(dtype, memory_format=torch.channels_last),
-            (maps + draw(*maps.shape)).to(dtype, memory_format=torch.channels_last),
-            (queues[0].to(dtype), queues[1].to(dtype)),
-        )
-
-    def candidate(self, name: str, inputs: StepInputs) -> Candidate:
-        step = step_loss if name == "ours" else reference_step_loss
-
-        def results() -> Results:
-            loss = step(inputs)
-            wanted = (inputs.query, inputs.query_grid)
-            return loss.detach(), *torch.autograd.grad(loss, wanted)
-
-        return Candidate(results, results)
-
-    def expected(self, inputs: StepInputs) -> Results:
-        return self.candidate("reference ops", inputs).results()
-
-    def check(self, name: str, got: Results, expected: Results) -> dict[str, float]:
-        errors = {"loss": float((got[0].double() - expected[0].double()).abs())}
-        errors["gradient"] = relative(got[1], expected[1])
-        errors["gradient of the grid"] = relative(got[2], expected[2])
-        return within(errors, 2e-2, name)
-
-    @property
-    def work(self) -> float:
-        rows = self.pairs * (1 + self.grid**2)
-        return 4.0 * rows * self.queue_length * self.features
-
-    @property
-    def eager_bytes(self) -> float:
-        """As of InfoNceCase; its rows are the grid's."""
-        return 4.2 * 4.0 * self.pairs * self.grid**2 * (self.queue_length + 1)
-
-
-def step_loss(inputs: StepInputs) -> Tensor:
-    """DenseCLLoss as the model calls it."""
-    return DenseCLLoss(temperature=TEMPERATURE)(
-        inputs.query, inputs.key, inputs.query_grid, inputs.key_grid, *inputs.queues,
-        query_features=inputs.query_features, key_features=inputs.key_features,
-    ).loss  # fmt: skip
-
-
-def reference_step_loss(inputs: StepInputs) -> Tensor:
-    """The same by the published formulas."""
-    match = reference.dense_match(inputs.query_features, inputs.key_features)
-    queues = inputs.queues
-    dense = reference.dense_info_nce(
-        inputs.query_grid, inputs.key_grid, match, queues[1], temperature=TEMPERATURE
-    )
-    whole = reference.info_nce(inputs.query, inputs.key, queues[0], temperature=TEMPERATURE)
-    return 0.5 * whole + 0.5 * dense

@@ -43,6 +43,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "numpy": numpy.__version__,
         "densecl_ext": densecl_ext.__version__,
+        "commit": commit(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "device": describe_gpu(device),
         "state": state(),
@@ -51,6 +52,13 @@ def describe(device: torch.device) -> dict[str, Any]:
     if info.is_file():
         found["compiler"] = json.loads(info.read_text(encoding="utf-8"))["cxx"]
     return found
+
+
+def commit() -> str:
+    """Which commit this is, with "+" where files differ from it; "" outside of git."""
+    command = ["git", "describe", "--always", "--abbrev=40", "--dirty=+"]
+    ran = subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=False)
+    return ran.stdout.strip()
 
 
 def first_entry(path: str, key: str) -> str:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from benchmarks.cases import Case, EmaCase, EnqueueCase, MatchCase
-from benchmarks.losses import InfoNceCase, StepLossCase
-from benchmarks.step import COMPARED, VIT, StepCase
+from benchmarks.losses import InfoNceCase
+from benchmarks.step import COMPARED, VIT, StepCase, StepLossCase
 
 MB, US = 1e6, 1e-6
 M, K, D = 1568, 65536, 128  # 32 images of 7 x 7 positions, MoCo's queue, MoCo's head

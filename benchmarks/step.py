@@ -13,10 +13,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.cases import Candidate, Case, Results, ema_loop, normal_numbers
-from densecl_ext import DenseCL, ops, reference
+from benchmarks.cases import (
+    Candidate,
+    Case,
+    Results,
+    ema_loop,
+    normal_numbers,
+    relative,
+    within,
+)
+from densecl_ext import DenseCL, DenseCLLoss, ops, reference
 from densecl_ext.nn.phases import Stopwatch
 from densecl_ext.train import TrainingStep
 
@@ -105,6 +114,53 @@ class StepCase(Case):
             parts = stopwatch.seconds()
             whole = time.perf_counter() - start
         return {name: seconds / 4 for name, seconds in parts.items()} | {"step": whole / 4}
+
+
+@dataclass(frozen=True)
+class StepLossCase(Case):
+    """What a step does with the encoders' outputs: matching, both losses, their gradients."""
+
+    names = ("ours", "reference")
+    small = {"pairs": 4, "queue_length": 256, "features": 32, "channels": 64}
+    pairs: int
+    queue_length: int = 65536
+    features: int = 128
+    channels: int = 2048
+    grid: int = 7
+    dtype: str = "bfloat16"
+
+    def inputs(self, device: torch.device) -> tuple[list[Tensor], dict[str, Tensor]]:
+        draw, dtype = normal_numbers(device), getattr(torch, self.dtype)
+        sides = self.pairs, self.grid, self.grid
+        query = [draw(self.pairs, self.features)]  # (N, D), then (N, D, S, S), (N, C, S, S)
+        query += [draw(sides[0], size, *sides[1:]) for size in (self.features, self.channels)]
+        key = [output + draw(*output.shape) for output in query]
+        queues = [F.normalize(draw(self.queue_length, self.features), dim=1) for _ in range(2)]
+        rows = [query[0].requires_grad_(), key[0], query[1].requires_grad_(), key[1]]
+        maps = (x[2].to(dtype, memory_format=torch.channels_last) for x in (query, key))
+        features = dict(zip(("query_features", "key_features"), maps, strict=True))
+        return [*rows, *(queue.to(dtype) for queue in queues)], features
+
+    def candidate(self, name: str, inputs: tuple[list[Tensor], dict[str, Tensor]]) -> Candidate:
+        tensors, features = inputs
+
+        def results() -> Results:
+            with nullcontext() if name == "ours" else published_ops():
+                loss = DenseCLLoss()(*tensors, **features).loss
+            return loss.detach(), *torch.autograd.grad(loss, (tensors[0], tensors[2]))
+
+        return Candidate(results, results)
+
+    def check(self, name: str, got: Results, expected: Results) -> dict[str, float]:
+        errors = {"loss": float((got[0].double() - expected[0].double()).abs())}
+        for what, a, b in zip(("gradient", "grid's gradient"), got[1:], expected[1:], strict=True):
+            errors[what] = relative(a, b)
+        return within(errors, 2e-2, name)
+
+    @property
+    def work(self) -> float:
+        rows = self.pairs * (1 + self.grid**2)
+        return 4.0 * rows * self.queue_length * self.features
 
 
 def tiny_backbone() -> nn.Module:

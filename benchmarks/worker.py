@@ -3,7 +3,7 @@
 It answers requests of __main__.py, one at a time:
 
     {"do": "machine"}                         what it is and what it reaches
-    {"do": "row", "row", "waits", "variants"} a row of results.json, without its memory
+    {"do": "row", "row", ...}                 a row of results.json, without its memory
     {"do": "memory", "case", "name"}          peak bytes of one call beyond what was there before
     {"do": "fits", "case", "name"}            whether a training step's batch fits
     {"do": "views", "backend", "photos"}      images/s of a loader
@@ -14,6 +14,7 @@ It answers requests of __main__.py, one at a time:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import gc
 import importlib.util
@@ -21,6 +22,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +47,11 @@ BATCH, SIZE = 32, 224  # of the loaders' views
 Settings = argparse.Namespace  # device, suite, quick
 
 
-def run_row(row: Row, clock: Clock, waits: dict[str, str], options: Settings) -> dict[str, Any]:
+def run_row(row: Row, clock: Clock, request: dict[str, Any], options: Settings) -> dict[str, Any]:
     """Agreement first, then interleaved rounds.
 
-    `waits`: why a candidate must not be captured, where that is known from before.
+    In the request "only" names one candidate, without the others; "waits" says why some must not
+    be captured, where that is known from before.
     """
     if row.isa is not None and row.isa not in _host.available_isas():
         raise NotAvailable(f"this machine lacks {row.isa}")
@@ -61,8 +64,9 @@ def run_row(row: Row, clock: Clock, waits: dict[str, str], options: Settings) ->
         "host_waits": None, "parts": {},
     }  # fmt: skip
     peaks: dict[str, int | None] = {}
-    candidates = prepare(row, cases, options, info, peaks)
-    for name, reason in waits.items():
+    first = () if request.get("only", "") not in ("", "ours") else ("ours",)
+    candidates = prepare((*first, *row.baselines), cases, options, info, peaks)
+    for name, reason in request.get("waits", {}).items():
         if name in candidates:
             candidates[name].waits = reason
     if "ours" in candidates:
@@ -87,12 +91,13 @@ def run_row(row: Row, clock: Clock, waits: dict[str, str], options: Settings) ->
     }
     if parts := getattr(cases["ours"], "parts", None):
         for name in timed:
-            info["parts"][name] = parts(name, candidates[name].run, options.device)
+            with contextlib.suppress(RuntimeError):  # the times are there already
+                info["parts"][name] = parts(name, candidates[name].run, options.device)
     return info
 
 
 def prepare(
-    row: Row,
+    names: tuple[str, ...],
     cases: dict[str, Case],
     options: Settings,
     info: dict[str, Any],
@@ -103,7 +108,7 @@ def prepare(
     inputs = case.inputs(options.device)
     expected = case.expected(inputs)
     candidates: dict[str, Candidate] = {}
-    for name in ("ours", *row.baselines):
+    for name in names:
         try:
             if name.startswith("eager"):
                 require_memory(case, options.device)
@@ -121,9 +126,8 @@ def prepare(
             info["absent"][name] = f"failed: {first_line(error)}"
         else:
             candidates[name] = candidate
-    for label in row.beside:
+    for label, other in list(cases.items())[1:]:
         try:
-            other = cases[label]
             candidates[label] = other.candidate("ours", other.inputs(options.device))
         except Exception as error:
             info["absent"][label] = f"failed: {first_line(error)}"
@@ -278,8 +282,13 @@ def respond(request: dict[str, Any], options: Settings, known: dict[Case, Any]) 
         info["state_after"] = machine.state()
         return {"info": info}
     (row,) = (row for row in rows(options.suite) if row.id == request["row"])
-    object.__setattr__(row, "baselines", (*row.baselines, *request.get("variants", ())))
-    return {"info": run_row(row, clock, request.get("waits", {}), options)}
+    names, only = ("ours", *row.baselines, *request.get("variants", ())), request.get("only")
+    row = replace(
+        row,
+        baselines=tuple(name for name in names[1:] if only in (None, "", name)),
+        beside=row.beside if only in (None, "", "ours") else {},
+    )
+    return {"info": run_row(row, clock, request, options)}
 
 
 def main() -> None:

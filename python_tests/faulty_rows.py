@@ -17,6 +17,9 @@ real = worker.respond
 def respond(request: dict[str, Any], *rest: Any) -> dict[str, Any]:
     """As the real one does, after the fault."""
     fault = faults.get(request.get("row", ""), "")
+    if ":" in fault:  # "fault:name": one candidate alone
+        fault, _, name = fault.partition(":")
+        fault = fault if request["only"] in ("", name) else ""
     if fault == "hang":
         time.sleep(60.0)
     elif fault == "fault":

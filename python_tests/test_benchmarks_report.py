@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import report
+from benchmarks import report, verdicts
 from benchmarks.losses import InfoNceCase
 from benchmarks.rows import Asked, Row, rows
 
@@ -116,12 +116,12 @@ def test_verdicts(
 ) -> None:
     lost = [Row(name, name, CASE, asked=(asked,)) for name in ("other", "third")]
     monkeypatch.setattr(
-        report, "rows", lambda suite: [Row("row", "a row", CASE, asked=(asked,)), *lost]
+        verdicts, "rows", lambda suite: [Row("row", "a row", CASE, asked=(asked,)), *lost]
     )
-    (verdict, *missing) = report.verdicts(results)
+    (verdict, *missing) = verdicts.verdicts(results)
     assert (verdict.ours, verdict.ratio, verdict.met) == (ours, ratio, met)
     if asked.measure != "largest":
-        assert [v.ratio for v in missing] == ["this machine lacks avx2", report.NOT_RUN]
+        assert [v.ratio for v in missing] == ["this machine lacks avx2", verdicts.NOT_RUN]
     assert "| a row" in report.asked_table(results)
 
 
@@ -149,12 +149,12 @@ def test_a_row_without_ours_still_shows_the_others(monkeypatch: pytest.MonkeyPat
     del info["candidates"]["ours"]
     info["absent"]["ours"] = "wrong: gradient is off"
     asked = (Asked("seconds", "", 1.0),)
-    monkeypatch.setattr(report, "rows", lambda suite: [Row("row", "a row", CASE, asked=asked)])
-    (verdict,) = report.verdicts(results)
+    monkeypatch.setattr(verdicts, "rows", lambda suite: [Row("row", "a row", CASE, asked=asked)])
+    (verdict,) = verdicts.verdicts(results)
     assert (verdict.ratio, verdict.met) == ("wrong: gradient is off", None)
     assert "| fast" in report.markdown(results)
     results["skipped"]["third"] = "failed: no answer within 60 s"
-    assert report.failures(results) == [
+    assert verdicts.failures(results) == [
         "third: failed: no answer within 60 s",
         "row: ours: wrong: gradient is off",
     ]
@@ -168,14 +168,14 @@ def test_committed_results_give_their_committed_tables(name: str) -> None:
         lines = (re.sub(r"[ -]+", " ", line) for line in text.splitlines())
         return {line for line in lines if line.strip("| ")}
 
-    fresh = report.markdown(report.load(folder / "results.json"))
+    fresh = report.markdown(verdicts.load(folder / "results.json"))
     assert cells(fresh) == cells((folder / "table.md").read_text(encoding="utf-8"))
 
 
 def test_a_chart_keeps_the_point_that_knows_its_memory() -> None:
     charts = pytest.importorskip("benchmarks.charts")
-    (row,) = report.entries(on_gpu())
-    known, unknown = row, report.Entry(copy.deepcopy(row.info))
+    (row,) = verdicts.entries(on_gpu())
+    known, unknown = row, verdicts.Entry(copy.deepcopy(row.info))
     unknown.found["ours"]["peak_bytes"] = None
     for order in ((known, unknown), (unknown, known)):
         line: dict[int, tuple[float, float | None]] = {}

@@ -42,6 +42,8 @@ IMPORTED_LAZILY = {
     "yaml",
     "matplotlib",
     "tensorboard",
+    "torchmetrics",
+    "pycocotools",
     "tqdm",
 }
 

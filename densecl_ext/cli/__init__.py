@@ -1,4 +1,4 @@
-"""The command line: `densecl pretrain | export | import | evaluate | visualize | ablate | info`.
+"""The command line: `densecl pretrain`, `export`, `evaluate` and more; see COMMANDS.
 
 Everything heavy is imported by the command that needs it. The library raises; here is where errors
 become one line on standard error and exit code 2.
@@ -37,11 +37,15 @@ COMMANDS = {
     ),
     "evaluate": (
         "densecl_ext.cli.evaluating:evaluate",
-        "measure what frozen features are worth: linear segmentation, mIoU",
+        "measure what a network has learned, by one of several protocols",
+    ),
+    "compare": (
+        "densecl_ext.cli.comparing:compare",
+        "measure several weights by one protocol, with intervals",
     ),
     "visualize": (
         "densecl_ext.cli.visualizing:visualize",
-        "draw a run's loss curves, or the positions that its features match",
+        "draw a run's curves, matches and features, or all of it as one HTML file",
     ),
     "ablate": (
         "densecl_ext.cli.ablating:ablate",

@@ -74,9 +74,12 @@ class Measurement:
     def __init__(self, config: PretrainConfig, labels: str | None) -> None:
         from densecl_ext.evaluate.correspondence import CorrespondenceOptions, Views
 
-        self.pairs = CorrespondenceOptions(data=config.data, view_size=config.image_size)
+        self.pairs = CorrespondenceOptions(
+            data=_one_folder(config.data), view_size=config.image_size
+        )
         self.views = Views.load(self.pairs)
-        self.labelled, self.protocols = None, []
+        self.labelled = None
+        self.protocols: list[Any] = []
         if labels is not None:
             from densecl_ext.evaluate.dense import DenseData
             from densecl_ext.evaluate.incontext import InContext, InContextOptions
@@ -100,3 +103,11 @@ class Measurement:
         numbers["correspondence"] = found["exact"]
         numbers["position share"] = found["position_share"]
         return numbers
+
+
+def _one_folder(data: str | list[str]) -> str:
+    if isinstance(data, str):
+        return data
+    if len(data) > 1:
+        raise ValueError(f"ablate: data must be one folder, got {len(data)}; link them into one")
+    return data[0]

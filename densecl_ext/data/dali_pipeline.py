@@ -4,7 +4,8 @@ Nothing random happens here: crops, factors and orders come in as numbers from
 :func:`densecl_ext.data.augmentation.draw_parameters`, one row for each view. The operators are
 chosen to follow Pillow's 8-bit arithmetic, which MoCo v2 was trained with, operation by operation:
 
-- decoding is bit-equal on the CPU, and resizing antialiased bilinear within rounding;
+- on a CPU images come decoded by Pillow; resizing is antialiased bilinear, within a level of
+  Pillow's but for the outermost pixels, where DALI repeats the crop's edge;
 - brightness, contrast and saturation round towards zero, and contrast turns about the rounded mean
   gray of the image as it is at that moment;
 - hue is rotated in HSV. DALI's own hue operator rotates in YIQ, which on photographs lies further

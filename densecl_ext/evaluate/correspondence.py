@@ -8,6 +8,7 @@ the share of such matches stands beside what geometry alone gives.
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from densecl_ext.checkpoints import load_checkpoint
 from densecl_ext.data.augmentation import KEY_VIEW, QUERY_VIEW, Augmentation, draw_parameters
 from densecl_ext.data.folder import find_images
 from densecl_ext.data.images import read_rgb, reason_of
@@ -24,6 +26,10 @@ from densecl_ext.evaluate.features import extract_features, untouched
 from densecl_ext.evaluate.options import NetworkOptions, require_at_least
 from densecl_ext.evaluate.report import Report
 from densecl_ext.nn.matching import feature_match, geometric_match
+from densecl_ext.nn.necks import DenseCLNeck
+
+EXAMPLES = 4
+"""Pairs of views in the picture."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -168,17 +174,47 @@ def correspondence(
     if dense_head is not None:
         with torch.no_grad(), untouched(dense_head):
             heads = [dense_head(part) for part in (first, second)]
-        shares, _ = match_shares(*heads, views.query_crops, views.key_crops)
+        shares, _ = match_shares(heads[0], heads[1], views.query_crops, views.key_crops)
         numbers |= {f"head_{name}": shares[name] for name in ("exact", "within_one", "same_index")}
         numbers["head_position_share"] = position_share(heads[0])
+    few = slice(0, EXAMPLES)
+    _, found, distance = _matched(
+        first[few], second[few], views.query_crops[few], views.key_crops[few]
+    )
+    query, key, grid = views.query[few], views.key[few], (first.shape[2], first.shape[3])
+
+    def draw(png: Path) -> None:
+        from densecl_ext.visualize.matches import plot_found
+
+        plot_found(query, key, found, distance, grid, png)
+
     return Report(
         "correspondence",
         numbers,
         settings,
         terms=terms,
         headline=lambda sums: sums[:, 0].double() / sums[:, 1],
+        draw=draw,
         seconds=time.perf_counter() - start,
     )
+
+
+def load_dense_head(path: str | os.PathLike[str]) -> nn.Module | None:
+    """The dense head of a run's checkpoint, on the CPU; None for a file that holds no run."""
+    content = load_checkpoint(path)
+    model = content.get("model") if isinstance(content, dict) else None
+    prefix = "neck.dense_head."
+    state = {
+        name.removeprefix(prefix): value
+        for name, value in (model if isinstance(model, dict) else {}).items()
+        if name.startswith(prefix)
+    }
+    if state.keys() != {"0.weight", "0.bias", "2.weight", "2.bias"}:
+        return None
+    hidden, channels = state["0.weight"].shape[:2]
+    head = DenseCLNeck(channels, hidden, len(state["2.weight"])).dense_head
+    head.load_state_dict(state)
+    return head.eval()
 
 
 def match_shares(
@@ -200,25 +236,37 @@ def match_shares(
         ValueError: no position of any view lies inside the other.
     """
     height, width = query.shape[2:]
-    truth = geometric_match(query_crops, key_crops, (height, width))  # (N, h * w)
-    found = feature_match(query, key).cpu()
-    counts = truth >= 0
+    truth, found, distance = _matched(query, key, query_crops, key_crops)
+    counts = distance >= 0
     total = int(counts.sum())
     if not total:
         raise ValueError("correspondence: no position of a view lies inside the other view's crop")
-    exact = (found == truth) & counts
-    rows = (found // width - truth // width).abs()
-    columns = (found % width - truth % width).abs()
+    exact = distance == 0
     own = torch.arange(height * width)
     numbers = {
         "exact": exact,
-        "within_one": (rows <= 1) & (columns <= 1) & counts,
+        "within_one": (distance <= 1) & counts,
         "same_index": (found == own) & counts,
         "same_index_base": (truth == own) & counts,
     }
     shares = {name: int(hits.sum()) / total for name, hits in numbers.items()}
     shares["visible"] = total / truth.numel()
     return shares, torch.stack([exact.sum(1), counts.sum(1)], dim=1)
+
+
+def _matched(
+    query: Tensor, key: Tensor, query_crops: Tensor, key_crops: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """True and found index, and their distance in cells (the larger of both axes), (N, h * w).
+
+    The distance is -1 where the position lies outside the other view.
+    """
+    height, width = query.shape[2:]
+    truth = geometric_match(query_crops, key_crops, (height, width))
+    found = feature_match(query, key).cpu()
+    rows = (found // width - truth // width).abs()
+    columns = (found % width - truth % width).abs()
+    return truth, found, torch.where(truth >= 0, torch.maximum(rows, columns), -1)
 
 
 def position_share(features: Tensor) -> float:

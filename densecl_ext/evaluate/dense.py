@@ -17,6 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from densecl_ext.evaluate.checks import (
+    check_labels,
+    check_num_classes,
+    check_splits,
+    check_turned,
+)
 from densecl_ext.evaluate.features import (
     device_of,
     extract_features,
@@ -94,17 +100,25 @@ class DenseData:
 
     @classmethod
     def load(cls, options: PixelOptions) -> DenseData:
-        """Read and resize both splits of ``options.data``.
+        """Read, check and resize both splits of ``options.data``.
 
         Raises:
-            ValueError: the folder does not hold what :class:`SegmentationFolder` expects, no number
-                of classes is known, or images differ in size and ``size`` is empty.
+            ValueError: the folder does not hold what :class:`SegmentationFolder` expects, the
+                splits share an image, no number of classes is known or a label does not fit it, a
+                split has no label at all, or images differ in size and ``size`` is empty.
         """
         limit = options.limit or None
         train = SegmentationFolder(options.data, options.train_split, limit=limit)
         val = SegmentationFolder(options.data, options.val_split, limit=limit)
         names = class_names(train, options)
+        check_num_classes(len(names))
+        check_splits(train, val)
         splits = [read_all(folder, options.size) for folder in (train, val)]
+        for name, folder, part in zip(
+            (options.train_split, options.val_split), (train, val), splits, strict=True
+        ):
+            check_labels(name, part.labels, folder.names, len(names))
+            check_turned(folder)
         height, width = splits[1].labels.shape[1:]
         settings = {
             "data": Path(options.data).resolve().name,
@@ -138,7 +152,8 @@ def read_all(folder: Any, size: Sequence[int] = ()) -> LabelledImages:
     """
     if not len(folder):
         raise ValueError("evaluate: a split must hold images, got none")
-    images, labels = [], []
+    images: list[Tensor] = []
+    labels: list[Tensor] = []
     for index in range(len(folder)):
         image, label = folder[index]
         if size:
@@ -195,8 +210,13 @@ Scorer = Callable[[Tensor], Tensor]
 class DenseProtocol(Protocol):
     """How a dense protocol takes part in the shared pass."""
 
-    name: str
-    options: RowOptions
+    @property
+    def name(self) -> str:
+        """The protocol's."""
+
+    @property
+    def options(self) -> RowOptions:
+        """The protocol's."""
 
     def fit(self, rows: Rows) -> tuple[Scorer, dict[str, Any]]:
         """Learn from the rows; the second value goes into the protocol line."""
@@ -236,12 +256,17 @@ def evaluate_dense(
             fitted[protocol.name] = protocol.fit(rows)
             seconds[protocol.name] = time.perf_counter() - begun
         counts: dict[str, list[Tensor]] = {name: [] for name in fitted}
+        examples = {name: Examples(data.val, data.class_names) for name in fitted}
+        first = 0
         for features, labels in _batches(backbone, data.val, options):
             standard = rows.standardise(features)
             for name, (scorer, _) in fitted.items():
                 begun = time.perf_counter()
-                counts[name] += score(scorer(standard), labels, num_classes)
+                confusions, predicted = score(scorer(standard), labels, num_classes)
+                counts[name] += confusions
+                examples[name].add(first, predicted)
                 seconds[name] += time.perf_counter() - begun
+            first += len(labels)
     settings = {
         **data.settings,
         "features": (rows.features.shape[1], *rows.grid),
@@ -255,7 +280,7 @@ def evaluate_dense(
     return {
         name: segmentation_report(
             name, torch.stack(counts[name]), data.class_names, {**settings, **stated},
-            shared + seconds[name],
+            shared + seconds[name], examples[name].draw,
         )
         for name, (_, stated) in fitted.items()
     }  # fmt: skip
@@ -388,16 +413,54 @@ def soft_labels(labels: Tensor, num_classes: int, grid: tuple[int, int]) -> Tens
     return out.flatten(0, 2)
 
 
-def score(scores: Tensor, labels: Tensor, num_classes: int) -> list[Tensor]:
-    """Enlarge scores (N, K, h, w) to the labels (N, H, W); one confusion matrix an image."""
+def score(scores: Tensor, labels: Tensor, num_classes: int) -> tuple[list[Tensor], Tensor]:
+    """Enlarge scores (N, K, h, w) to the labels (N, H, W).
+
+    Returns:
+        One confusion matrix an image, and the predicted ids, uint8 (N, H, W).
+    """
     enlarged = F.interpolate(
         scores.float(), size=labels.shape[1:], mode="bilinear", align_corners=False
     )
     predicted = enlarged.argmax(1).cpu()
-    return [
+    confusions = [
         confusion_matrix(one, label, num_classes)
         for one, label in zip(predicted, labels, strict=True)
     ]
+    return confusions, predicted.byte()
+
+
+class Examples:
+    """A few measured images with their predictions, for a picture.
+
+    Args:
+        val: the measured images.
+        class_names: of the labels.
+        count: so many, evenly spread.
+    """
+
+    def __init__(self, val: LabelledImages, class_names: Sequence[str], count: int = 4) -> None:
+        self.val, self.class_names = val, class_names
+        count = min(count, len(val))
+        self.chosen = [index * len(val) // count for index in range(count)]
+        self.predicted: list[Tensor] = []
+
+    def add(self, first: int, predicted: Tensor) -> None:
+        """Keep what was asked for of the predictions (n, H, W) of images ``first`` and on."""
+        here = [i - first for i in self.chosen if first <= i < first + len(predicted)]
+        self.predicted += [predicted[index].clone() for index in here]
+
+    def draw(self, png: Path) -> None:
+        """Write the picture."""
+        from densecl_ext.visualize.segmentations import plot_segmentations
+
+        plot_segmentations(
+            self.val.images[self.chosen],
+            self.val.labels[self.chosen],
+            torch.stack(self.predicted),
+            self.class_names,
+            png,
+        )
 
 
 class NetworkInputs(Sequence[Tensor]):

@@ -101,10 +101,12 @@ def linear_confusions(
     device: torch.device | str = "cpu",
     precision: str = "float32",
     report: Callable[[str], None] | None = None,
+    keep: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
     """What :func:`linear_segmentation` does, with one confusion matrix an image.
 
-    Args and errors are those of that function; ``precision`` is the backbone's.
+    Args and errors are those of that function; ``precision`` is the backbone's, ``keep`` is given
+    the index of a batch's first image and its predictions, uint8 (n, H, W).
 
     Returns:
         int64 (N, C, C) of the images of ``val``: rows are labels, columns predictions.
@@ -155,8 +157,11 @@ def linear_confusions(
             scores = F.interpolate(
                 scores, size=truth.shape[1:], mode="bilinear", align_corners=False
             )
-        for predicted, label in zip(scores.argmax(1).cpu(), truth, strict=True):
-            confusions.append(confusion_matrix(predicted, label, num_classes))
+        predicted = scores.argmax(1).cpu()
+        if keep is not None:
+            keep(first, predicted.byte())
+        for one, label in zip(predicted, truth, strict=True):
+            confusions.append(confusion_matrix(one, label, num_classes))
     return torch.stack(confusions)
 
 

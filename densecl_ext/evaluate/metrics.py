@@ -33,15 +33,18 @@ def confusion_matrix(prediction: Tensor, label: Tensor, num_classes: int) -> Ten
             "confusion_matrix: prediction and label must have one shape, got "
             f"{tuple(prediction.shape)} and {tuple(label.shape)}"
         )
-    counts = label != IGNORE_INDEX
-    for name, ids in (("label", label[counts]), ("prediction", prediction[counts])):
-        if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= num_classes):
+    counted = label != IGNORE_INDEX
+    for name, ids, wrong in (
+        ("label", label, ((label < 0) | (label >= num_classes)) & counted),
+        ("prediction", prediction, (prediction < 0) | (prediction >= num_classes)),
+    ):
+        if wrong.any():
             raise ValueError(
                 f"confusion_matrix: {name} must lie in [0, {num_classes}), or be {IGNORE_INDEX} "
-                f"(label only), got {int(ids.min())}..{int(ids.max())}"
+                f"(label only), got {int(ids[wrong][0])}"
             )
     if num_classes == 1:  # torchmetrics begins at two classes
-        return counts.sum().reshape(1, 1)
+        return counted.sum().reshape(1, 1)
     return multiclass_confusion_matrix(
         prediction.reshape(-1).long(),
         label.reshape(-1).long(),

@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
+_TITLES = {"miou": "mIoU", "frequency_weighted_iou": "frequency-weighted IoU"}
+
 
 @dataclasses.dataclass(frozen=True)
 class Report:
@@ -84,7 +86,7 @@ def reports_table(reports: Mapping[str, Report]) -> str:
     rows: dict[str, dict[str, float]] = {}
     for title, report in reports.items():
         for name, value in report.numbers.items():
-            rows.setdefault(name, {})[title] = value
+            rows.setdefault(_TITLES.get(name, name.replace("_", " ")), {})[title] = value
         for table in report.tables.values():
             for name, value in table.items():
                 rows.setdefault(f"  {name}", {})[title] = value

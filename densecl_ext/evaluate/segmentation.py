@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from densecl_ext.evaluate.dense import (
     DenseData,
+    Examples,
     RowOptions,
     Rows,
     Scorer,
@@ -81,6 +82,7 @@ def segmentation(
     if options.solver == "lbfgs":
         return evaluate_dense(backbone, data, [Linear(options)])["segmentation"]
     start = time.perf_counter()
+    examples = Examples(data.val, data.class_names)
     with untouched(backbone):
         recalibrated = recalibrate(backbone, data.train.images, options)
         confusions = linear_confusions(
@@ -88,7 +90,7 @@ def segmentation(
             layers=options.layers or None, scale=options.scale, epochs=options.epochs,
             batch_size=options.batch_size, lr=options.lr, weight_decay=options.weight_decay,
             label_stride=options.label_stride, seed=options.seed, device=device_of(backbone),
-            precision=options.precision,
+            precision=options.precision, keep=examples.add,
         )  # fmt: skip
     settings = {
         **data.settings,
@@ -105,7 +107,9 @@ def segmentation(
         "seed": options.seed,
     }
     seconds = time.perf_counter() - start
-    return segmentation_report("segmentation", confusions, data.class_names, settings, seconds)
+    return segmentation_report(
+        "segmentation", confusions, data.class_names, settings, seconds, examples.draw
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,22 +154,26 @@ def solve_linear(
     Returns:
         Weight (K, C), bias (K,), and the iterations that were made.
     """
-    layer = nn.Linear(features.shape[1], labels.shape[1], device=features.device)
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
+    weight = torch.zeros(labels.shape[1], features.shape[1], device=features.device)
+    bias = torch.zeros(labels.shape[1], 1, device=features.device)
+    weight.requires_grad_()
+    bias.requires_grad_()
+    # classes first: a softmax over the few classes of a row would use a fraction of each vector
+    columns, targets = features.T.contiguous(), labels.T.contiguous()  # (C, R), (K, R)
     optimizer = torch.optim.LBFGS(
-        layer.parameters(), lr=1.0, max_iter=iterations, history_size=10,
+        [weight, bias], lr=1.0, max_iter=iterations, max_eval=2 * iterations, history_size=10,
         tolerance_grad=1e-5, tolerance_change=1e-7, line_search_fn="strong_wolfe",
     )  # fmt: skip
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = F.cross_entropy(layer(features), labels)
-        loss = loss + weight_decay * layer.weight.square().sum()
+        scores = torch.addmm(bias, weight, columns)
+        loss = -(targets * F.log_softmax(scores, dim=0)).sum() / targets.shape[1]
+        loss = loss + weight_decay * weight.square().sum()
         loss.backward()
         return loss
 
     with torch.enable_grad():
         optimizer.step(closure)
-    steps = int(optimizer.state[layer.weight]["n_iter"])
-    return layer.weight.detach(), layer.bias.detach(), steps
+    steps = int(optimizer.state[weight]["n_iter"])
+    return weight.detach(), bias.detach().flatten(), steps

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -225,6 +226,51 @@ def plot_matches(
         figure.suptitle(title, fontweight="bold", fontsize=11)
     save(figure, png)
     return results
+
+
+def plot_found(
+    query: Tensor,
+    key: Tensor,
+    found: Tensor,
+    distance: Tensor,
+    grid: tuple[int, int],
+    png: str | os.PathLike[str],
+) -> Path:
+    """Draw where every visible position of a view was found in the other.
+
+    Green lines end in the right cell or one beside it, red ones do not.
+
+    Args:
+        query: uint8 (N, 3, S, S), first views.
+        key: uint8 (N, 3, S, S), second views.
+        found: (N, h * w), index of the most similar position.
+        distance: (N, h * w), how far it is off in cells, each way; -1 where the other view does not
+            show the position.
+        grid: (h, w).
+        png: the picture to write; its folder is made.
+    """
+    from matplotlib.figure import Figure
+
+    height, width = grid
+    centre_x = ((torch.arange(width) + 0.5) / width).repeat(height)
+    centre_y = ((torch.arange(height) + 0.5) / height).repeat_interleave(width)
+    centres = torch.stack([centre_x, centre_y], dim=1)  # (h * w, 2)
+    columns = min(2, len(query))
+    rows = -(-len(query) // columns)
+    figure = Figure(figsize=(4.9 * columns, 2.62 * rows), dpi=100, layout="constrained")
+    for index in range(len(query)):
+        shown = torch.nonzero(distance[index] >= 0).flatten()
+        shown = shown[:: max(1, len(shown) // 40)]
+        matches = Matches(
+            centres[shown],
+            centres[found[index][shown]],
+            torch.ones(len(shown)),
+            distance[index][shown].float(),
+            int((distance[index] >= 0).sum()),
+        )
+        axes = figure.add_subplot(rows, columns, index + 1)
+        _draw(axes, query[index].float() / 255.0, key[index].float() / 255.0, matches)
+    return save(figure, png)
 
 
 def _draw(axes: object, left: Tensor, right: Tensor, matches: Matches) -> None:
