@@ -92,8 +92,8 @@ def export_backbone(
     return dataclasses.replace(
         written,
         notes=[
-            *written.notes,
             *_build_notes(source),
+            *written.notes,
             summary(source.provenance),
             f"images: {normalisation_line(source.provenance)}",
         ],
