@@ -132,7 +132,7 @@ class InfoNceCase(Case):
 
 
 def in_chunks(inputs: Rows, logits: int = 2**28) -> Results:
-    """The published formula in float32, so many rows at a time that the logits fit."""
+    """The published formula in float32, few enough rows at a time for the logits to fit."""
     queue, count = inputs.queue.float(), len(inputs.query)
     chunk = max(1, logits // len(queue))
     loss, gradients = 0.0, []

@@ -172,7 +172,7 @@ def best(clock: Clock, run: Callable[[], Any], tries: int, calls: int = 1) -> fl
 
 
 def fma_ceilings(threads: int, *, quick: bool) -> dict[str, float]:
-    """FLOP/s of multiply-add chains on so many threads."""
+    """FLOP/s of multiply-add chains on a number of threads."""
     compiler = os.environ.get("CXX") or shutil.which("c++")
     if compiler is None:
         raise RuntimeError("no C++ compiler")

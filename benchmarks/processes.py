@@ -59,7 +59,7 @@ def call(
     tick: Callable[[], None] = lambda: None,
     **settings: str,
 ) -> int:
-    """Exit status of a command, 124 where it was ended after so many seconds.
+    """Exit status of a command, 124 where it was ended at its time limit.
 
     `tick` is called every few seconds meanwhile. Nothing of the command's group runs afterwards.
     """
@@ -112,7 +112,7 @@ class Worker:
         """The answer; the process and its children are ended where there is none.
 
         Raises:
-            Lost: no answer, or no sensible one, within so many seconds.
+            Lost: no answer, or no sensible one, within the time limit.
         """
         if self._process is None:
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}

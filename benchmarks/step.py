@@ -170,7 +170,7 @@ def tiny_backbone() -> nn.Module:
 
 
 def largest_batch(fits: Callable[[int], bool], first: int, step: int, tries: int) -> int | None:
-    """The largest multiple of `step` that fits, as far as so many tries tell; None: none did.
+    """The largest multiple of `step` that fits, as far as a number of tries tells; None: none did.
 
     Looks up or down from the first guess by an eighth of it at a time, then halves what is left.
     """

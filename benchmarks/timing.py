@@ -34,7 +34,7 @@ class Clock(Protocol):
     most_calls: int  # in one sample
 
     def seconds(self, run: Run, calls: int) -> float:
-        """Time of so many calls, from the first one's start to the last one's end."""
+        """Time of a number of calls, from the first one's start to the last one's end."""
         ...
 
     def capture(self, run: Run, calls: int) -> Run:
@@ -179,7 +179,7 @@ def measure(
     most: int,
     sample: float | None = None,
 ) -> tuple[dict[str, Prepared], dict[str, str]]:
-    """Interleaved rounds of all candidates within so many seconds.
+    """Interleaved rounds of all candidates within a time limit.
 
     After a capture that failed torch's allocator thinks that it still goes on, and no other one
     succeeds in this process: the remaining candidates are then called only, and say so.

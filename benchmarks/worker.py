@@ -240,7 +240,7 @@ def rate_of_views(backend: str, photos: str, options: Settings) -> dict[str, Any
 
 
 def rate_of(stream: Iterator[Any], batches: int, seconds: float) -> float:
-    """Images per second over so many batches, or as many as start within so many seconds."""
+    """Images per second over a number of batches, or as many as start within a time limit."""
     start, taken = time.perf_counter(), 0
     while taken < batches and time.perf_counter() < start + seconds:
         batch = next(stream)

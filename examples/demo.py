@@ -97,7 +97,7 @@ def main(arguments: list[str] | None = None) -> int:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Pre-train on rendered scenes and evaluate.")
     parser.add_argument("--seed", type=int, default=0, help="seed of the network and the views")
-    parser.add_argument("--seeds", type=int, default=1, help="repeat with so many seeds")
+    parser.add_argument("--seeds", type=int, default=1, help="number of seeds to repeat with")
     parser.add_argument("--output", default="demo_output", help="folder of all results")
     parser.add_argument("--scenes", type=int, default=3000, help="unlabelled scenes")
     parser.add_argument("--val", type=int, default=300, help="scenes to measure on")

@@ -95,7 +95,7 @@ def pretrain(run: Run, root: Path, cache: Path) -> tuple[nn.Module, nn.Module | 
 
 
 def epochs(loader: Any, steps: int) -> Iterator[Any]:
-    """So many batches, epoch after epoch."""
+    """The given number of batches, epoch after epoch."""
     done = epoch = 0
     while True:
         loader.set_epoch(epoch)

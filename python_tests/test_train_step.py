@@ -112,7 +112,7 @@ def test_nothing_waits(matching: str, monkeypatch: pytest.MonkeyPatch) -> None:
     "wait,error,words",
     [
         (lambda x: x.sum().item(), AssertionError, "waits for the device"),
-        (lambda x: x[x > 0], NotImplementedError, "nonzero"),  # tensors without values refuse it
+        (lambda x: x[x > 0], NotImplementedError, "nonzero"),  # meta tensors refuse it
         (lambda x: x + torch.randperm(3).to("meta"), AssertionError, "from cpu to meta"),
         (lambda x: x.copy_(torch.ones(3)), AssertionError, "from cpu to meta"),
     ],

@@ -205,7 +205,7 @@ def find_options(content: Any) -> dict[str, Any]:
 
 
 def difference(got: Mapping[str, Any], wanted: Mapping[str, Any]) -> tuple[int, str]:
-    """How two mappings from names to shapes differ: in so many names, told in words."""
+    """How two mappings from names to shapes differ, and in how many names, in words."""
     parts = {
         "missing": sorted(wanted.keys() - got.keys()),
         "unexpected": sorted(got.keys() - wanted.keys()),

@@ -32,7 +32,7 @@ _DECODERS = {
 _STRIP = {"JPEG": strip_jpeg, "PNG": strip_png, "WEBP": strip_webp}
 _HEAD = 16
 
-# Below so many of 256 levels a 16-bit image is said to use almost none of its range.
+# A 16-bit image with fewer of 256 levels than this is reported to use almost none of its range.
 _NARROW = 32
 
 

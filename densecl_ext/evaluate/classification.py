@@ -30,10 +30,10 @@ class ClassificationOptions(NetworkOptions):
 
     Attributes:
         data: folder with labels.csv (columns file, label) and images/, or one subfolder a class.
-        image_size: images are resized and centre-cropped to a square of so many pixels.
+        image_size: images are resized and centre-cropped to a square of this side in pixels.
         val_share: share of every class that is measured, drawn by the seed; 0 is leave-one-out
             (knn only).
-        limit: use so many images, evenly spread; 0 uses all.
+        limit: use at most this many images, evenly spread; 0 uses all.
     """
 
     data: str = ""
@@ -77,7 +77,7 @@ class LinearOptions(ClassificationOptions):
 
     Attributes:
         weight_decay: this times the sum of squared weights is added to the loss.
-        iterations: at most so many.
+        iterations: limit of the solver's iterations.
     """
 
     weight_decay: float = 1e-3

@@ -43,7 +43,7 @@ class BoxedImages:
         Args:
             annotations: the json.
             images: folder to which its ``file_name`` are relative.
-            limit: so many images, evenly spread; 0 takes all.
+            limit: take at most this many images, evenly spread; 0 takes all.
 
         Raises:
             ValueError: not a COCO json, a box without an area or outside its image, an image that

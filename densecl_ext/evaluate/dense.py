@@ -45,7 +45,7 @@ class RowOptions(PixelOptions):
     """Options of protocols that learn from a sample of grid positions.
 
     Attributes:
-        rows: so many grid positions of the training images, drawn at random, are learned from.
+        rows: grid positions to learn from, drawn at random from the training images.
     """
 
     rows: int = 80_000
@@ -311,7 +311,7 @@ class Examples:
     Args:
         val: the measured images.
         class_names: of the labels.
-        count: so many, evenly spread.
+        count: how many, evenly spread.
     """
 
     def __init__(self, val: LabelledImages, class_names: Sequence[str], count: int = 4) -> None:

@@ -39,7 +39,8 @@ class DetectionOptions:
         weight_decay: of all weights.
         channels: of the pyramid and the heads.
         coarsest: the pyramid goes on by subsampling to this stride.
-        limit: use so many images of each split, evenly spread; 0 uses all.
+        limit: use at most this many images of each split, evenly
+            spread; 0 uses all.
         seed: of the heads, the order of the images, and their flips.
     """
 

@@ -35,7 +35,7 @@ class FinetuneOptions(PixelOptions):
     """Segmentation with an FCN head, the whole network trained.
 
     Attributes:
-        labelled: learn from so many training images, evenly spread from an offset that the seed
+        labelled: learn from this many training images, evenly spread from an offset that the seed
             draws; 0 takes all.
         iterations: training steps.
         batch_size: images a step.

@@ -27,7 +27,7 @@ class SegmentationFolder:
     Args:
         root: DIR.
         split: SPLIT.
-        limit: keep so many images, evenly spread over the split; None keeps all.
+        limit: keep at most this many images, evenly spread over the split; None keeps all.
 
     Attributes:
         names: the images' names inside DIR/images, without extension.

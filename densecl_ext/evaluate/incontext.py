@@ -26,7 +26,7 @@ class InContextOptions(RowOptions):
     """Nearest-neighbour segmentation of frozen features.
 
     Attributes:
-        bank: the first so many of the drawn training positions are the memory bank.
+        bank: size of the memory bank: it holds the first of the drawn training positions.
         neighbours: k.
         temperature: T of the softmax over the neighbours' cosine similarities.
     """

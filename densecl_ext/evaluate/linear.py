@@ -61,7 +61,7 @@ def linear_segmentation(
         batch_size: images a step.
         lr: the highest learning rate.
         weight_decay: of the linear layer.
-        label_stride: training compares every so many-th pixel each way; measuring compares all.
+        label_stride: training uses one pixel in this many each way; measuring uses all.
         seed: of the order of the images.
         device: where to compute.
         report: told what happens, in a line now and then.

@@ -51,7 +51,7 @@ class PixelOptions(NetworkOptions):
             resized; empty keeps the files' size. What is resized is also what is scored.
         scale: images, not masks, are resized by this factor before the network.
         num_classes: number of classes; 0 takes the lines of classes.txt.
-        limit: use so many images of each split, evenly spread; 0 uses all.
+        limit: use at most this many images of each split, evenly spread; 0 uses all.
     """
 
     data: str = ""

@@ -24,8 +24,8 @@ class ProbeOptions(PixelOptions):
     Attributes:
         probes: which of segmentation, incontext, correspondence.
         photos: folder of images for correspondence; empty takes the images of data.
-        limit: use so many images of each split, evenly spread; 0 uses all.
-        rows: so many grid positions of the training images, drawn at random, are learned from.
+        limit: use at most this many images of each split, evenly spread; 0 uses all.
+        rows: grid positions to learn from, drawn at random from the training images.
         bank: size of the in-context memory bank.
         recalibrate: number of training images that give every batch norm new statistics first; 0
             keeps the network's own. The network itself stays as it was.

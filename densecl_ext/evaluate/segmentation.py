@@ -37,10 +37,10 @@ class SegmentationOptions(RowOptions):
             on the grid positions' soft labels to the end, which is faster and exact.
         epochs: adamw: passes over the training images.
         lr: adamw: the highest learning rate, cosine schedule.
-        label_stride: adamw: training compares every so many-th pixel each way.
+        label_stride: adamw: training uses one pixel in this many each way.
         weight_decay: adamw: decoupled weight decay; lbfgs: this times the sum of squared weights is
             added to the loss.
-        iterations: lbfgs: at most so many.
+        iterations: lbfgs: limit of the solver's iterations.
     """
 
     solver: str = "adamw"
@@ -149,7 +149,7 @@ def solve_linear(
         features: float32 (R, C), standardised.
         labels: float32 (R, K), rows sum to 1.
         weight_decay: see above.
-        iterations: at most so many.
+        iterations: limit of the solver's iterations.
 
     Returns:
         Weight (K, C), bias (K,), and the iterations that were made.

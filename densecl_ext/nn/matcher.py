@@ -40,7 +40,7 @@ class Matcher:
 
     Attributes:
         matching: one of :data:`densecl_ext.nn.matching.MATCHINGS`.
-        geometric_steps: with another matching, match by the crops in so many steps at the start.
+        geometric_steps: with another matching, match by the crops in this many steps at the start.
         mutual: leave out positions whose best match by features is not mutual.
         row_weight: one of :data:`densecl_ext.nn.matching.ROW_WEIGHTS`.
 

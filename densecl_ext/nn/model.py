@@ -109,7 +109,7 @@ class DenseCL(nn.Module):
             the backbone's grid.
         matching: ``"backbone"`` (the paper's), ``"dense"`` (by the dense head's output),
             ``"geometric"`` (by the crops, which forward then needs) or ``"random"``.
-        geometric_steps: with another matching, match by the crops in so many steps at the start.
+        geometric_steps: with another matching, match by the crops in this many steps at the start.
         mutual_matching: with ``"backbone"`` or ``"dense"``, leave out positions whose best match
             is not mutual.
         row_weight: weight of a grid position in the dense loss: ``"none"``, ``"overlap"`` (how well

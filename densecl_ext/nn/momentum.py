@@ -25,7 +25,7 @@ class MomentumEncoder(nn.Module):
         module: the query encoder. What it holds now, pre-trained or not, is where the copy starts.
         momentum: m in [0, 1]. The attribute may be reassigned between updates (a schedule), also by
             a 0-d tensor on the parameters' device, which a captured CUDA graph then follows.
-        bn_groups: with more than 1, the copy's batch norms normalise so many groups of the batch
+        bn_groups: with more than 1, the copy's batch norms normalise this many groups of the batch
             apart (:class:`densecl_ext.nn.batchnorm.SplitBatchNorm`).
 
     Raises:

@@ -195,7 +195,9 @@ class PretrainConfig:
         "auto", "temperature of the dense loss; auto: that of both", group="model"
     )
     loss_lambda: Fraction = option(0.5, "weight of the dense loss; 0 is MoCo v2", group="model")
-    lambda_warmup: Duration = option(0, "train with loss_lambda 0 for so long first", group="model")
+    lambda_warmup: Duration = option(
+        0, "train with loss_lambda 0 for this long at the start", group="model"
+    )
 
     # --- optimisation
     epochs: Positive = option(200, "passes over the images", group="optimisation")
@@ -218,7 +220,7 @@ class PretrainConfig:
         group="optimisation",
     )
     lr_warmup: Duration = option(
-        0, "let the learning rate rise from 0 for so long first", group="optimisation"
+        0, "raise the learning rate from 0 over this long at the start", group="optimisation"
     )
     optimizer: Literal["sgd", "adamw"] = option(
         "sgd", "sgd as in the paper; adamw for vision transformers", group="optimisation"
@@ -282,7 +284,7 @@ class PretrainConfig:
     )
     keep_every: Natural = option(
         0,
-        "also keep checkpoints/epoch_N.pt every so many epochs; 0 keeps none",
+        "also keep checkpoints/epoch_N.pt every N epochs; 0 keeps none",
         group="output",
         may_change=True,
     )
@@ -308,7 +310,7 @@ class PretrainConfig:
     )
     max_steps: Nothing | Positive = option(
         "none",
-        "stop after so many steps, keeping the schedule of all epochs; resumable",
+        "stop after this many steps, keeping the schedule of all epochs; resumable",
         group="output",
         may_change=True,
     )

@@ -38,7 +38,7 @@ class Progress:
 
 
 class ConsoleProgress(Progress):
-    """A progress bar in a terminal; elsewhere a line every so many seconds.
+    """A progress bar in a terminal; elsewhere a line every few seconds.
 
     Both show the loss, images per second and the time left.
     """

@@ -63,7 +63,7 @@ def plot_features(
         backbone: (N, 3, H, W) to (N, C, h, w); used in evaluation mode.
         images: uint8 (3, H, W) each, or files.
         png: the picture to write; its folder is made.
-        size: the images' centre is cut and resized to so many pixels a side.
+        size: the images' centre is cut and resized to this many pixels a side.
         title: above the picture.
 
     Returns:

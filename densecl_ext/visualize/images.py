@@ -16,7 +16,7 @@ def read_image(image: Tensor | str | os.PathLike[str], size: int | None = None) 
 
     Args:
         image: uint8 (3, H, W), or a file.
-        size: its largest central square is resized to so many pixels a side; None keeps all.
+        size: its largest central square is resized to this many pixels a side; None keeps all.
 
     Raises:
         ValueError: a tensor that is not uint8 (3, H, W), or a file that does not decode.

@@ -98,7 +98,7 @@ def find_matches(
         crops: the two views.
         size: side of a view in pixels.
         threshold: least cosine similarity of a match.
-        top: keep so many of the most similar; None keeps all.
+        top: keep this many of the most similar; None keeps all.
 
     Returns:
         The two views, float32 (3, size, size) in [0, 1], and their matches.
@@ -194,7 +194,7 @@ def plot_matches(
         crops: the two views, the same for all images; None takes :func:`default_crops`.
         size: side of a view in pixels as the backbone sees it.
         threshold: least cosine similarity of a match (the authors draw from 0.9 on).
-        top: draw so many of the most similar; None draws all.
+        top: draw this many of the most similar; None draws all.
         title: above the picture.
 
     Returns:

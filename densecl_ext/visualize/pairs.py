@@ -33,7 +33,7 @@ def plot_pair_matches(
         backbone: (N, 3, H, W) to (N, C, h, w); used in evaluation mode.
         images: two or more, uint8 (3, H, W) each, or files.
         png: the picture to write; its folder is made.
-        size: the images' centre is cut and resized to so many pixels a side.
+        size: the images' centre is cut and resized to this many pixels a side.
         top: lines a pair, the most similar.
         title: above the picture.
 

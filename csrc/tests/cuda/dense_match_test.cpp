@@ -43,7 +43,7 @@ std::vector<float> keys_of(const MatchShape& s) {
   return normal(s.images * s.features * s.key_positions, 2, 3.0f);
 }
 
-// The cut with so many slices of the features; 0 for whole blocks.
+// The cut with this many slices of the features; 0 for whole blocks.
 MatchCut with_slices(MatchCut cut, int64_t images, int64_t slices) {
   cut.slices = slices;
   cut.slice_chunks = slices ? (cut.chunks + slices - 1) / slices : cut.chunks;

@@ -23,7 +23,7 @@ struct Case {
   float temperature = 0.2f;
   float spread = 1.0f;  // length of the queue's rows
   bool gradient = true;
-  int distinct = 0;  // so many different keys, repeated; 0: all differ
+  int distinct = 0;  // number of different keys, repeated; 0: all differ
   bool dominated = false;
   bool opposed = false;  // keys lie opposite the first query, more or less
 };

@@ -8,7 +8,7 @@ namespace densecl::cuda {
 namespace {
 
 constexpr int64_t at_once = 264;  // blocks that run at once: two on each of an H100's 132
-// So many blocks draw what the memory gives (each keeps 37 kB under way); fewer draw less, more
+// This many blocks draw what the memory gives (each keeps 37 kB under way); fewer draw less, more
 // share it. An estimate, not a measurement.
 constexpr int64_t saturating = 96;
 // What a block costs beside its chunks, and the second launch, in chunks of a lone block.
