@@ -4,6 +4,7 @@
 #   make bench    measure the ops against PyTorch, torch.compile, attention kernels and lightly; OUT=folder
 #   make gpu      on a machine with a GPU: build for it, test, sanitize, measure; PART="smoke bench" OUT=folder
 #   make schema   after a change of the options: densecl_ext/recipes/schema.json anew
+#   make docs     these pages and the API's reference as HTML: build/docs/site/index.html
 #   make lint     formatting, lint and types, of Python and C++
 # Needs Python 3.10+ (with its headers), a C++20 compiler and make.
 
@@ -18,10 +19,10 @@ BUILD_INPUTS := $(CPP) setup.py pyproject.toml $(wildcard build_backend/*.py) de
 comma := ,
 CPP_BUILD := build/cpp-$(subst $(comma),-,$(SANITIZE))
 
-.PHONY: help build demo test bench gpu schema lint format cpp-test cuda-check clean
+.PHONY: help build demo test bench gpu schema docs lint format cpp-test cuda-check clean
 
 help:
-	@sed -n '2,7s/^# *//p' Makefile
+	@sed -n '2,8s/^# *//p' Makefile
 
 # The environment with the pinned packages.
 $(VENV)/.packages: requirements-dev.txt
@@ -69,6 +70,19 @@ cuda-check: $(VENV)/.built
 
 schema: $(VENV)/.built
 	$(BIN)/python -c "from densecl_ext.train import recipes; recipes.SCHEMA.write_text(recipes.recipe_schema())"
+
+# An environment of its own: it needs neither torch nor the built modules. The pages are links into the repository.
+DOCS := build/docs
+$(DOCS)/env/.packages: docs/requirements.txt
+	$(PYTHON) -m venv $(DOCS)/env
+	$(DOCS)/env/bin/python -m pip install --quiet --disable-pip-version-check -r docs/requirements.txt
+	@touch $@
+
+docs: $(DOCS)/env/.packages
+	@mkdir -p $(DOCS)/pages/benchmarks
+	@ln -sfn $(CURDIR)/README.md $(CURDIR)/CONTRIBUTING.md $(CURDIR)/docs $(DOCS)/pages/
+	@ln -sfn $(CURDIR)/benchmarks/results $(DOCS)/pages/benchmarks/results
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/env/bin/mkdocs build --strict --config-file docs/mkdocs.yml
 
 lint: $(VENV)/.packages
 	$(BIN)/ruff check .
