@@ -72,26 +72,28 @@ class DenseCL(nn.Module):
 
     Metrics (0-d, float32, on the model's device, no gradient; of the first direction where the loss
     is symmetric):
-        ``positive_similarity``: mean cosine of a query and its key (global vectors).
-        ``negative_similarity``: mean cosine of a query and the keys of the batch's other images.
-        ``top1``: share of queries whose own key is the most similar of the batch's keys.
-        ``feature_std``: spread of the unit queries over the batch, 1 for evenly spread
-        directions, 0 for collapse.
-        ``effective_rank``: directions that the unit queries take up, as the participation ratio of
-        their covariance's eigenvalues; at most min(N - 1, D).
-        ``queue_filled``: share of the queue that holds keys before this batch's, 0 to 1.
-        ``queue_age``: mean age of a key in the queue, in steps.
-        ``matched``: share of grid positions that have a match.
-        ``same_index``: share of the matches that name the query's own grid position.
-        ``same_index_geometric``: the same of the geometric matches: what it should be near. Above
-        it by far, matching goes by position. Also the share of ``match_agreement`` that a matching
-        blind to the content reaches by naming its own position.
-        ``match_agreement``: with another matching than geometric, share of the positions with a
-        geometric match for which the two name the same key position.
-        ``position_share``, ``content_free_loss``: how much of the dense head is grid position, see
-        :func:`densecl_ext.nn.health.position_metrics`.
-        ``loss_lambda``: the weight of the dense term in this step.
-        Those of a branch that does not run are left out, as are those that need crops without them.
+
+    - ``positive_similarity``: mean cosine of a query and its key (global vectors).
+    - ``negative_similarity``: mean cosine of a query and the keys of the batch's other images.
+    - ``top1``: share of queries whose own key is the most similar of the batch's keys.
+    - ``feature_std``: spread of the unit queries over the batch, 1 for evenly spread
+      directions, 0 for collapse.
+    - ``effective_rank``: directions that the unit queries take up, as the participation ratio of
+      their covariance's eigenvalues; at most min(N - 1, D).
+    - ``queue_filled``: share of the queue that holds keys before this batch's, 0 to 1.
+    - ``queue_age``: mean age of a key in the queue, in steps.
+    - ``matched``: share of grid positions that have a match.
+    - ``same_index``: share of the matches that name the query's own grid position.
+    - ``same_index_geometric``: the same of the geometric matches: what it should be near. Above
+      it by far, matching goes by position. Also the share of ``match_agreement`` that a matching
+      blind to the content reaches by naming its own position.
+    - ``match_agreement``: with another matching than geometric, share of the positions with a
+      geometric match for which the two name the same key position.
+    - ``position_share``, ``content_free_loss``: how much of the dense head is grid position, see
+      :func:`densecl_ext.nn.health.position_metrics`.
+    - ``loss_lambda``: the weight of the dense term in this step.
+
+    Those of a branch that does not run are left out, as are those that need crops without them.
 
     Args:
         backbone: a name for ``build_backbone`` (random start), or a module
