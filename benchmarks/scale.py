@@ -224,7 +224,7 @@ def markdown(rate: float, batch: int, source: str, n: Network, m: Machine, a: As
         ]
         for s in (step_of(gpus, batch, rate, n, m, a) for gpus in GPUS)
     ]  # fmt: skip
-    header = ("GPUs", "images/s", "efficiency", "step", "gradients (shown)", "keys",
+    header = ("GPUs", "images/s", "efficiency", "step", "gradients (not hidden)", "keys",
               "global batch", "steps that fill the queue", "Shuffle-BN by gathered images",
               "images/s with it")  # fmt: skip
     lines = [
