@@ -38,8 +38,8 @@ from densecl_ext.evaluate.incontext import vote
 from densecl_ext.evaluate.metrics import miou_of
 from densecl_ext.evaluate.options import help_texts
 from densecl_ext.evaluate.pixels import resize
-from densecl_ext.evaluate.protocols import PROTOCOLS, find_protocol
 from densecl_ext.evaluate.segmentation import solve_linear
+from densecl_ext.protocols import PROTOCOLS, find_protocol
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ LEVELS = [
     {"nn", "data"},
     {"checkpoints"},
     {"train", "evaluate", "visualize", "info"},
-    {"study"},
+    {"study", "protocols"},
     {"cli", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}

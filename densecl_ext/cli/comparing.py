@@ -9,8 +9,8 @@ from typing import Any
 import click
 
 from densecl_ext.cli.command import Option, Word, command
-from densecl_ext.evaluate.protocols import PROTOCOLS, find_protocol
 from densecl_ext.options import build, properties
+from densecl_ext.protocols import PROTOCOLS, find_protocol
 
 
 @command(

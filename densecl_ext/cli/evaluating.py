@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from densecl_ext.cli.command import Command, Commands, Option, Word, command, given, options_of
-from densecl_ext.evaluate.protocols import PROTOCOLS, Protocol, find_protocol
 from densecl_ext.options import build
+from densecl_ext.protocols import PROTOCOLS, Protocol, find_protocol
 
 if TYPE_CHECKING:
     from torch import nn
@@ -53,7 +53,7 @@ class Protocols(Commands):
 
 evaluate = Protocols(
     "evaluate",
-    {name: ("", find_protocol(name).help) for name in PROTOCOLS},
+    {name: ("", help) for name, (_, help) in PROTOCOLS.items()},
     help="Measure what a network has learned. Every result comes with its protocol line: all "
     "settings that decide it. Without PROTOCOL: segmentation.",
     epilog="densecl evaluate segmentation runs/photos --data camvid --val-split test",

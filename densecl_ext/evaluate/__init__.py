@@ -1,7 +1,7 @@
 """What a network is worth: protocols with fixed splits and seeds, and reports that say how.
 
 A protocol is a file here: a dataclass of options, and a function ``(backbone, options) -> Report``;
-:data:`densecl_ext.evaluate.protocols.PROTOCOLS` lists them.
+:data:`densecl_ext.protocols.PROTOCOLS` lists them.
 """
 
 from __future__ import annotations
