@@ -25,7 +25,8 @@ from densecl_ext.backbones import build_backbone
 from densecl_ext.checkpoints import export_backbone, load_backbone
 from densecl_ext.evaluate import SegmentationFolder
 from densecl_ext.evaluate.correspondence import CorrespondenceOptions, Views, correspondence
-from densecl_ext.evaluate.dense import DenseData, evaluate_dense, read_all
+from densecl_ext.evaluate.dense import evaluate_dense
+from densecl_ext.evaluate.pixels import DenseData, read_all
 from densecl_ext.evaluate.segmentation import Linear, SegmentationOptions
 from densecl_ext.train import PretrainConfig, pretrain
 from densecl_ext.train.progress import ConsoleProgress
