@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import sys
+from pathlib import Path
 
 import torch  # noqa: F401  the op modules resolve their symbols in an imported torch
 
@@ -18,8 +20,25 @@ def _load(name: str) -> str | None:
     return None
 
 
+def _hidden() -> Path | None:
+    """A built densecl_ext further down the path, which the source checkout hides."""
+    here = Path(__file__).resolve().parent
+    for entry in sys.path:
+        other = Path(entry or ".").resolve() / "densecl_ext"
+        if other != here and any(other.glob("_C.*")):
+            return other
+    return None
+
+
 _missing_cpu = _load("_C")
 if _missing_cpu is not None:
+    installed = _hidden()
+    if installed is not None:
+        raise ImportError(
+            f"densecl_ext: {Path(__file__).resolve().parent} is a source checkout that is not "
+            f"built, and hides the installed {installed}; run Python from another folder, or "
+            f"{_HOW_TO_BUILD}"
+        )
     raise ImportError(
         f"densecl_ext: the native ops are not built for this Python: {_missing_cpu}; "
         f"{_HOW_TO_BUILD}"

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -87,3 +90,25 @@ def test_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
     assert info.collect()["gpu"]["devices"] == ["NVIDIA H200 (sm_90, 139 GiB)"]
+
+
+def test_a_checkout_that_hides_an_installation_says_so(tmp_path: Path) -> None:
+    source = Path(_version.__file__).parent
+    checkout = tmp_path / "checkout" / "densecl_ext"
+    shutil.copytree(source, checkout, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+
+    program = "import sys; sys.path[:0] = sys.argv[1:]; import densecl_ext"
+
+    def told(*path: Path) -> str:
+        result = subprocess.run(
+            [sys.executable, "-S", "-c", program, *map(str, (*path, *site_packages))],
+            capture_output=True, text=True, cwd=tmp_path, check=False,
+        )  # fmt: skip
+        return result.stderr.splitlines()[-1]
+
+    site_packages = [Path(torch.__file__).parent.parent]
+    if any((site_packages[0] / "densecl_ext").glob("_C.*")):
+        pytest.skip("another installation lies beside torch")
+    assert "are not built for this Python" in told(checkout.parent)
+    hidden = told(checkout.parent, source.parent)
+    assert "is a source checkout" in hidden and str(source) in hidden
