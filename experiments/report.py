@@ -16,15 +16,14 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
+from densecl_ext.study import interval
 from experiments.run import RESULTS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, FIGURE = ROOT / "docs" / "evidence.md", ROOT / "docs" / "images" / "evidence.png"
-# 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom.
-T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179)
 METRICS = {
     "segmentation": "linear mIoU",
     "incontext": "in-context mIoU",
@@ -83,13 +82,6 @@ def default_rate(arm: str) -> float:
     from experiments.methods import ARMS
 
     return ARMS[arm][2]
-
-
-def interval(values: list[float]) -> tuple[float, float]:
-    """Mean and half of the 95 % interval; infinite for one value."""
-    if len(values) < 2:
-        return values[0], math.inf
-    return fmean(values), T[len(values) - 2] * stdev(values) / math.sqrt(len(values))
 
 
 def table(rows: Rows, baseline: str = BASELINE) -> str:
