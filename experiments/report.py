@@ -128,6 +128,8 @@ def draw(found: dict[tuple[str, str, int], Rows], png: Path) -> None:
 
     shown = [arm for arm in ("random", "densecl_paper", "mocov2", "vicregl", "dino", "ours")]
     sets = [key for key in found if len(found[key].get("ours", {})) > 1]
+    if not sets:
+        return  # one seed shows nothing
     figure = Figure(figsize=(4.6 * len(sets), 5.6), dpi=110, layout="constrained")
     axes = figure.subplots(2, len(sets), squeeze=False)
     for column, key in enumerate(sets):
