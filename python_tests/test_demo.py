@@ -46,8 +46,8 @@ def test_demo_runs_to_the_end(
         assert (tmp_path / picture).stat().st_size > 5000
     (result,) = json.loads((tmp_path / "results.json").read_text())
     assert list(result) == ["random", "MoCo v2", "ours"]
-    weights = torch.load(tmp_path / "seed_3" / "ours" / "backbone.pth")
-    assert any("layer2" in name for name in weights["state_dict"])
+    exported = demo.load_backbone(tmp_path / "seed_3" / "ours" / "backbone.pth")
+    assert exported.stride == 8 and exported.left_out == ("layer3", "layer4")
 
 
 def test_the_network_before_is_what_pre_training_starts_from(demo: ModuleType) -> None:
