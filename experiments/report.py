@@ -123,7 +123,7 @@ def mean_of(lines_by_seed: dict[int, dict[str, Any]], metric: str) -> float:
 
 
 def draw(found: dict[tuple[str, str, int], Rows], png: Path) -> None:
-    """Linear mIoU and correspondence of the arms, a dot a seed."""
+    """Linear mIoU and correspondence of the arms: a dot a seed, a line at their mean."""
     from matplotlib.figure import Figure
 
     shown = [arm for arm in ("random", "densecl_paper", "mocov2", "vicregl", "dino", "ours")]
@@ -140,16 +140,15 @@ def draw(found: dict[tuple[str, str, int], Rows], png: Path) -> None:
             for place, arm in enumerate(arms):
                 seen = [value(line, metric) for line in rows[arm].values()]
                 colour = "#0072b2" if arm == "ours" else "#8a8f98"
-                ax.bar(place, fmean(seen), color=colour, width=0.65)
-                ax.scatter([place] * len(seen), seen, s=14, color="black", zorder=3)
+                ax.scatter([place] * len(seen), seen, s=22, color=colour, zorder=3)
+                ax.hlines(fmean(seen), place - 0.3, place + 0.3, color=colour, linewidth=2)
             ax.set_xticks(range(len(arms)), [NAMES[arm].replace(" as ", "\nas ") for arm in arms])
             ax.tick_params(axis="x", labelsize=8)
             ax.set_ylabel(
                 {"segmentation": "CamVid, linear mIoU", "exact": "correspondence"}[metric]
             )
             ax.spines[["top", "right"]].set_visible(False)
-            if metric == "segmentation":
-                ax.set_ylim(min(value(x, metric) for a in arms for x in rows[a].values()) - 3)
+            ax.grid(axis="y", color="#e5e7eb")
         source = {"photos": "photographs", "camvid": "CamVid's own frames"}[key[1]]
         axes[0][column].set_title(f"pre-trained on {source}, {key[2]:,} steps", fontsize=10)
     png.parent.mkdir(exist_ok=True)
