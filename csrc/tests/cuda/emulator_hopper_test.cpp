@@ -73,6 +73,7 @@ __global__ void product(const uint16_t* a, const uint16_t* b, float* d, bool k_m
   if (mistake != Mistake::writes_without_fence) fence_proxy_async();
   __syncthreads();
   float sums[32] = {};
+  uint32_t of_a[4][4];  // read by the products until they are waited for
   const uint64_t left = spoil(k_major_descriptor(shared), mistake);
   if (k_major) {
     const uint64_t right = spoil(k_major_descriptor(shared + tile_bytes), mistake);
@@ -83,7 +84,6 @@ __global__ void product(const uint16_t* a, const uint16_t* b, float* d, bool k_m
     }
   } else {
     const uint64_t right = mn_major_descriptor(shared + tile_bytes, tile_bytes);
-    uint32_t of_a[4][4];
     for (int step = 0; step < 4; ++step) {
       for (int i = 0; i < 4; ++i) {
         const int row = thread / 32 * 16 + thread % 32 / 4 + i % 2 * 8;
