@@ -145,7 +145,7 @@ def test_sanitizers_see_every_check(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert commands[0][1] == pytest.approx(45.0)
     seen = set(commands[0][0])
     assert {"sm90 dense_match", "dense_info_nce", "joint_info_nce", "key_gradient"} <= seen
-    assert {"enqueue_, cooperative", "ema_update_, large tables", "sm90 joint_info_nce"} <= seen
+    assert {"enqueue_, many keys", "ema_update_, large tables", "sm90 joint_info_nce"} <= seen
     assert list(gpu.PARTS).index("sanitize") < list(gpu.PARTS).index("bench")
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from op_cases import (
     BACKENDS,
+    BOUNDS,
     ISAS,
     QUEUE_DTYPES,
     REGIMES,
@@ -106,9 +107,12 @@ def test_zero_rows(
     got = run(ops.info_nce, rows)
     truth = run(reference.info_nce, rows, double=True)
     for name in ("loss", "grad_query", "grad_positive"):
-        value = getattr(got, name)
+        value, exact = getattr(got, name), getattr(truth, name)
         assert value.isfinite().all()
-        torch.testing.assert_close(value.double(), getattr(truth, name), atol=2e-5, rtol=1e-5)
+        # A GPU rounds query and weights to the queue's 16 bits.
+        rounds = name != "loss" and "cuda" in backend and queue_dtype != torch.float32
+        off = BOUNDS[queue_dtype][1] * float(exact.abs().max()) if rounds else 2e-5
+        torch.testing.assert_close(value.double(), exact, atol=off, rtol=1e-5)
     if normalize:
         assert not got.grad_query[[1, 3]].any() and not got.grad_positive[[2, 3]].any()
     assert got.grad_query[2].any() and got.grad_positive[0].any()

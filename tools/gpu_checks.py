@@ -161,7 +161,7 @@ def match_bulk(device: Device) -> None:
 
 
 def enqueue(device: Device, batch: int) -> None:
-    """A queue that wraps round; above 65,536 elements the launch is cooperative."""
+    """A queue that wraps round, with a few blocks and with more keys than warps."""
     for dtype in DTYPES:
         for features in (24, 128):
             length = batch + 17
@@ -230,7 +230,7 @@ def graph(device: Device, *, cold: bool = False) -> None:
 
 
 def graph_enqueue(device: Device) -> None:
-    """A cooperative launch in a graph; its pointer moves on at every replay."""
+    """Both launches in a graph; the pointer moves on at every replay."""
     needs_gpu(device)
     keys, pointer = torch.randn(600, 128, device=device), torch.zeros(1, dtype=torch.int64)
     queue, pointer = torch.zeros(1000, 128, device=device), pointer.to(device)
@@ -285,8 +285,8 @@ PORTABLE: dict[str, Callable[[Device], None]] = {
     "key_gradient": key_gradient,
     "dense_match": lambda device: match(device, PIECES),
     "enqueue_": lambda device: enqueue(device, 20),
-    "enqueue_, cooperative": lambda device: enqueue(device, 4000),
-    "enqueue_, cooperative in a graph": graph_enqueue,
+    "enqueue_, many keys": lambda device: enqueue(device, 20_000),
+    "enqueue_, graph": graph_enqueue,
     "ema_update_": lambda device: ema(device, 9),
     "ema_update_, large tables": lambda device: ema(device, 1021),
     "graph": graph,

@@ -1,5 +1,6 @@
 // Losses (M,) and gradients (M, D) of info_nce from the sweep's partial sums: what the CPU's
-// finish_row does, in double precision, a warp for every row.
+// finish_row does, in double precision, a warp for every row. Where few rows leave many slices
+// behind, a block's warps share a row, and the first adds up what each has made of its slices.
 //
 // The slices' sums join in slice order under the largest shift. The share of the negatives, 1 - w+,
 // is the logistic function of their log-sum-exp less the positive's logit, and the loss is its
@@ -20,7 +21,7 @@ namespace {
 constexpr int threads = 128;  // with more, the compiler keeps to 128 registers, and spills
 constexpr int warps = threads / 32;
 constexpr int loads_at_once = 4;  // slices whose weighted sums are under way together
-static_assert(32 % loads_at_once == 0);
+constexpr int shared_slices = 8;  // from here on the warps of a block share a row
 constexpr double ln_2 = 0.693147180559945309417;
 
 struct Finish {
@@ -31,21 +32,25 @@ struct Finish {
   bool normalize;
   float *loss, *grad_query, *grad_positive;
   InfoNceSweep sweep;
+
+  __host__ __device__ bool shares_rows() const { return sweep.slices >= shared_slices; }
+  __host__ __device__ int rows_of_block() const { return shares_rows() ? 1 : warps; }
 };
 
-// Adds the slices' weighted sums, each times 2^(its shift - shift) / sum.
-__device__ __forceinline__ void join_weighted(const InfoNceSweep& sweep, int32_t row, double shift,
-                                              double sum, double (&gradient)[row_slots]) {
+// Adds the weighted sums of slices [begin, end), each times 2^(its shift - shift) / sum.
+__device__ __forceinline__ void join_weighted(const InfoNceSweep& sweep, int32_t row, int begin,
+                                              int end, double shift, double sum,
+                                              double (&gradient)[row_slots]) {
   const int lane = static_cast<int>(threadIdx.x % 32);
   const int64_t slice_size = int64_t{sweep.padded_rows} * sweep.padded_features;
   const float* of_row = sweep.weighted + int64_t{row} * sweep.padded_features;
-  for (int group = 0; group < sweep.slices; group += 32) {
+  for (int group = begin; group < end; group += 32) {
     const int mine = group + lane;
     const int64_t at = int64_t{mine} * sweep.padded_rows + row;
     // As of the sums: an empty slice's shift says nothing, and may lie far above the others.
     double part = 0.0;
-    if (mine < sweep.slices && sweep.sum[at] != 0.0f) part = exp2(sweep.shift[at] - shift) / sum;
-    const int count = min(32, sweep.slices - group);
+    if (mine < end && sweep.sum[at] != 0.0f) part = exp2(sweep.shift[at] - shift) / sum;
+    const int count = min(32, end - group);
     for (int s = 0; s < count; s += loads_at_once) {
       float weighted[loads_at_once][row_slots];
 #pragma unroll
@@ -81,8 +86,10 @@ __global__ void __launch_bounds__(threads)
   const BatchBlock block(batch);
   const Finish& f = batch.of[block.problem];
   const InfoNceSweep& sweep = f.sweep;
-  const int lane = static_cast<int>(threadIdx.x % 32);
-  const int64_t number = int64_t{block.number} * warps + threadIdx.x / 32;
+  const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
+  const bool shares = f.shares_rows();
+  const int part = shares ? warp : 0, parts = shares ? warps : 1;
+  const int64_t number = int64_t{block.number} * f.rows_of_block() + (shares ? 0 : warp);
   if (number >= sweep.rows) return;
   const auto row = static_cast<int32_t>(number);
   const float nan = __uint_as_float(0x7fffffffu);
@@ -93,7 +100,7 @@ __global__ void __launch_bounds__(threads)
   // The rows are older than the sweep, which may still be under way.
   UnitRow query, positive;
   double dot = 0.0;
-  if (target >= 0 && target < f.key_positions) {
+  if (part == 0 && target >= 0 && target < f.key_positions) {
     query.read(f.query, image, position, sweep.features, f.normalize, sweep.dtype);
     positive.read(f.positive, image, target, sweep.features, f.normalize, sweep.dtype);
 #pragma unroll
@@ -103,8 +110,6 @@ __global__ void __launch_bounds__(threads)
     dot = warp_sum(dot);
   }
   wait_for_previous();
-  if (target == -1) return fill(f, row, 0.0f, 0.0f);
-  if (target < -1 || target >= f.key_positions) return fill(f, row, nan, nan);
 
   // Slices without a row that counts have no say in the shift.
   double shift = -HUGE_VAL;
@@ -122,6 +127,35 @@ __global__ void __launch_bounds__(threads)
     if (sweep.sum[at] != 0.0f) sum += sweep.sum[at] * exp2(sweep.shift[at] - shift);
   }
   sum = warp_sum(sum);
+
+  double mean_negative[row_slots];  // by their softmax weights
+#pragma unroll
+  for (int k = 0; k < row_slots; ++k) mean_negative[k] = 0.0;
+  if (f.grad_query) {
+    const int share = (sweep.slices + parts - 1) / parts;
+    join_weighted(sweep, row, part * share, min((part + 1) * share, sweep.slices), shift, sum,
+                  mean_negative);
+    if (shares) {
+      double* of_parts = shared_memory<double>();
+#pragma unroll
+      for (int k = 0; k < row_slots; ++k) {
+        of_parts[(part * row_slots + k) * 32 + lane] = mean_negative[k];
+      }
+      __syncthreads();
+      if (part == 0) {
+        for (int other = 1; other < warps; ++other) {
+#pragma unroll
+          for (int k = 0; k < row_slots; ++k) {
+            mean_negative[k] += of_parts[(other * row_slots + k) * 32 + lane];
+          }
+        }
+      }
+    }
+  }
+  if (part > 0) return;
+
+  if (target == -1) return fill(f, row, 0.0f, 0.0f);
+  if (target < -1 || target >= f.key_positions) return fill(f, row, nan, nan);
   const double excess = (log2(sum) + shift - dot * sweep.scale) * ln_2;
   const float longest = longest_row(sweep.queue_longest, sweep.longest_count);
   const bool finite =
@@ -138,8 +172,7 @@ __global__ void __launch_bounds__(threads)
   double gradient[row_slots];
   if (f.grad_query) {
 #pragma unroll
-    for (int k = 0; k < row_slots; ++k) gradient[k] = -positive.rounded[k];
-    join_weighted(sweep, row, shift, sum, gradient);
+    for (int k = 0; k < row_slots; ++k) gradient[k] = mean_negative[k] - positive.rounded[k];
     query.write_gradient(gradient, factor, f.normalize, sweep.features,
                          f.grad_query + int64_t{row} * sweep.features);
   }
@@ -163,9 +196,14 @@ Finish finish_of(const InfoNceCall& call) {
 Status finish_info_nce(const Batch<InfoNceCall>& calls, Stream stream) {
   unsigned blocks;
   const auto batch = make_batch<Finish>(
-      calls, finish_of, [](const Finish& f) { return (int64_t{f.sweep.rows} + warps - 1) / warps; },
+      calls, finish_of,
+      [](const Finish& f) {
+        return (int64_t{f.sweep.rows} + f.rows_of_block() - 1) / f.rows_of_block();
+      },
       &blocks);
-  return launch(finish_kernel, {blocks, threads, 0, /*overlaps_previous=*/true}, stream, batch);
+  constexpr int64_t shared_bytes = warps * row_slots * 32 * sizeof(double);
+  return launch(finish_kernel, {blocks, threads, shared_bytes, /*overlaps_previous=*/true}, stream,
+                batch);
 }
 
 }  // namespace densecl::cuda

@@ -8,7 +8,8 @@
 // next product's operand. Two fragments of rows a warp halve what is read from shared memory, whose
 // 128 bytes a cycle would otherwise be the limit.
 // The sum of the weights as rounded to 16 bits goes through the tensor core beside the weighted sum
-// and scales it at the end, so that equal weights' equal rounding errors cancel.
+// and scales it at the end, so that equal weights' equal rounding errors cancel. Where a bfloat16
+// weight holds much of its row's sum, what rounding has left out goes through the product as well.
 // Cost: 4 M K D FLOP (2 M K D without gradient), M K exponentials.
 #include <ptx/dependent.cuh>
 #include <ptx/launch.cuh>
@@ -22,6 +23,10 @@ namespace {
 
 struct MmaBf16 {
   static constexpr uint32_t ones = 0x3f803f80u;
+  static constexpr bool corrects_heavy = true;
+  static __device__ __forceinline__ float left_out(float x) {
+    return x - bf16_to_float(float_to_bf16(x));
+  }
   using Rule = WideRule;
   static __device__ __forceinline__ uint32_t pack(float low, float high) {
     return pack_bf16(low, high);
@@ -34,6 +39,8 @@ struct MmaBf16 {
 
 struct MmaF16 {
   static constexpr uint32_t ones = 0x3c003c00u;
+  static constexpr bool corrects_heavy = false;  // 11 bits are enough for any
+  static __device__ __forceinline__ float left_out(float) { return 0.0f; }
   using Rule = HalfRule;
   static __device__ __forceinline__ uint32_t pack(float low, float high) {
     return pack_f16(low, high);
@@ -177,6 +184,37 @@ struct Warp {
     }
   }
 
+  // A lane looks at its own columns alone: no more than a row's sum, so it corrects too often, in
+  // the first tiles.
+  __device__ __forceinline__ bool any_heavy(const float (&weights)[fragments][score_tiles][4]) {
+    bool heavy = false;
+#pragma unroll
+    for (int f = 0; f < fragments; ++f) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        float peak = 0.0f;
+#pragma unroll
+        for (int n = 0; n < score_tiles; ++n) {
+          peak = max(peak, max(weights[f][n][2 * h], weights[f][n][2 * h + 1]));
+        }
+        heavy = heavy || peak > heavy_share * rows[f].sum[h];
+      }
+    }
+    return __any_sync(whole_warp, heavy);
+  }
+
+  __device__ __forceinline__ void keep_what_was_left_out(
+      float (&weights)[fragments][score_tiles][4]) {
+#pragma unroll
+    for (int f = 0; f < fragments; ++f) {
+#pragma unroll
+      for (int n = 0; n < score_tiles; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) weights[f][n][i] = Type::left_out(weights[f][n][i]);
+      }
+    }
+  }
+
   // A tile of which `left` rows count.
   __device__ __forceinline__ void take(const uint16_t* tile, int left, float scale) {
 #pragma unroll 1
@@ -198,7 +236,15 @@ struct Warp {
           }
         }
       }
-      if constexpr (gradient) multiply_weights(tile, first, scores);
+      if constexpr (gradient) {
+        const bool heavy = Type::corrects_heavy && any_heavy(scores);
+#pragma unroll 1  // one copy of the product: two would spill
+        for (int pass = 0;; ++pass) {
+          multiply_weights(tile, first, scores);
+          if (!heavy || pass == 1) break;
+          keep_what_was_left_out(scores);
+        }
+      }
     }
   }
 

@@ -6,7 +6,7 @@
 // One launch: the first blocks each take a part of the queue, the others eight query rows, a warp
 // for each. Neighbouring rows of a grid (N, D, S) lie in the same sectors, which a block's warps
 // share through L1. In a part of the queue, lanes hold eight features each and as many as a row
-// needs join, with four rows under way, since there are few such blocks. Cost: one read of the
+// needs join, with eight rows under way, since there are few such blocks. Cost: one read of the
 // queue (17 MB at K = 65,536, D = 128 in 16 bits, which then lies in L2) and of the query; the
 // memory's bandwidth is the limit.
 #include <ptx/dependent.cuh>
@@ -20,7 +20,7 @@ namespace {
 constexpr int threads = 256;
 constexpr int warps = threads / 32;
 constexpr int chunk = 8;      // features that a lane reads of a queue row
-constexpr int under_way = 4;  // rows
+constexpr int under_way = 8;  // rows
 
 struct Prepare {
   GridView query;

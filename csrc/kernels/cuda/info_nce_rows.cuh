@@ -52,6 +52,9 @@ struct HalfRule {
   static constexpr bool follows_bound = true;
 };
 
+// Of a row's sum: the error of a weight that holds more counts when it is rounded to bfloat16.
+constexpr float heavy_share = 1.0f / 16;
+
 // Queue rows that count.
 __device__ __forceinline__ int64_t counted_rows(const int64_t* filled, int64_t length) {
   return filled == nullptr ? length : min(max(*filled, int64_t{0}), length);

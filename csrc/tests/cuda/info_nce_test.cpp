@@ -90,6 +90,35 @@ TEST(CudaInfoNce, Sizes) {
   }
 }
 
+// Few keys at a low temperature: single weights hold much of a row's sum.
+TEST(CudaInfoNce, HeavyWeights) {
+  for (const DType dtype : dtypes) {
+    for (const int64_t features : {40, 200}) {
+      for (const int length : {2, 5, 31, 200}) {
+        InfoNceCase c({.images = 70,
+                       .features = features,
+                       .queue_length = length,
+                       .temperature = 0.07,
+                       .queue_dtype = dtype});
+        SCOPED_TRACE(c.shape.describe());
+        ASSERT_EQ(run(c.problem()), Status::ok);
+        c.check(1e-5, dtype == DType::f32 ? 1e-5 : 2e-4);
+      }
+    }
+  }
+}
+
+// The warps of a block share a row where there are many slices.
+TEST(CudaInfoNce, FewRowsAndManySlices) {
+  for (const DType dtype : dtypes) {
+    for (const int rows : {1, 6}) {
+      expect_right(
+          {.images = rows, .features = 130, .queue_length = 9 * 128 + 5, .queue_dtype = dtype});
+    }
+  }
+  EXPECT_GT(plan_info_nce(6, 130, 9 * 128 + 5, DType::bf16, true).slices, 8);
+}
+
 TEST(CudaInfoNce, ManyRowTilesAndSlices) {
   for (const DType dtype : dtypes) {
     expect_right(

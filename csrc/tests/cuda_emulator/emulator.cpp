@@ -97,10 +97,9 @@ struct Launch {
   std::vector<std::unique_ptr<Block>> blocks;
   std::vector<unsigned char*> used_shared;  // of ended blocks: two blocks must not look like one
   std::vector<Action> actions;
-  const void *begun = new_key(), *ended = new_key(), *grid_key = new_key();
+  const void *begun = new_key(), *ended = new_key();
   Thread* running = nullptr;
-  unsigned blocks_arrived = 0;  // at the grid's barrier
-  Meeting* met = nullptr;       // the meeting whose last member runs
+  Meeting* met = nullptr;  // the meeting whose last member runs
   std::string error;
   bool abandoned = false;  // threads unwind when they are continued
 };
@@ -328,9 +327,7 @@ void enter(Launch& launch) {
 // anything could go on.
 bool step(Launch& launch) {
   enter(launch);
-  const std::size_t at_once = launch.grid.cooperative
-                                  ? launch.numbers.size()
-                                  : static_cast<std::size_t>(chosen.blocks_at_once);
+  const auto at_once = static_cast<std::size_t>(chosen.blocks_at_once);
   while (launch.started < launch.numbers.size() && launch.blocks.size() < at_once) {
     launch.blocks.push_back(open_block(launch.numbers[launch.started++]));
   }
@@ -712,26 +709,6 @@ bool block_barrier(int id, int threads, bool wait, const char* what, Where where
   }
   if (wait) observe(key);
   return *any;
-}
-
-void grid_arrive(Where where) {
-  const Unwatched unwatched;
-  if (!current->grid.cooperative) fail("grid barrier: the launch is not cooperative", where);
-  block_barrier(0, threads_in_block(), true, "grid_arrive", where);
-  if (thread_in_block() == 0) {
-    publish(current->grid_key);
-    ++current->blocks_arrived;
-  }
-  maybe_yield();
-}
-
-void grid_wait(Where where) {
-  const Unwatched unwatched;
-  const Grid& grid = current->grid;
-  const unsigned blocks = grid.blocks[0] * grid.blocks[1] * grid.blocks[2];
-  wait_until([=] { return current->blocks_arrived >= blocks; }, "grid_wait", where);
-  observe(current->grid_key);
-  block_barrier(0, threads_in_block(), true, "grid_wait", where);
 }
 
 void wait_for_previous(Where where) {

@@ -44,7 +44,6 @@ struct Grid {
   unsigned blocks[3];
   unsigned threads[3];
   std::size_t shared_bytes;
-  bool cooperative = false;        // all blocks in flight at once
   bool overlaps_previous = false;  // may start as soon as the previous launch's blocks let it
 };
 
@@ -120,9 +119,6 @@ void warp_collective(std::uint32_t mask, Lane& mine, const char* what, Where whe
 bool block_barrier(int id, int threads, bool wait, const char* what, Where where,
                    bool predicate = false);
 
-// The barrier of a cooperative launch. Each block arrives once; whoever wants to waits.
-void grid_arrive(Where where);
-void grid_wait(Where where);
 
 // griddepcontrol: waits for the previous launch's end and sees what it wrote; lets the next start.
 void wait_for_previous(Where where);

@@ -22,8 +22,6 @@ struct LaunchShape {
   // one thread of the grid must, so that this kernel's end is the end of those before it as well.
   // Without effect where the code that runs was compiled for less than 9.0.
   bool overlaps_previous = false;
-  // All blocks run at once and may meet (ptx/grid.cuh); refused where they do not fit.
-  bool cooperative = false;
 };
 
 inline Status status_of(cudaError_t error) {
@@ -90,15 +88,11 @@ Status launch(void (*kernel)(Parameters...), const LaunchShape& shape, Stream st
     cudaGetLastError();
     return status_of(error);
   }
-  cudaLaunchAttribute attributes[2]{};
+  cudaLaunchAttribute attributes[1]{};
   unsigned count = 0;
   if (shape.overlaps_previous && state.ptx_version >= 90 && overlap_allowed()) {
     attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[count++].val.programmaticStreamSerializationAllowed = 1;
-  }
-  if (shape.cooperative) {
-    attributes[count].id = cudaLaunchAttributeCooperative;
-    attributes[count++].val.cooperative = 1;
   }
   cudaLaunchConfig_t config{};
   config.gridDim = shape.blocks;

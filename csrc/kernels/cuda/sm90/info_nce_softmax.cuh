@@ -26,8 +26,7 @@ enum class SweepSteps {
 template <DType type>
 using Rule = std::conditional_t<type == DType::bf16, WideRule, HalfRule>;
 
-constexpr float heavy_share = 1.0f / 16;  // of a row's sum: the weight's rounding error counts
-constexpr uint32_t golden = 40503;        // 2^16 / 1.618...
+constexpr uint32_t golden = 40503;  // 2^16 / 1.618...
 
 // The softmax of a thread's two rows (8 apart) of 64, with what they have come to.
 template <DType type, bool online, SweepSteps steps>

@@ -18,7 +18,6 @@ struct LaunchShape {
   dim3 threads;
   int64_t shared_bytes = 0;
   bool overlaps_previous = false;  // from compute capability 9.0
-  bool cooperative = false;
 };
 
 inline DeviceLimits device_limits() {
@@ -42,15 +41,11 @@ Status launch(void (*kernel)(Parameters...), const LaunchShape& shape, void*,
   if (b.x > 0x7fffffffu || b.y > 65535 || b.z > 65535) wrong("launch: grid too large");
   if (t.x * t.y * t.z > 1024 || t.z > 64) wrong("launch: block too large");
   if (shape.shared_bytes > device_limits().shared_bytes) wrong("launch: too much shared memory");
-  const int64_t resident =
-      int64_t{2048 / static_cast<int>(t.x * t.y * t.z)} * device_limits().multiprocessors;
-  if (shape.cooperative && int64_t{b.x} * b.y * b.z > resident) wrong("launch: too many blocks");
   const std::tuple<Parameters...> values(static_cast<Arguments&&>(arguments)...);
   emulator::run(
       {{b.x, b.y, b.z},
        {t.x, t.y, t.z},
        static_cast<std::size_t>(shape.shared_bytes),
-       shape.cooperative,
        shape.overlaps_previous && device_limits().compute_capability >= 90 && overlap_allowed()},
       [kernel, values] { std::apply(kernel, values); });
   return Status::ok;

@@ -12,16 +12,6 @@ struct EnqueueCounters {
   int64_t* filled;  // becomes min(K, filled + B); or null
 };
 
-// Few keys are one block's work. More go to several blocks in a cooperative launch, in which the
-// first block advances the pointer when all have read it.
-struct EnqueuePlan {
-  int blocks;
-  int threads;  // a warp for every row
-};
-
-EnqueuePlan plan_enqueue(int64_t length, int64_t features, int64_t batch,
-                         const DeviceLimits& limits);
-
 // problem.pointer is not read.
 Status enqueue(const EnqueueProblem& problem, const EnqueueCounters& counters, Stream stream);
 
