@@ -231,9 +231,9 @@ def step_rows() -> list[Row]:
                    Asked("time", "lambda 0", 1.01), Asked("parts", "", 0.02))),
         row("step-32", "ResNet-50, batch 32", 32, "reference", graph,
             asked=(faster("reference", 1.3), faster("reference", 1.6, graph))),
+        row("step-vit", "ViT-S/16, batch 256", 256, backbone=VIT),
         row("step-largest", "ResNet-50, the largest batch that fits", 0, *COMPARED[1:],
             asked=(Asked("largest", "reference", 1.3, True),)),
-        row("step-vit", "ViT-S/16, batch 256", 256, backbone=VIT),
         row("step-compiled-256", "ResNet-50, batch 256, compiled", 256, "compiled"),
         row("step-compiled-32", "ResNet-50, batch 32, compiled", 32, "compiled"),
     ]  # fmt: skip

@@ -38,6 +38,7 @@ struct Finish {
 };
 
 // Adds the weighted sums of slices [begin, end), each times 2^(its shift - shift) / sum.
+template <int row_slots>
 __device__ __forceinline__ void join_weighted(const InfoNceSweep& sweep, int32_t row, int begin,
                                               int end, double shift, double sum,
                                               double (&gradient)[row_slots]) {
@@ -81,7 +82,8 @@ __device__ __forceinline__ void fill(const Finish& f, int32_t row, float loss, f
   }
 }
 
-__global__ void __launch_bounds__(threads)
+template <int row_slots>
+__global__ void __launch_bounds__(threads, row_slots == 4 ? 5 : 1)
     finish_kernel(const __grid_constant__ Batch<Finish> batch) {
   const BatchBlock block(batch);
   const Finish& f = batch.of[block.problem];
@@ -98,7 +100,7 @@ __global__ void __launch_bounds__(threads)
   const int64_t target = f.match ? f.match[row] : position;
 
   // The rows are older than the sweep, which may still be under way.
-  UnitRow query, positive;
+  UnitRow<row_slots> query, positive;
   double dot = 0.0;
   if (part == 0 && target >= 0 && target < f.key_positions) {
     query.read(f.query, image, position, sweep.features, f.normalize, sweep.dtype);
@@ -201,9 +203,13 @@ Status finish_info_nce(const Batch<InfoNceCall>& calls, Stream stream) {
         return (int64_t{f.sweep.rows} + f.rows_of_block() - 1) / f.rows_of_block();
       },
       &blocks);
-  constexpr int64_t shared_bytes = warps * row_slots * 32 * sizeof(double);
-  return launch(finish_kernel, {blocks, threads, shared_bytes, /*overlaps_previous=*/true}, stream,
-                batch);
+  const auto run = [&](auto kernel, int slots) {
+    const int64_t shared_bytes = int64_t{warps} * slots * 32 * sizeof(double);
+    return launch(kernel, {blocks, threads, shared_bytes, /*overlaps_previous=*/true}, stream,
+                  batch);
+  };
+  return batch.of[0].sweep.features <= 128 ? run(finish_kernel<4>, 4)
+                                           : run(finish_kernel<most_slots>, most_slots);
 }
 
 }  // namespace densecl::cuda

@@ -6,7 +6,7 @@
 // One launch: the first blocks each take a part of the queue, the others eight query rows, a warp
 // for each. Neighbouring rows of a grid (N, D, S) lie in the same sectors, which a block's warps
 // share through L1. In a part of the queue, lanes hold eight features each and as many as a row
-// needs join, with eight rows under way, since there are few such blocks. Cost: one read of the
+// needs join, with four rows under way, since there are few such blocks. Cost: one read of the
 // queue (17 MB at K = 65,536, D = 128 in 16 bits, which then lies in L2) and of the query; the
 // memory's bandwidth is the limit.
 #include <ptx/dependent.cuh>
@@ -20,7 +20,7 @@ namespace {
 constexpr int threads = 256;
 constexpr int warps = threads / 32;
 constexpr int chunk = 8;      // features that a lane reads of a queue row
-constexpr int under_way = 8;  // rows
+constexpr int under_way = 4;  // rows
 
 struct Prepare {
   GridView query;
@@ -39,9 +39,10 @@ struct Prepare {
   int32_t longest_count;
 };
 
+template <int row_slots>
 __device__ __forceinline__ void prepare_row(const Prepare& p, int32_t row) {
   const int lane = static_cast<int>(threadIdx.x % 32);
-  UnitRow query;
+  UnitRow<row_slots> query;
   if (row < p.rows) {
     query.read(p.query, row / p.positions, row % p.positions, p.features, p.normalize,
                p.queue_dtype);
@@ -150,7 +151,9 @@ __device__ void longest_of_part(const Prepare& p, uint32_t part) {
   }
 }
 
-__global__ void __launch_bounds__(threads)
+// At least four blocks a multiprocessor: its few rows are all latency.
+template <int row_slots>
+__global__ void __launch_bounds__(threads, 4)
     prepare_kernel(const __grid_constant__ Batch<Prepare> batch) {
   let_next_start();
   const BatchBlock block(batch);
@@ -158,7 +161,7 @@ __global__ void __launch_bounds__(threads)
   const auto parts = static_cast<uint32_t>(p.longest_count);
   if (block.number < parts) return longest_of_part(p, block.number);
   const auto row = static_cast<int32_t>((block.number - parts) * warps + threadIdx.x / 32);
-  if (row < p.padded_rows) prepare_row(p, row);
+  if (row < p.padded_rows) prepare_row<row_slots>(p, row);
 }
 
 Prepare prepare_of(const InfoNceCall& call) {
@@ -193,7 +196,9 @@ Status prepare_info_nce(const Batch<InfoNceCall>& calls, Stream stream) {
   const auto batch = make_batch<Prepare>(
       calls, prepare_of, [](const Prepare& p) { return p.longest_count + p.padded_rows / warps; },
       &blocks);
-  return launch(prepare_kernel, {blocks, threads, warps * sizeof(float)}, stream, batch);
+  const LaunchShape shape{blocks, threads, warps * sizeof(float)};
+  return batch.of[0].features <= 128 ? launch(prepare_kernel<4>, shape, stream, batch)
+                                     : launch(prepare_kernel<most_slots>, shape, stream, batch);
 }
 
 }  // namespace densecl::cuda

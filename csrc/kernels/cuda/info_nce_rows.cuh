@@ -8,7 +8,7 @@
 namespace densecl::cuda {
 
 constexpr uint32_t whole_warp = 0xffffffffu;
-constexpr int row_slots = static_cast<int>(info_nce_features / 32);
+constexpr int most_slots = static_cast<int>(info_nce_features / 32);  // of a row, in a lane
 constexpr double log2_e = 1.44269504088896340736;
 constexpr double shortest_row = 1e-12;  // as on the CPU: a shorter row has no direction
 
@@ -66,7 +66,9 @@ __device__ __forceinline__ float round_to(float x, DType dtype) {
   return x;
 }
 
-// Slot k of lane l is feature 32 k + l; slots beyond the features are 0.
+// Slot k of lane l is feature 32 k + l; slots beyond the features are 0. Kernels exist for 4 slots,
+// whose few registers let twice as many rows be under way, and for all.
+template <int row_slots>
 struct UnitRow {
   float unit[row_slots];     // after the scaling to unit length
   float rounded[row_slots];  // after the rounding to the queue's type

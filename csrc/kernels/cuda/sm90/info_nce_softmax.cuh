@@ -19,7 +19,8 @@ enum class SweepSteps {
   overlap,    // a tile's exponentials are done before the wait for the previous tile's product
   uniform,    // the stage's number lies in a uniform register
   threshold,  // weights are rounded by one addition each
-  all         // and what is heavy is looked for no longer than it can be
+  all,        // and what is heavy is looked for no longer than it can be
+  ahead       // scores are multiplied one piece of a tile ahead
 };
 
 // How weights are shifted, as in the portable sweeps.
