@@ -105,7 +105,8 @@ def pack(root: Path, out: Path) -> None:
             save(Image.open(path), work / "windows/windows" / path.name, WINDOW_QUALITY)
         street(root / "camvid", work / "camvid/camvid")
         photos = find_images(root / "photos/images")
-        chosen = [photos[index * len(photos) // PAIRS] for index in range(min(PAIRS, len(photos)))]
+        count = min(PAIRS, len(photos))
+        chosen = [photos[index * len(photos) // count] for index in range(count)]
         (work / "correspondence/correspondence").mkdir(parents=True)
         for path in chosen:
             shutil.copy(path, work / "correspondence/correspondence" / path.name)

@@ -228,5 +228,5 @@ ARMS: dict[str, tuple[type[nn.Module], dict[str, Any], float]] = {
     "simsiam": (SimSiam, {}, 0.1),
     "byol": (BYOL, {}, 0.2),
     "dino": (DINO, {}, 0.2),
-    "vicregl": (VICRegL, {}, 0.1),
+    "vicregl": (VICRegL, {}, 0.025),
 }

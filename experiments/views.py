@@ -56,8 +56,8 @@ class Stream:
 
     def _made(self, first: int) -> Iterator[TwoViews]:
         """The batches from number `first` on."""
-        epoch, within = divmod(first, len(self.loader))
-        for epoch in itertools.count(epoch):
+        begun, within = divmod(first, len(self.loader))
+        for epoch in itertools.count(begun):
             yield from epoch_batches(self.loader, self.seed, epoch, within)
             within = 0
 
