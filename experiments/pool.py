@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -36,23 +36,23 @@ def work(pipe: Connection, materials: Materials, setting: Setting) -> None:
     torch.set_num_threads(setting.threads)
     torch.backends.cudnn.allow_tf32 = False  # float32 is float32, as on a CPU
     torch.backends.cudnn.deterministic = True
-    device, graph = torch.device(setting.device), setting.graph
+    device = torch.device(setting.device)
     if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())
         torch.zeros(1, device=device)  # makes the context while the parent prepares
     pipe.send(("ready", None))
     while (run := pipe.recv()) is not None:
         try:
-            try:
-                line = perform(run, materials, device, graph=graph)
-            except RuntimeError as error:
-                if not (graph and "could not be captured" in str(error)):
-                    raise
-                print(f"{error}\ngoing on without graphs", flush=True)
-                graph = False
-                line = perform(run, materials, device, graph=False)
-            pipe.send(("line", line))
-        except Exception:
+            pipe.send(("line", perform(run, materials, device, graph=setting.graph)))
+        except FloatingPointError:
             pipe.send(("failed", traceback.format_exc()))
+        except Exception as error:
+            # A GPU's process may be unable to go on, and would fail everything after.
+            uncaptured = setting.graph and "could not be captured" in str(error)
+            kind = "uncaptured" if uncaptured else "broken" if device.type == "cuda" else "failed"
+            pipe.send((kind, traceback.format_exc()))
+            if kind != "failed":
+                return
 
 
 class Pool:
@@ -64,6 +64,7 @@ class Pool:
         seconds: no run is started later than this after `begun`, nor one that would end more than
             GRACE later; what still runs then is ended. None has no limit.
         begun: `time.monotonic()` of the beginning.
+        target: what a worker does.
     """
 
     def __init__(
@@ -74,37 +75,53 @@ class Pool:
         results: Path,
         seconds: float | None = None,
         begun: float | None = None,
+        target: Callable[[Connection, Materials, Setting], None] = work,
     ) -> None:
         self.results, self.failed, self.finished = results, 0, 0
+        self.materials, self.setting, self.target = materials, setting, target
         begun = time.monotonic() if begun is None else begun
         self.deadline = float("inf") if seconds is None else begun + seconds
         self._speed: dict[tuple[Any, ...], tuple[float, float]] = {}
         self._busy: dict[Connection, Run | None] = {}  # None: not ready yet
         self._idle: list[Connection] = []
         os.environ["OMP_NUM_THREADS"] = str(setting.threads)  # read when a worker imports NumPy
-        context = multiprocessing.get_context("spawn")
-        self._workers = {}
+        self._workers: dict[Connection, Any] = {}
+        self._again: list[Run] = []
+        self._spare = processes  # workers that may still be replaced
         for _ in range(processes):
-            ours, theirs = context.Pipe()
-            worker = context.Process(target=work, args=(theirs, materials, setting), daemon=True)
-            worker.start()
-            theirs.close()
-            self._workers[ours] = worker
-            self._busy[ours] = None
+            self._start()
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        worker = context.Process(
+            target=self.target, args=(theirs, self.materials, self.setting), daemon=True
+        )
+        worker.start()
+        theirs.close()
+        self._workers[ours] = worker
+        self._busy[ours] = None
 
     def run(self, jobs: Iterator[Run]) -> None:
         """Work on the runs, in their order. A job may ask for `drain` before it is handed out."""
-        for run in jobs:
+        while True:
             while not self._idle and self._busy:
                 self._receive()
+                if time.monotonic() > self.deadline:
+                    break
             if not self._idle or time.monotonic() > self.deadline:
                 break
-            if time.monotonic() + self._expected(run) > self.deadline + GRACE:
+            run = self._again.pop() if self._again else next(jobs, None)
+            if run is None:
+                self.drain()
+                if not self._again:
+                    break
+            elif time.monotonic() + self._expected(run) > self.deadline + GRACE:
                 print(f"left out for want of time: {run.key}", flush=True)
-                continue
-            pipe = self._idle.pop()
-            self._busy[pipe] = run
-            pipe.send(run)
+            else:
+                pipe = self._idle.pop()
+                self._busy[pipe] = run
+                pipe.send(run)
         self.drain()
 
     def drain(self) -> None:
@@ -135,8 +152,19 @@ class Pool:
             try:
                 kind, said = pipe.recv()
             except (EOFError, OSError):
+                kind, said = "broken", "its process died"
+            if kind == "uncaptured":
+                print(f"{said}\ngoing on without graphs", flush=True)
+                self.setting = dataclasses.replace(self.setting, graph=False)
+                self._again += [run] if run else []
+                self._start()  # which cannot happen to it again
+                continue
+            if kind == "broken":
                 self.failed += 1
-                print(f"a worker died{f' of {run.key}' if run else ''}", flush=True)
+                print(f"failed: {run.key if run else 'a worker'}\n{said}", flush=True)
+                if self._spare:
+                    self._spare -= 1
+                    self._start()
                 continue
             self._idle.append(pipe)
             if run is None:

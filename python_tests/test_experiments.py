@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,8 @@ from densecl_ext.data import Augmentation, build_loader
 from densecl_ext.data.augmentation import draw_parameters
 from densecl_ext.evaluate.pixels import resize
 from experiments import data, report, run, views
-from experiments.training import Run
+from experiments.pool import Pool, Setting
+from experiments.training import Materials, Run
 
 pytest.importorskip("torchmetrics")
 
@@ -188,6 +192,33 @@ def test_pool_runs_a_plan_selects_survives_a_failure_and_resumes(
     again = run.lines(results / "b.jsonl")
     assert again[1]["run"] == json.loads(lines[1])["run"]
     assert again[1]["numbers"] == json.loads(lines[1])["numbers"]  # repeats
+
+
+def faulty(pipe: Connection, materials: object, setting: Setting) -> None:
+    """Dies of seed 1, and of graphs at seed 2."""
+    pipe.send(("ready", None))
+    while (given := pipe.recv()) is not None:
+        if given.seed == 1:
+            os._exit(3)
+        if given.seed == 2 and setting.graph:
+            pipe.send(("uncaptured", "no graph"))
+            return
+        training = {"seconds": 0.1, "graph": setting.graph}
+        pipe.send(("line", {"run": dataclasses.asdict(given), "training": training}))
+
+
+def test_pool_replaces_workers_that_cannot_go_on(tmp_path: Path) -> None:
+    materials = Materials(tmp_path, tmp_path, tmp_path)
+    pool = Pool(2, materials, Setting(), tmp_path, target=faulty)
+    given = [Run("s", "photos", "ours", seed, 1, 0.1, "val") for seed in range(7)]
+    try:
+        pool.run(iter(given))
+    finally:
+        pool.close()
+    assert (pool.finished, pool.failed) == (6, 1)
+    found = {one["run"]["seed"]: one for one in run.lines(tmp_path / "s.jsonl")}
+    assert sorted(found) == [0, 2, 3, 4, 5, 6]
+    assert not found[2]["training"]["graph"]
 
 
 def test_plans_of_the_project_name_known_arms(tmp_path: Path) -> None:
