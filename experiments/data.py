@@ -1,16 +1,34 @@
-"""The sets, outside of the project: a folder laid out as `--data-root` wants it.
+"""The sets: a folder laid out as `--data-root` wants it, or small copies of it in a few files.
 
-photos/images and caltech101/images are natural photographs, camvid/ has street scenes with masks.
-What is derived from them (windows of CamVid's frames) goes to a cache folder.
+    python -m experiments.data --data-root DATA --out PACKED
+
+`DATA` holds photos/images, caltech101/images (natural photographs) and camvid/{images,masks,splits}
+(street scenes with masks). `PACKED` holds the same at the sizes that the experiments use, so that
+they can be repeated on a machine to which little can be copied: `--data-root PACKED` works alike.
 """
 
 from __future__ import annotations
 
+import argparse
+import os
+import shutil
+import tempfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
+import torch
+from PIL import Image
+
+from densecl_ext.data import find_images
+from densecl_ext.evaluate.folder import SegmentationFolder
+from densecl_ext.evaluate.pixels import resize
 
 WINDOWS, WINDOW, STORED = 2500, 288, 96
+STREET = (180, 240)  # height and width at which CamVid is measured
+PAIRS = 128  # photographs of which two crops are matched
+PHOTO_QUALITY, WINDOW_QUALITY, STREET_QUALITY = 88, 92, 95
+PACKS = ("photos", "windows", "camvid", "correspondence")
 
 
 def pretraining_folders(name: str, root: Path, cache: Path) -> list[Path]:
@@ -18,14 +36,19 @@ def pretraining_folders(name: str, root: Path, cache: Path) -> list[Path]:
     if name == "photos":
         return [root / "photos/images", root / "caltech101/images"]
     if name == "camvid":
-        return [street_windows(root, cache)]
+        packed = root / "windows"
+        return [packed if packed.is_dir() else street_windows(root, cache)]
     raise ValueError(f"experiments: set must be photos or camvid, got {name!r}")
+
+
+def correspondence_folder(root: Path) -> Path:
+    """Folder of the photographs that correspondence is measured on, at their full size."""
+    packed = root / "correspondence"
+    return packed if packed.is_dir() else root / "photos/images"
 
 
 def street_windows(root: Path, cache: Path) -> Path:
     """2,500 square windows of CamVid's 367 training frames, no labels, reduced to 96 pixels."""
-    from PIL import Image
-
     folder = cache / f"camvid_windows_{WINDOWS}_{WINDOW}_{STORED}"
     if folder.is_dir():
         return folder
@@ -41,3 +64,91 @@ def street_windows(root: Path, cache: Path) -> Path:
         window = frame.crop((x, y, x + WINDOW, y + WINDOW))
         window.resize((STORED, STORED), Image.Resampling.LANCZOS).save(partial / f"{index:04d}.png")
     return partial.rename(folder)
+
+
+def prepared(root: Path, cache: Path, sets: set[str]) -> Path:
+    """The root with everything in place that runs on these sets read: unpacked, windows cut."""
+    if (root / f"{PACKS[0]}.zip").is_file():
+        stamp = max(int((root / f"{name}.zip").stat().st_mtime) for name in PACKS)
+        folder = cache / f"unpacked_{stamp}"
+        if not folder.is_dir():
+            cache.mkdir(parents=True, exist_ok=True)
+            partial = Path(tempfile.mkdtemp(dir=cache))
+            for name in PACKS:
+                with zipfile.ZipFile(root / f"{name}.zip") as archive:
+                    archive.extractall(partial)
+            partial.rename(folder)
+        root = folder
+    for name in sets:
+        pretraining_folders(name, root, cache)
+    return root
+
+
+def pack(root: Path, out: Path) -> None:
+    """Write the small copies: a zip file each of the photographs, the windows, CamVid, the pairs.
+
+    Photographs are reduced as the loader would, CamVid as its evaluation would; WebP changes both a
+    little. The photographs for correspondence stay as they are.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        for folder in ("photos/images", "caltech101/images"):
+            for path in find_images(root / folder):
+                image = Image.open(path).convert("RGB")
+                short = min(image.size)
+                if short > STORED:
+                    width, height = (max(1, round(side * STORED / short)) for side in image.size)
+                    image = image.resize((width, height), Image.Resampling.BICUBIC)
+                save(image, work / "photos" / path.relative_to(root), PHOTO_QUALITY)
+        for path in find_images(street_windows(root, work)):
+            save(Image.open(path), work / "windows/windows" / path.name, WINDOW_QUALITY)
+        street(root / "camvid", work / "camvid/camvid")
+        photos = find_images(root / "photos/images")
+        count = min(PAIRS, len(photos))
+        chosen = [photos[index * len(photos) // count] for index in range(count)]
+        (work / "correspondence/correspondence").mkdir(parents=True)
+        for path in chosen:
+            shutil.copy(path, work / "correspondence/correspondence" / path.name)
+        for pack_name in PACKS:
+            with zipfile.ZipFile(out / f"{pack_name}.zip", "w") as archive:
+                for path in sorted((work / pack_name).rglob("*")):
+                    if path.is_file():
+                        archive.write(path, path.relative_to(work / pack_name))
+            size = os.path.getsize(out / f"{pack_name}.zip") / 1e6
+            print(f"{pack_name}: {size:.1f} MB", flush=True)
+
+
+def street(camvid: Path, out: Path) -> None:
+    """CamVid's images and masks at the size of the evaluation, resized as it does."""
+    (out / "masks").mkdir(parents=True)
+    shutil.copytree(camvid / "splits", out / "splits")
+    if (camvid / "classes.txt").is_file():
+        shutil.copy(camvid / "classes.txt", out)
+    for split in sorted(path.stem for path in (camvid / "splits").glob("*.txt")):
+        folder = SegmentationFolder(camvid, split)
+        for index, name in enumerate(folder.names):
+            image, label = resize(*folder[index], STREET)
+            pixels = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+            save(pixels, out / f"images/{name}", STREET_QUALITY)
+            Image.fromarray(label.to(torch.uint8).numpy()).save(
+                out / f"masks/{name}.png", optimize=True
+            )
+
+
+def save(image: Image.Image, path: Path, quality: int) -> None:
+    """As WebP, which at these sizes takes three quarters of what an equally good JPEG takes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path.with_suffix(".webp"), quality=quality)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m experiments.data", description=__doc__)
+    parser.add_argument("--data-root", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    given = parser.parse_args(arguments)
+    pack(given.data_root.resolve(), given.out.resolve())
+
+
+if __name__ == "__main__":
+    main()

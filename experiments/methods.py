@@ -20,8 +20,20 @@ from densecl_ext.nn.matching import geometric_match
 QUEUE, HIDDEN, MOMENTUM, BN_GROUPS = 2048, 512, 0.99, 4
 
 
+class Measured(DenseCL):
+    """DenseCL that computes the metrics of its step only when asked to."""
+
+    telling = True
+
+    def _metrics(self, *args: Any) -> dict[str, Tensor]:
+        return super()._metrics(*args) if self.telling else {}
+
+
 class Ours(nn.Module):
     """DenseCL with any of its options; lambda 0 is MoCo v2."""
+
+    capturable = True  # by a CUDA graph
+    telling = True
 
     def __init__(self, backbone: nn.Module, steps: int, **options: Any) -> None:
         super().__init__()
@@ -31,13 +43,15 @@ class Ours(nn.Module):
             "momentum": MOMENTUM,
             "key_bn_groups": BN_GROUPS,
         }
-        self.model = DenseCL(backbone, **{**defaults, **options})
+        self.model = Measured(backbone, **{**defaults, **options})
         self.health: dict[str, float] = {}
 
     def forward(self, q: Tensor, k: Tensor, crop_q: Tensor, crop_k: Tensor) -> Tensor:
+        self.model.telling = self.telling
         out = self.model(q, k, crop_q=crop_q, crop_k=crop_k)
-        names = ("position_share", "same_index", "same_index_geometric")
-        self.health = {n: float(out.metrics[n]) for n in names if n in out.metrics}
+        if self.telling:
+            names = ("position_share", "same_index", "same_index_geometric")
+            self.health = {n: float(out.metrics[n]) for n in names if n in out.metrics}
         return out.loss
 
     @property
@@ -61,6 +75,8 @@ def mlp(widths: list[int], *, last_norm: bool = False) -> nn.Sequential:
 class SimSiam(nn.Module):
     """SimSiam (arXiv 2011.10566): projector of three layers, predictor with a bottleneck."""
 
+    capturable = True
+
     def __init__(self, backbone: nn.Module, steps: int, dim: int = HIDDEN) -> None:
         super().__init__()
         from lightly.loss import NegativeCosineSimilarity
@@ -79,6 +95,8 @@ class SimSiam(nn.Module):
 
 class BYOL(nn.Module):
     """BYOL (arXiv 2006.07733): a momentum target, a predictor, no negatives."""
+
+    capturable = True
 
     def __init__(self, backbone: nn.Module, steps: int, dim: int = 128) -> None:
         super().__init__()
@@ -142,7 +160,8 @@ class DINO(nn.Module):
         teacher = [self.teacher(view).float() for view in (q, k)]
         epoch = int(30 * self.done / self.steps)  # the teacher's temperature warms up in a sixth
         self.done += 1
-        return self.criterion(teacher, student, epoch=epoch)
+        with torch.autocast(q.device.type, enabled=False):
+            return self.criterion(teacher, student, epoch=epoch)
 
 
 class VICRegL(nn.Module):
@@ -165,7 +184,8 @@ class VICRegL(nn.Module):
     def forward(self, q: Tensor, k: Tensor, crop_q: Tensor, crop_k: Tensor) -> Tensor:
         features = [self.backbone(view) for view in (q, k)]
         pooled = [self.projector(f.mean((2, 3))).float() for f in features]
-        loss_global = self.criterion(*pooled)
+        with torch.autocast(q.device.type, enabled=False):
+            loss_global = self.criterion(*pooled)
         images, _, height, width = features[0].shape
         local = [
             self.local_projector(f.permute(0, 2, 3, 1).flatten(0, 2))
@@ -182,11 +202,15 @@ class VICRegL(nn.Module):
             near = torch.einsum("ncs,nct->nst", *unit)
             by_feature = [near.argmax(2), near.argmax(1)]
         losses = []
-        for matches in (by_place, by_feature):
-            for a, b, match in ((local[0], local[1], matches[0]), (local[1], local[0], matches[1])):
-                index = match.clamp(min=0)[..., None].expand(-1, -1, b.shape[2])
-                rows = match >= 0
-                losses.append(self.criterion(a[rows], b.gather(1, index)[rows]))
+        with torch.autocast(q.device.type, enabled=False):
+            for matches in (by_place, by_feature):
+                for i, match in enumerate(matches):
+                    a, b = local[i], local[1 - i]
+                    b = b.gather(1, match.clamp(min=0)[..., None].expand(-1, -1, b.shape[2]))
+                    if matches is by_place:  # by features all have a match, and nothing waits
+                        rows = (match >= 0).nonzero(as_tuple=True)
+                        a, b = a[rows], b[rows]
+                    losses.append(self.criterion(a.flatten(0, -2), b.flatten(0, -2)))
         loss_local = torch.stack(losses).mean()
         return self.alpha * loss_global + (1 - self.alpha) * loss_local
 
@@ -204,5 +228,5 @@ ARMS: dict[str, tuple[type[nn.Module], dict[str, Any], float]] = {
     "simsiam": (SimSiam, {}, 0.1),
     "byol": (BYOL, {}, 0.2),
     "dino": (DINO, {}, 0.2),
-    "vicregl": (VICRegL, {}, 0.1),
+    "vicregl": (VICRegL, {}, 0.025),
 }

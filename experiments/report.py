@@ -10,6 +10,7 @@ seed, with its 95 % interval by Student's t.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import re
@@ -20,10 +21,13 @@ from statistics import fmean
 from typing import Any
 
 from densecl_ext.study import interval
-from experiments.run import RESULTS
+from experiments.methods import ARMS
+from experiments.run import RESULTS, lines
+from experiments.training import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, FIGURE = ROOT / "docs" / "evidence.md", ROOT / "docs" / "images" / "evidence.png"
+FIGURE_OF = "final"
 METRICS = {
     "segmentation": "linear mIoU",
     "incontext": "in-context mIoU",
@@ -46,46 +50,49 @@ NAMES = {
     "dino": "DINO",
     "vicregl": "VICRegL",
 }
-Rows = dict[str, dict[int, dict[str, Any]]]  # arm -> seed -> line
+Rows = dict[str, dict[int, dict[str, Any]]]  # arm and its settings -> seed -> line
+Group = tuple[str, str, int, str]  # split, set, steps, network where it is not the usual one
 
 
-def lines(study: str) -> list[dict[str, Any]]:
-    """The results of a study."""
-    path = RESULTS / f"{study}.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-
-
-def groups(found: Iterable[dict[str, Any]]) -> dict[tuple[str, str, int], Rows]:
-    """Lines by split, set and steps; an arm with options of its own is a row of its own."""
-    grouped: dict[tuple[str, str, int], Rows] = defaultdict(lambda: defaultdict(dict))
-    without: dict[tuple[str, str], dict[int, dict[str, Any]]] = defaultdict(dict)
+def groups(found: Iterable[dict[str, Any]]) -> dict[Group, Rows]:
+    """Lines that may be compared; an arm with settings of its own is a row of its own."""
+    grouped: dict[Group, Rows] = defaultdict(lambda: defaultdict(dict))
+    without: dict[tuple[str, str, str], dict[int, dict[str, Any]]] = defaultdict(dict)
     for line in found:
-        run = line["run"]
-        arm = run["arm"]
-        if run["options"] != "{}":
-            arm += " " + ", ".join(f"{k}={v}" for k, v in json.loads(run["options"]).items())
-        if arm == "random":
-            without[run["split"], run["set"]][run["seed"]] = line
+        run = Run(**line["run"])
+        settings = json.loads(run.options)
+        label = run.arm
+        if settings:
+            label += " " + ", ".join(f"{k}={v}" for k, v in settings.items())
+        if run.arm == "random":
+            without[run.split, run.set, network(run)][run.seed] = line
             continue
-        usual = default_rate(run["arm"])
-        if run["lr"] != usual:
-            arm += f" lr={run['lr']:g}"
-        grouped[run["split"], run["set"], run["steps"]][arm][run["seed"]] = line
-    for (split, name, _), rows in grouped.items():
-        if without[split, name]:
-            rows["random"] = without[split, name]
+        if run.lr != ARMS[run.arm][2]:
+            label += f" lr={run.lr:g}"
+        grouped[run.split, run.set, run.steps, network(run)][label][run.seed] = line
+    for (split, name, _, of), rows in grouped.items():
+        if without[split, name, of]:
+            rows["random"] = without[split, name, of]
     return dict(sorted(grouped.items()))
 
 
-def default_rate(arm: str) -> float:
-    """The arm's own learning rate."""
-    from experiments.methods import ARMS
+def network(run: Run) -> str:
+    """What differs from the usual network and views, as text."""
+    usual = {field.name: field.default for field in dataclasses.fields(Run)}
+    names = {"backbone": "", "output_stride": "stride ", "size": "pixels ", "batch": "batch "}
+    values = {name: getattr(run, name) for name in names}
+    return ", ".join(f"{names[n]}{v}" for n, v in values.items() if v != usual[n])
 
-    return ARMS[arm][2]
+
+def baseline_of(rows: Rows) -> str:
+    """The baseline's row: of several, that of most seeds, the arm's own settings before others."""
+    own = [label for label in rows if label.partition(" ")[0] == BASELINE]
+    return max(own, key=lambda label: (len(rows[label]), label == BASELINE), default="")
 
 
-def table(rows: Rows, baseline: str = BASELINE) -> str:
+def table(rows: Rows) -> str:
     """One group as Markdown."""
+    baseline = baseline_of(rows)
     head = ["arm", "seeds", *METRICS.values()]
     out = [" | ".join(head), " | ".join("---" for _ in head)]
     order = sorted(rows, key=lambda arm: (arm != "random", -mean_of(rows[arm], "segmentation")))
@@ -122,23 +129,31 @@ def mean_of(lines_by_seed: dict[int, dict[str, Any]], metric: str) -> float:
     return fmean(value(line, metric) for line in lines_by_seed.values())
 
 
-def draw(found: dict[tuple[str, str, int], Rows], png: Path) -> None:
+def draw(found: dict[Group, Rows], png: Path) -> None:
     """Linear mIoU and correspondence of the arms: a dot a seed, a line at their mean."""
     from matplotlib.figure import Figure
 
     shown = [arm for arm in ("random", "densecl_paper", "mocov2", "vicregl", "dino", "ours")]
-    sets = [key for key in found if len(found[key].get("ours", {})) > 1]
+    # label by arm; of several settings, the one of most seeds
+    labels = {
+        key: {
+            label.partition(" ")[0]: label
+            for label in sorted(rows, key=lambda label: len(rows[label]))
+        }
+        for key, rows in found.items()
+    }
+    sets = [key for key in found if len(found[key].get(labels[key].get("ours", ""), {})) > 1]
     if not sets:
         return  # one seed shows nothing
     figure = Figure(figsize=(4.6 * len(sets), 5.6), dpi=110, layout="constrained")
     axes = figure.subplots(2, len(sets), squeeze=False)
     for column, key in enumerate(sets):
         rows = found[key]
-        arms = [arm for arm in shown if arm in rows]
+        arms = [arm for arm in shown if arm in labels[key]]
         for row, metric in enumerate(("segmentation", "exact")):
             ax = axes[row][column]
             for place, arm in enumerate(arms):
-                seen = [value(line, metric) for line in rows[arm].values()]
+                seen = [value(line, metric) for line in rows[labels[key][arm]].values()]
                 colour = "#0072b2" if arm == "ours" else "#8a8f98"
                 ax.scatter([place] * len(seen), seen, s=22, color=colour, zorder=3)
                 ax.hlines(fmean(seen), place - 0.3, place + 0.3, color=colour, linewidth=2)
@@ -162,15 +177,16 @@ def main() -> None:
     page = PAGE.read_text(encoding="utf-8") if PAGE.is_file() else ""
     for path in sorted(RESULTS.glob("*.jsonl")):
         study = path.stem
-        found = groups(lines(study))
+        found = groups(lines(path))
         text = []
-        for (split, name, steps), rows in found.items():
-            text += [f"**{name}, {steps:,} steps, CamVid {split}**", "", table(rows), ""]
+        for (split, name, steps, of), rows in found.items():
+            title = f"{name}, {steps:,} steps, {of + ', ' if of else ''}CamVid {split}"
+            text += [f"**{title}**", "", table(rows), ""]
         body = "\n".join(text)
         print(f"== {study}\n\n{body}")
         mark = rf"(<!-- {study} -->\n).*?(<!-- /{study} -->)"
         page = re.sub(mark, lambda m, body=body: f"{m[1]}\n{body}\n{m[2]}", page, flags=re.DOTALL)
-        if study == "final" and given.write:
+        if study == FIGURE_OF and given.write:
             draw(found, FIGURE)
     if given.write:
         PAGE.write_text(page, encoding="utf-8")

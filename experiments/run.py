@@ -3,202 +3,185 @@
     python -m experiments.run --data-root DIR --study NAME --sets photos camvid --arms mocov2 ours
         --seeds 0 1 2 --steps 400 --split val
 
-A run whose line is in experiments/results/NAME.jsonl is left out, so the same command goes on after
-an interruption. Several processes may work on one study: each takes the runs that no other has.
+A run whose line is in RESULTS/NAME.jsonl is left out, so the same command goes on after an
+interruption. `--plan FILE` takes many such sets of arguments from a JSON list of objects, in its
+order, as one pool of work; what an object does not say, the command line does.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import dataclasses
 import functools
+import itertools
 import json
-import os
+import math
+import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-import torch
-from torch import nn
-
-from densecl_ext.backbones import build_backbone
-from densecl_ext.data import build_loader
-from densecl_ext.evaluate.correspondence import CorrespondenceOptions, Views, correspondence
-from densecl_ext.evaluate.dense import DenseData, evaluate_dense
-from densecl_ext.evaluate.incontext import InContext, InContextOptions
-from densecl_ext.evaluate.segmentation import Linear, SegmentationOptions
-from densecl_ext.train.schedule import cosine_lr
-from experiments.data import pretraining_folders
+from experiments.data import prepared
 from experiments.methods import ARMS
+from experiments.pool import Pool, Setting
+from experiments.training import Materials, Run
 
 RESULTS = Path(__file__).resolve().parent / "results"
-BACKBONE, SIZE, BATCH, WEIGHT_DECAY = "resnet18", 64, 64, 1e-4
+# An arm that was not tuned itself takes the settings of the arm that it varies.
+VARIED = {
+    "mocov2_reflect": "mocov2",
+    "densecl_paper_reflect": "densecl_paper",
+    "densecl_geometric": "densecl_paper",
+    "densecl_position": "densecl_paper",
+}
 
 
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """One line of results."""
-
-    study: str
-    set: str
-    arm: str
-    seed: int
-    steps: int
-    lr: float
-    split: str
-    options: str = "{}"  # JSON, on top of the arm's own
-
-    @property
-    def key(self) -> str:
-        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+def lines(path: Path) -> list[dict[str, Any]]:
+    """The results of a study."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
-def network(arm: str) -> nn.Module:
-    """ResNet-18 up to its second stage: 128 channels, stride 8, 0.7 million weights."""
-    padding = "reflect" if arm.endswith("_reflect") else "zeros"
-    return build_backbone(BACKBONE, output_stride=8, truncate=True, padding=padding)
+def best(tuned: list[dict[str, Any]], set_name: str, arm: str, *, plain: bool) -> tuple[float, str]:
+    """Rate and options with the best mean of linear and in-context mIoU on the validation split.
 
+    Candidates are compared on the seeds that all of them have. The arm's own settings where none
+    was measured.
 
-def pretrain(run: Run, root: Path, cache: Path) -> tuple[nn.Module, nn.Module | None, dict]:
-    """The backbone, the dense head where there is one, and what the training said."""
-    torch.manual_seed(run.seed)
-    backbone = network(run.arm)
-    if run.arm == "random":
-        return backbone, None, {}
-    method, options, _ = ARMS[run.arm]
-    arm = method(backbone, run.steps, **{**options, **json.loads(run.options)})
-    arm.to(memory_format=torch.channels_last).train()
-    loader = build_loader(
-        pretraining_folders(run.set, root, cache), batch_size=BATCH, size=SIZE, backend="memory",
-        seed=run.seed, channels_last=True, workers=1, cache_size=96,
-    )  # fmt: skip
-    weights = [parameter for parameter in arm.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.SGD(weights, run.lr, momentum=0.9, weight_decay=WEIGHT_DECAY)
-    said: dict[str, Any] = {}
-    seconds = time.process_time()
-    for step, views in enumerate(epochs(loader, run.steps)):
-        for group in optimizer.param_groups:
-            group["lr"] = cosine_lr(run.lr, step, run.steps)
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = arm(views.view_q, views.view_k, views.crop_q, views.crop_k)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        if step % 50 == 0 or step == run.steps - 1:
-            said = {"loss": round(float(loss.detach()), 3), **getattr(arm, "health", {})}
-            print(f"  {run.arm} {run.set} seed {run.seed} step {step}: {said}", flush=True)
-    said["train_cpu_seconds"] = round(time.process_time() - seconds, 1)
-    loader.close()
-    return backbone, getattr(arm, "dense_head", None), said
-
-
-def epochs(loader: Any, steps: int) -> Iterator[Any]:
-    """The given number of batches, epoch after epoch."""
-    done = epoch = 0
-    while True:
-        loader.set_epoch(epoch)
-        for views in loader:
-            yield views
-            done += 1
-            if done == steps:
-                return
-        epoch += 1
-
-
-@functools.cache
-def street(root: Path, split: str) -> tuple[DenseData, list[Any]]:
-    """CamVid at 240 x 180 and the protocols on it."""
-    shared: dict[str, Any] = {
-        "data": str(root / "camvid"),
-        "val_split": split,
-        "size": (180, 240),
-        "recalibrate": 184,
+    Args:
+        tuned: lines of the tuning.
+        set_name: of the pre-training.
+        arm: or the arm that it varies.
+        plain: consider runs with the arm's own options alone.
+    """
+    arm = VARIED.get(arm, arm)
+    scores: dict[tuple[float, str], dict[int, float]] = defaultdict(dict)
+    for line in tuned:
+        run, numbers = Run(**line["run"]), line["numbers"]
+        if (run.set, run.arm, run.split) == (set_name, arm, "val"):
+            if plain and run.options != "{}":
+                continue
+            score = (numbers["segmentation"] + numbers["incontext"]) / 2
+            scores[run.lr, run.options][run.seed] = score if math.isfinite(score) else -math.inf
+    if not scores:
+        return ARMS[arm][2], "{}"
+    common = set.intersection(*(set(by_seed) for by_seed in scores.values()))
+    means = {
+        candidate: fmean(by_seed[seed] for seed in common or by_seed)
+        for candidate, by_seed in scores.items()
     }
-    linear = SegmentationOptions(**shared, solver="lbfgs", iterations=60)
-    return DenseData.load(linear), [Linear(linear), InContext(InContextOptions(**shared))]
+    return max(means, key=lambda candidate: means[candidate])
 
 
-@functools.cache
-def pairs(root: Path) -> tuple[CorrespondenceOptions, Views]:
-    """Two crops each of 128 photographs."""
-    options = CorrespondenceOptions(data=str(root / "photos/images"), images=128, seed=3)
-    return options, Views.load(options)
+def merged(*options: str) -> str:
+    """Options of JSON objects together, the later ones first in rank; always the same text."""
+    together: dict[str, Any] = {}
+    for one in options:
+        together |= json.loads(one)
+    return json.dumps(together, sort_keys=True) if together else "{}"
 
 
-def measure(
-    backbone: nn.Module, dense_head: nn.Module | None, root: Path, split: str
-) -> dict[str, Any]:
-    """Linear and in-context segmentation, and correspondence, of a frozen backbone."""
-    data, protocols = street(root, split)
-    options, views = pairs(root)
-    backbone.eval()
-    numbers: dict[str, Any] = {}
-    for name, report in evaluate_dense(backbone, data, protocols).items():
-        numbers[name] = round(100 * report.value, 3)
-    report = correspondence(backbone, options, dense_head=dense_head, views=views)
-    numbers |= {name: round(value, 4) for name, value in report.numbers.items()}
-    return numbers
+def jobs(entries: list[argparse.Namespace], pool: Pool | None = None) -> Iterator[Run]:
+    """The runs of the entries in their order, each once, without those that have a line.
+
+    A seed is finished before the next begins, so that an interruption leaves pairs. Selection reads
+    its file when the entry's turn comes; without a pool, nothing is selected.
+    """
+    given: set[str] = set()
+    for entry in entries:
+        given |= {Run(**line["run"]).key for line in lines(entry.results / f"{entry.study}.jsonl")}
+        tuned, plain = None, entry.rate_of is not None
+        source = entry.rate_of or entry.select
+        if source and pool is not None:
+            pool.drain()
+            tuned = lines(source)
+        every = itertools.product(entry.seeds, entry.steps, entry.sets, entry.arms)
+        for seed, steps, set_name, arm in every:
+            if arm == "random":
+                rates, chosen, steps = [0.0], "{}", 0
+            elif tuned is not None:
+                rate, chosen = best(tuned, set_name, arm, plain=plain)
+                rates = [rate]
+            else:
+                rates, chosen = entry.lr or [ARMS[arm][2]], "{}"
+            for lr, own in itertools.product(rates, entry.options):
+                run = Run(
+                    entry.study, set_name, arm, seed, steps, lr, entry.split,
+                    "{}" if arm == "random" else merged(chosen, own),
+                    entry.backbone, entry.output_stride, entry.size, entry.batch,
+                )  # fmt: skip
+                if run.key not in given:
+                    given.add(run.key)
+                    yield run
 
 
-@contextlib.contextmanager
-def claimed(run: Run, folder: Path) -> Iterator[bool]:
-    """Whether this process has the run for itself."""
-    folder.mkdir(parents=True, exist_ok=True)
-    name = f"{run.study}-{run.set}-{run.arm}-{run.seed}-{run.steps}-{run.lr:g}-{run.split}"
-    path = folder / f"{name}-{abs(hash(run.options)) % 10**6}.lock"
-    try:
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL))
-    except FileExistsError:
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        path.unlink()
-
-
-def done(study: str) -> set[str]:
-    """Keys of the runs that have a line."""
-    path = RESULTS / f"{study}.jsonl"
-    lines = path.read_text().splitlines() if path.is_file() else []
-    return {Run(**json.loads(line)["run"]).key for line in lines}
-
-
-def main(arguments: list[str] | None = None) -> None:
+def parsed(arguments: list[str] | None) -> tuple[argparse.Namespace, list[argparse.Namespace]]:
+    """The command line, and the entries: those of the plan or the command line itself."""
     parser = argparse.ArgumentParser(prog="python -m experiments.run", description=__doc__)
-    parser.add_argument("--data-root", type=Path, required=True)
-    parser.add_argument("--cache", type=Path, default=Path("build/experiments"))
-    parser.add_argument("--study", default="try")
-    parser.add_argument("--sets", nargs="+", default=["photos"])
-    parser.add_argument("--arms", nargs="+", default=["ours"], choices=["random", *ARMS])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--lr", type=float, help="instead of the arm's own")
-    parser.add_argument("--options", default="{}", help="JSON, on top of the arm's own")
-    parser.add_argument("--split", default="val", choices=["val", "test"])
-    parser.add_argument("--threads", type=int, default=1)
+    add = parser.add_argument
+    add("--data-root", type=Path, required=True, help="DATA or PACKED, see experiments.data")
+    add("--cache", type=Path, default=Path("build/experiments"))
+    add("--results", type=Path, default=RESULTS)
+    add("--study", default="try")
+    add("--sets", nargs="+", default=["photos"], choices=["photos", "camvid"])
+    add("--arms", nargs="+", default=["ours"], choices=["random", *ARMS])
+    add("--seeds", nargs="+", type=int, default=[0])
+    add("--steps", nargs="+", type=int, default=[400])
+    add("--lr", nargs="+", type=float, help="instead of the arm's own")
+    add("--options", nargs="+", default=["{}"], help="JSON each, on top of the arm's own")
+    add("--split", default="val", choices=["val", "test"])
+    add("--backbone", default="resnet18")
+    add("--output-stride", type=int, default=8)
+    add("--size", type=int, default=64)
+    add("--batch", type=int, default=64)
+    add("--select", type=Path, help="lines of a tuning: its best rate and options for each arm")
+    add("--rate-of", type=Path, help="lines of a tuning: its best rate for the arm's own options")
+    add("--plan", type=Path)
+    add("--device", default="cpu", help="cpu or cuda")
+    add("--no-graph", action="store_true", help="on a GPU, launch every kernel of every step")
+    add("--processes", type=int, default=1)
+    add("--threads", type=int, default=1, help="of each process")
+    add("--seconds", type=float, help="start no run later than this")
     given = parser.parse_args(arguments)
-    torch.set_num_threads(given.threads)
-    root, cache = given.data_root.resolve(), given.cache.resolve()
-    RESULTS.mkdir(exist_ok=True)
-    for seed in given.seeds:
-        for set_name in given.sets:
-            for arm in given.arms:
-                lr = given.lr or (ARMS[arm][2] if arm in ARMS else 0.0)
-                steps = given.steps if arm in ARMS else 0
-                run = Run(given.study, set_name, arm, seed, steps, lr, given.split, given.options)
-                with claimed(run, cache / "running") as mine:
-                    if not mine or run.key in done(run.study):
-                        continue
-                    backbone, dense_head, said = pretrain(run, root, cache)
-                    numbers = measure(backbone, dense_head, root, run.split)
-                    line = {"run": dataclasses.asdict(run), "numbers": numbers, "training": said}
-                    print(json.dumps(line), flush=True)
-                    with (RESULTS / f"{run.study}.jsonl").open("a") as file:
-                        file.write(json.dumps(line) + "\n")
+    entries = json.loads(given.plan.read_text()) if given.plan else [{}]
+    known = vars(given)
+    for entry in entries:
+        if unknown := entry.keys() - known.keys():
+            parser.error(f"{given.plan}: unknown {', '.join(sorted(unknown))}")
+        for name in ("select", "rate_of"):  # of a plan: by name, among the results
+            if name in entry:
+                entry[name] = given.results / entry[name]
+        if "options" in entry:
+            entry["options"] = [json.dumps(one) for one in entry["options"]]
+    return given, [argparse.Namespace(**{**known, **entry}) for entry in entries]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    begun = time.monotonic()
+    given, entries = parsed(arguments)
+    cache = given.cache.resolve()
+    given.results.mkdir(parents=True, exist_ok=True)
+    cache.mkdir(parents=True, exist_ok=True)
+    expected = list(jobs(entries))
+    root = prepared(given.data_root.resolve(), cache, {run.set for run in expected})
+    setting = Setting(given.device, given.threads, not given.no_graph)
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
+        share = functools.partial(Materials, root, cache, Path(folder))
+        pool = Pool(
+            min(given.processes, max(1, len(expected))), share(), setting, given.results,
+            given.seconds, begun,
+        )  # fmt: skip
+        try:
+            share(workers=8).prepare(expected)
+            print(f"{len(expected)} runs, ready after {time.monotonic() - begun:.1f} s", flush=True)
+            pool.run(jobs(entries, pool))
+        finally:
+            pool.close()
+    seconds = time.monotonic() - begun
+    print(f"{pool.finished} runs finished, {pool.failed} failed, {seconds:.0f} s", flush=True)
+    return 1 if pool.failed else 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

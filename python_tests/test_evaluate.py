@@ -20,7 +20,7 @@ from densecl_ext.evaluate import (
     recalibrate_batch_norm,
 )
 from densecl_ext.evaluate.features import prepare_images
-from densecl_ext.evaluate.metrics import results_table
+from densecl_ext.evaluate.metrics import confusion_matrices, results_table
 
 
 def iou_of_sets(prediction: np.ndarray, label: np.ndarray, classes: int) -> list[float]:
@@ -56,6 +56,18 @@ def test_miou_is_its_definition(ignored: float) -> None:
 def test_confusion_rows_are_labels() -> None:
     confusion = confusion_matrix(torch.tensor([1, 1, 0]), torch.tensor([0, 0, 0]), 2)
     assert confusion.tolist() == [[1, 2], [0, 0]]
+
+
+def test_confusions_of_a_batch_are_those_of_its_images() -> None:
+    generator = torch.Generator().manual_seed(0)
+    predictions = torch.randint(6, (3, 9, 11), generator=generator)
+    labels = torch.randint(6, (3, 9, 11), generator=generator).byte()
+    labels[:, 0] = 255
+    found = confusion_matrices(predictions, labels, 6)
+    for one, prediction, label in zip(found, predictions, labels, strict=True):
+        assert torch.equal(one, confusion_matrix(prediction, label, 6))
+    with pytest.raises(ValueError, match=r"label must lie in \[0, 5\), or be 255, got 5"):
+        confusion_matrices(predictions.clamp(max=4), labels, 5)
 
 
 def test_confusion_refuses() -> None:

@@ -29,7 +29,7 @@ from densecl_ext.evaluate.features import (
 from densecl_ext.evaluate.metrics import (
     IGNORE_INDEX,
     SegmentationResult,
-    confusion_matrix,
+    confusion_matrices,
     miou_of,
 )
 from densecl_ext.evaluate.options import NetworkOptions, PixelOptions, require_at_least
@@ -229,7 +229,8 @@ def sample_rows(
     for features, _ in _batches(backbone, images, options):
         n, _, h, w = features.shape
         if chosen is None:
-            soft = soft_labels(images.labels, num_classes, (h, w))  # (N * h * w, K)
+            labels = images.labels.to(features.device)
+            soft = soft_labels(labels, num_classes, (h, w)).cpu()  # (N * h * w, K)
             labelled = torch.nonzero(soft.sum(1) > LEAST_LABELLED).flatten()
             if not len(labelled):
                 raise ValueError(
@@ -269,12 +270,12 @@ def soft_labels(labels: Tensor, num_classes: int, grid: tuple[int, int]) -> Tens
         grid: (h, w).
 
     Returns:
-        float32 (N * h * w, K), which sums to a cell's labelled share.
+        float32 (N * h * w, K) on the labels' device, which sums to a cell's labelled share.
 
     Raises:
         ValueError: a label is neither below K nor 255.
     """
-    out = torch.empty(len(labels), *grid, num_classes)
+    out = torch.empty(len(labels), *grid, num_classes, device=labels.device)
     for first in range(0, len(labels), 32):
         part = labels[first : first + 32]
         wrong = part[(part >= num_classes) & (part != IGNORE_INDEX)]
@@ -297,12 +298,9 @@ def score(scores: Tensor, labels: Tensor, num_classes: int) -> tuple[list[Tensor
     enlarged = F.interpolate(
         scores.float(), size=labels.shape[1:], mode="bilinear", align_corners=False
     )
-    predicted = enlarged.argmax(1).cpu()
-    confusions = [
-        confusion_matrix(one, label, num_classes)
-        for one, label in zip(predicted, labels, strict=True)
-    ]
-    return confusions, predicted.byte()
+    predicted = enlarged.argmax(1)
+    confusions = confusion_matrices(predicted, labels.to(predicted.device), num_classes)
+    return list(confusions.unbind()), predicted.byte().cpu()
 
 
 class Examples:

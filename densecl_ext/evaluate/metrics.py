@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 IGNORE_INDEX = 255
@@ -52,6 +54,34 @@ def confusion_matrix(prediction: Tensor, label: Tensor, num_classes: int) -> Ten
         ignore_index=IGNORE_INDEX,
         validate_args=False,
     )
+
+
+def confusion_matrices(predictions: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """:func:`confusion_matrix` of every image of a batch, counted at once on its device.
+
+    Args:
+        predictions: (N, H, W), class ids in [0, num_classes), such as an argmax over them.
+        labels: (N, H, W) of the same device, :data:`IGNORE_INDEX` where a pixel does not count.
+        num_classes: C.
+
+    Returns:
+        int64 (N, C, C) on the CPU.
+
+    Raises:
+        ValueError: a label lies outside its range.
+    """
+    counted = labels != IGNORE_INDEX
+    wrong = labels[counted & (labels >= num_classes)]
+    if wrong.numel():
+        raise ValueError(
+            f"confusion_matrices: label must lie in [0, {num_classes}), or be {IGNORE_INDEX}, got "
+            f"{int(wrong[0])}"
+        )
+    images = torch.arange(len(labels), device=labels.device).view(-1, 1, 1)
+    cells = (images * num_classes + labels) * num_classes + predictions  # int64
+    shape = len(labels), num_classes, num_classes
+    counts = torch.bincount(cells[counted], minlength=math.prod(shape))
+    return counts.cpu().view(shape)
 
 
 def miou_of(confusions: Tensor) -> Tensor:

@@ -1,0 +1,245 @@
+"""The experiments' machinery on tiny data: packing, views, the pool of runs, selection, tables."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from densecl_ext.data import Augmentation, build_loader
+from densecl_ext.data.augmentation import draw_parameters
+from densecl_ext.evaluate.pixels import resize
+from experiments import data, report, run, views
+from experiments.pool import Pool, Setting
+from experiments.training import Materials, Run
+
+pytest.importorskip("torchmetrics")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few images of every set, laid out as the data."""
+    root = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+
+    def picture(path: Path, width: int, height: int) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
+        coarse.resize((width, height), Image.Resampling.BICUBIC).save(path)
+
+    for index in range(8):
+        picture(root / f"photos/images/p{index}.jpg", 130 + index, 110)
+        picture(root / f"caltech101/images/c{index}.jpg", 90, 120)
+        picture(root / f"camvid/images/s{index}.jpg", 480, 360)
+        mask = Image.fromarray(rng.integers(0, 3, (360, 480), dtype=np.uint8))
+        (root / "camvid/masks").mkdir(exist_ok=True)
+        mask.save(root / f"camvid/masks/s{index}.png")
+    (root / "camvid/classes.txt").write_text("road\nsky\ncar\n")
+    (root / "camvid/splits").mkdir()
+    for split, of in (("train", range(4)), ("val", range(4, 6)), ("test", range(6, 8))):
+        names = "".join(f"s{index}\n" for index in of)
+        (root / f"camvid/splits/{split}.txt").write_text(names)
+    return root
+
+
+@pytest.fixture(scope="module")
+def packed(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("packed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "WINDOWS", 10)
+        data.main(["--data-root", str(root), "--out", str(out)])
+    return out
+
+
+def test_pack_holds_what_the_experiments_read(root: Path, packed: Path, tmp_path: Path) -> None:
+    unpacked = data.prepared(packed, tmp_path, {"photos", "camvid"})
+    assert data.prepared(packed, tmp_path, set()) == unpacked  # once
+    photos, windows = (
+        data.pretraining_folders(n, unpacked, tmp_path) for n in ("photos", "camvid")
+    )
+    sizes = [Image.open(p).size for folder in photos for p in folder.iterdir()]
+    assert len(sizes) == 16
+    assert max(min(size) for size in sizes) == 96
+    assert len(list(windows[0].iterdir())) == 10
+    mask = torch.from_numpy(np.array(Image.open(root / "camvid/masks/s6.png")))
+    image = torch.from_numpy(np.array(Image.open(root / "camvid/images/s6.jpg"))).permute(2, 0, 1)
+    image, mask = resize(image, mask, data.STREET)
+    kept = np.array(Image.open(unpacked / "camvid/masks/s6.png"))
+    assert (kept == mask.numpy()).all()
+    close = np.array(Image.open(unpacked / "camvid/images/s6.webp"), dtype=float)
+    assert np.abs(close - image.permute(1, 2, 0).numpy()).mean() < 3
+    whole = data.correspondence_folder(unpacked) / "p3.jpg"
+    assert whole.read_bytes() == (root / "photos/images/p3.jpg").read_bytes()
+
+
+def test_many_draws_are_the_loaders_own() -> None:
+    sizes = np.random.default_rng(0).integers(4, 300, (200, 2))
+    sizes[0], sizes[1] = (300, 5), (4, 200)  # no attempt fits
+    augmentation = Augmentation(hue=0.0)
+    many = views.draw_many(augmentation, 7, 2, range(200), 1, sizes)
+    for sample, drawn in enumerate(many):
+        width, height = map(int, sizes[sample])
+        assert drawn == draw_parameters(
+            augmentation, seed=7, epoch=2, sample=sample, view=1, width=width, height=height
+        )
+
+
+def test_stream_gives_the_loaders_batches_and_keeps_the_first(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loader = build_loader(
+        root / "photos/images", batch_size=2, size=32, backend="memory", seed=5, workers=1
+    )
+    loader._move()  # as on a GPU
+    expected = []
+    for epoch in range(2):
+        loader.set_epoch(epoch)
+        expected += list(loader)
+    monkeypatch.setattr(views, "VIEWS_AT_ONCE", 12)  # three batches
+    monkeypatch.setattr(views, "KEPT_BYTES", 5 * views.size_of(expected[0]))
+    stream = views.Stream(loader, 5)
+    for steps in (2, 7, 8, 3):
+        found = list(stream(steps))
+        assert len(found) == steps
+        for one, other in zip(found, expected, strict=False):
+            assert torch.equal(one.crop_q, other.crop_q)
+            assert torch.equal(one.crop_k, other.crop_k)
+            assert torch.equal(one.index, other.index)
+            assert (one.view_q - other.view_q).abs().max() < 0.05  # 2 of 255 levels
+            assert (one.view_k - other.view_k).abs().max() < 0.05
+    assert len(stream.kept) == 5
+
+
+def test_lines_written_before_an_option_came_keep_their_key() -> None:
+    old = dict(study="s", set="photos", arm="ours", seed=0, steps=400, lr=0.2, split="test")
+    options = '{"loss_lambda": 0.5, "hidden_dim": 2048}'
+    assert Run(**old, options=options).key == Run(**old, options=run.merged(options), size=64).key
+    assert Run(**old).key != Run(**old, size=96).key
+    sets, arms = ["photos", "camvid"], ["random", "mocov2", "densecl_paper", "ours"]
+    arguments = ["--data-root", "x", "--study", "final", "--split", "test", "--sets", *sets]
+    _, entries = run.parsed([*arguments, "--arms", *arms, "--seeds", *"01234"])
+    assert not list(run.jobs(entries))
+
+
+def line(arm: str, seed: int, lr: float, miou: float, **more: Any) -> dict[str, Any]:
+    given = dict(study="t", set="photos", arm=arm, seed=seed, steps=4, lr=lr, split="val") | more
+    numbers = {"segmentation": miou, "incontext": miou, "exact": 0.1, "position_share": 0.1}
+    return {"run": given, "numbers": numbers, "training": {}}
+
+
+def test_best_compares_on_common_seeds() -> None:
+    tuned = [line("ours", 0, 0.1, 20), line("ours", 1, 0.1, 30), line("ours", 0, 0.4, 21)]
+    tuned += [line("ours", 0, 0.2, float("nan")), line("ours", 0, 0.3, 99, split="test")]
+    assert run.best(tuned, "photos", "ours", plain=False) == (0.4, "{}")  # seed 0 alone is common
+    own = '{"loss_lambda": 1.0}'
+    tuned += [line("ours", 0, 0.1, 22, options=own)]
+    assert run.best(tuned, "photos", "ours", plain=False) == (0.1, own)
+    assert run.best(tuned, "photos", "ours", plain=True) == (0.4, "{}")
+    assert run.best(tuned, "camvid", "ours", plain=False) == (0.2, "{}")  # not measured
+    tuned = [line("mocov2", 0, 0.05, 9)]
+    assert run.best(tuned, "photos", "mocov2_reflect", plain=False)[0] == 0.05
+
+
+def plan(tmp_path: Path, entries: list[dict[str, Any]]) -> str:
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(entries))
+    return str(path)
+
+
+def test_pool_runs_a_plan_selects_survives_a_failure_and_resumes(
+    packed: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    tiny = {"steps": [2], "batch": 4, "size": 32}
+    entries = [
+        {**tiny, "study": "a", "arms": ["ours", "random"], "lr": [0.1, 0.2], "seeds": [0]},
+        {**tiny, "study": "a", "arms": ["ours"], "options": [{"loss_lambda": 7}]},
+        {**tiny, "study": "a", "arms": ["ours"], "rate_of": "a.jsonl",
+         "options": [{"loss_lambda": 1}]},
+        {**tiny, "study": "b", "arms": ["ours"], "select": "a.jsonl", "split": "test",
+         "sets": ["photos", "camvid"]},
+    ]  # fmt: skip
+    results = tmp_path / "results"
+    arguments = ["--data-root", str(packed), "--cache", str(tmp_path / "cache"), "--results",
+                 str(results), "--processes", "2", "--plan", plan(tmp_path, entries)]  # fmt: skip
+    assert run.main([*arguments, "--seconds", "0"]) == 0
+    assert not run.lines(results / "a.jsonl")
+    assert run.main(arguments) == 1
+    said = capfd.readouterr().out
+    assert "6 runs finished, 1 failed" in said
+    assert "DenseCL" in said and "loss_lambda must lie in [0, 1], got 7" in said
+    a, b = (run.lines(results / f"{study}.jsonl") for study in "ab")
+    assert [(r["run"]["arm"], r["run"]["steps"]) for r in a].count(("random", 0)) == 1
+    rate = run.best(a, "photos", "ours", plain=True)[0]
+    assert [r["run"]["lr"] for r in a if r["run"]["options"] == '{"loss_lambda": 1}'] == [rate]
+    chosen = run.best(a, "photos", "ours", plain=False)
+    runs = {one["run"]["set"]: one["run"] for one in b}
+    assert (runs["photos"]["lr"], runs["photos"]["options"]) == chosen
+    assert (runs["camvid"]["lr"], runs["camvid"]["options"]) == (0.2, "{}")
+    assert all(np.isfinite(one["numbers"]["segmentation"]) for one in a + b)
+
+    lines = (results / "b.jsonl").read_text().splitlines()
+    (results / "b.jsonl").write_text(lines[0] + "\n")
+    run.main(arguments)  # the missing one again, and the one that fails
+    assert "1 runs finished, 1 failed" in capfd.readouterr().out
+    again = run.lines(results / "b.jsonl")
+    assert again[1]["run"] == json.loads(lines[1])["run"]
+    assert again[1]["numbers"] == json.loads(lines[1])["numbers"]  # repeats
+
+
+def faulty(pipe: Connection, materials: object, setting: Setting) -> None:
+    """Dies of seed 1, and of graphs at seed 2."""
+    pipe.send(("ready", None))
+    while (given := pipe.recv()) is not None:
+        if given.seed == 1:
+            os._exit(3)
+        if given.seed == 2 and setting.graph:
+            pipe.send(("uncaptured", "no graph"))
+            return
+        training = {"seconds": 0.1, "graph": setting.graph}
+        pipe.send(("line", {"run": dataclasses.asdict(given), "training": training}))
+
+
+def test_pool_replaces_workers_that_cannot_go_on(tmp_path: Path) -> None:
+    materials = Materials(tmp_path, tmp_path, tmp_path)
+    pool = Pool(2, materials, Setting(), tmp_path, target=faulty)
+    given = [Run("s", "photos", "ours", seed, 1, 0.1, "val") for seed in range(7)]
+    try:
+        pool.run(iter(given))
+    finally:
+        pool.close()
+    assert (pool.finished, pool.failed) == (6, 1)
+    found = {one["run"]["seed"]: one for one in run.lines(tmp_path / "s.jsonl")}
+    assert sorted(found) == [0, 2, 3, 4, 5, 6]
+    assert not found[2]["training"]["graph"]
+
+
+def test_plans_of_the_project_name_known_arms(tmp_path: Path) -> None:
+    for path in sorted((Path(run.__file__).parent / "plans").glob("*.json")):
+        _, entries = run.parsed(
+            ["--data-root", "x", "--results", str(tmp_path), "--plan", str(path)]
+        )
+        found = list(run.jobs(entries))
+        assert {one.arm for one in found} <= {"random", *run.ARMS}
+
+
+def test_tables_pair_with_the_tuned_baseline() -> None:
+    tuned = '{"temperature": 0.1}'
+    found = [line("mocov2", seed, 0.1, 20 + seed, options=tuned) for seed in range(3)]
+    found += [line("ours", seed, 0.2, 22 + seed) for seed in range(3)]
+    found += [line("ours", 0, 0.2, 25, backbone="resnet50", output_stride=16)]
+    grouped = report.groups(found)
+    assert list(grouped) == [
+        ("val", "photos", 4, ""),
+        ("val", "photos", 4, "resnet50, stride 16"),
+    ]
+    text = report.table(grouped["val", "photos", 4, ""])
+    assert "ours | 3 | 23.0 (+2.0 [+2.0, +2.0])" in text
+    assert "MoCo v2 (temperature=0.1 lr=0.1) | 3 | 21.0 |" in text
