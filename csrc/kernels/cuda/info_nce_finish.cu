@@ -83,7 +83,7 @@ __device__ __forceinline__ void fill(const Finish& f, int32_t row, float loss, f
 }
 
 template <int row_slots>
-__global__ void __launch_bounds__(threads, row_slots == 4 ? 5 : 1)
+__global__ void __launch_bounds__(threads, row_slots == 4 ? 4 : 1)
     finish_kernel(const __grid_constant__ Batch<Finish> batch) {
   const BatchBlock block(batch);
   const Finish& f = batch.of[block.problem];
