@@ -15,7 +15,7 @@ M, K, D = 1568, 65536, 128  # 32 images of 7 x 7 positions, MoCo's queue, MoCo's
 GPU_M = 12544  # 256 images
 SHORT = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 ATTENTION = "flash attention | cuDNN attention"
-SWEEPS = ("base", "overlap", "uniform", "threshold", "all")  # as csrc's DENSECL_CUDA_SWEEP has them
+SWEEPS = ("base", "overlap", "uniform", "threshold")  # as csrc's DENSECL_CUDA_SWEEP has them
 FORMULA = "normalise + matmul + max"
 
 

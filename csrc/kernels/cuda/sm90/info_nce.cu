@@ -132,33 +132,6 @@ __device__ void clear_rows(unsigned char* stage, int from, int thread) {
   barrier_wait(both_barrier, 2 * group_threads);
 }
 
-// What a part has come to.
-template <int blocks, bool gradient, class Sums>
-__device__ __forceinline__ void write_sums(const Part<blocks>& part, const InfoNceSweep& sweep,
-                                           int group, const Sums& softmax,
-                                           const float (&weighted)[32 * blocks]) {
-  const int thread = static_cast<int>(threadIdx.x) % group_threads, lane = thread % 32;
-  const int64_t first = int64_t{part.slice} * sweep.padded_rows + part.row_tile * tile_rows +
-                        group * 64 + thread / 32 * 16 + lane / 4;
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const int64_t row = first + 8 * h;
-    const float sum = softmax.over_row(softmax.sum[h]);
-    if (lane % 4 == 0) {
-      sweep.shift[row] = part.tiles > 0 ? softmax.shift[h] : 0.0f;
-      sweep.sum[row] = sum;
-    }
-    if constexpr (gradient) {
-      float* out = sweep.weighted + row * (64 * blocks) + lane % 4 * 2;
-#pragma unroll
-      for (int j = 0; j < 8 * blocks; ++j) {
-        *reinterpret_cast<float2*>(out + 8 * j) =
-            make_float2(weighted[4 * j + 2 * h], weighted[4 * j + 2 * h + 1]);
-      }
-    }
-  }
-}
-
 // largest: no weight is larger, where the shift is constant.
 template <DType type, int blocks, bool gradient, bool online, SweepSteps steps>
 __device__ void multiply(const Part<blocks>& part, const InfoNceSweep& sweep, int group,
@@ -313,159 +286,35 @@ __device__ void multiply(const Part<blocks>& part, const InfoNceSweep& sweep, in
     fence_operands();
   }
 
-  write_sums<blocks, gradient>(part, sweep, group, softmax, weighted);
-}
-
-// Tiles in pieces of 64 keys. While a warpgroup takes the exponentials of one piece, the tensor
-// cores add the weights of the piece before and multiply the scores of the piece after, so that it
-// never waits for its scores. Products are issued under no condition and are done where the loop
-// comes round, or ptxas would wait for each: the first weights are zeros, the last scores nobody's.
-template <DType type, int blocks, bool gradient, bool online>
-__device__ void multiply_ahead(const Part<blocks>& part, const InfoNceSweep& sweep, int group,
-                               const float (&shift)[2], float largest) {
-  using L = Layout<blocks>;
-  constexpr int piece = 64;
-  static_assert(L::keys == 2 * piece);
-  const int thread = static_cast<int>(threadIdx.x) % group_threads;
-  const int lane = thread % 32;
-
-  Softmax<type, online, SweepSteps::all> softmax;
-  softmax.shift[0] = shift[0];
-  softmax.shift[1] = shift[1];
-  float scores[2][piece / 2];
-  float weighted[32 * blocks] = {};
-  uint32_t weights[piece / 16][4] = {};
-
-  const uint64_t query = k_major_descriptor(part.memory + group * 64 * row_bytes);
-
-  // All lanes hold the same stage; told so, the compiler keeps descriptors in uniform registers.
-  const auto stage_at = [&](int stage) { return part.stage(__shfl_sync(0xffffffffu, stage, 0)); };
-  const auto score = [&](int stage, int half) {
-    const uint64_t tile = advanced(k_major_descriptor(stage_at(stage)), half * piece * row_bytes);
+  const int64_t first = int64_t{part.slice} * sweep.padded_rows + part.row_tile * tile_rows +
+                        group * 64 + thread / 32 * 16 + lane / 4;
 #pragma unroll
-    for (int step = 0; step < 4 * blocks; ++step) {
-      const int block = step / 4, within = step % 4 * 32;
-      multiply_shared<type, piece>(scores[half],
-                                   advanced(query, block * tile_rows * row_bytes + within),
-                                   advanced(tile, block * L::keys * row_bytes + within), step > 0);
-    }
-  };
-  const auto add_weighted = [&](int stage, int half) {
-    const uint64_t tile = advanced(mn_major_descriptor(stage_at(stage), L::keys * row_bytes),
-                                   half * piece * row_bytes);
-#pragma unroll
-    for (int step = 0; step < piece / 16; ++step) {
-      multiply_registers<type, 64 * blocks>(weighted, weights[step],
-                                            advanced(tile, step * 16 * row_bytes), 1);
-    }
-  };
-  const auto fence_operands = [&] {
-    fence_operand(scores[0]);
-    fence_operand(scores[1]);
-    fence_operand(weighted);
-    fence_operand(weights);
-  };
-  // The weights of a half of stage `added`, the scores of the other half of stage `scored`.
-  const auto issue = [&](int added, int scored, int half, bool last) {
-    barrier_wait(turn_barrier + group, 2 * group_threads);
-    fence_operands();
-    fence_products();
-    if constexpr (gradient) add_weighted(added, half);
-    score(scored, half);
-    commit_products();
-    if (!last || group == 0) barrier_arrive(turn_barrier + 1 - group, 2 * group_threads);
-  };
-  const auto free_stage = [&](int stage) {
-    if (lane == 0) arrive(part.empty(stage));
-  };
-  const auto open_tile = [&](const Ring<L::stages>& ring, int tile) {
-    wait_for(part.full(ring.stage), ring.parity);
-    const int valid = part.rows - tile * L::keys;
-    if (valid < L::keys) {
-      clear_rows<blocks>(part.stage(ring.stage), valid, group * group_threads + thread);
-    }
-  };
-  bool look = gradient && type == DType::bf16;
-  const auto vote = [&](int number, int half) {
-    if (!look) {
-      settle(softmax.sum);
-      return false;
-    }
-    const bool any = barrier_any(heavy_barrier + group, group_threads, softmax.heavy(scores[half]));
-    if (!online && number % 16 == 15) {
-      look = barrier_any(heavy_barrier + group, group_threads, softmax.may_be_heavy(largest));
-    }
-    return any;
-  };
-  // Scores to weights, beside the products under way.
-  const auto take = [&](int stage, int number, int half) {
-    softmax.take(scores[half], sweep.scale, part.rows - number * piece);
-    fence_operand(scores[half]);
-    const bool any_heavy = vote(number, half);
-    wait_products<0>();
-    fence_operands();
-    if constexpr (!gradient) return;
-    if constexpr (online) {
-#pragma unroll
-      for (int i = 0; i < 32 * blocks; ++i) weighted[i] *= softmax.rescale[i / 2 % 2];
-    }
-    if (any_heavy) {  // rounding errors go first
-      pack<type, SweepSteps::all, true>(scores[half], number, weights);
-      fence_operands();
-      fence_products();
-      add_weighted(stage, half);
-      commit_products();
-      wait_products<0>();
-      fence_operands();
-    }
-    pack<type, SweepSteps::all, false>(scores[half], number, weights);
-  };
-
-  if (group == 1) barrier_arrive(turn_barrier, 2 * group_threads);
-  wait_for(part.query_came(), 0);
-  if (part.tiles > 0) {
-    Ring<L::stages> now, next;
-    int previous = 0;  // the first time its weights are zeros
-    open_tile(now, 0);
-    fence_operands();
-    fence_products();
-    score(now.stage, 0);
-    commit_products();
-    wait_products<0>();
-    fence_operands();
-    next.advance();
-    for (int tile = 0; tile < part.tiles; ++tile) {
-      const bool more = tile + 1 < part.tiles;
-      issue(previous, now.stage, 1, false);
-      take(now.stage, 2 * tile, 0);
-      if (tile > 0) free_stage(previous);
-      if (more) open_tile(next, tile + 1);
-      issue(now.stage, more ? next.stage : now.stage, 0, !more);
-      take(now.stage, 2 * tile + 1, 1);
-      previous = now.stage;
-      now.advance();
-      next.advance();
+  for (int h = 0; h < 2; ++h) {
+    const int64_t row = first + 8 * h;
+    const float sum = softmax.over_row(softmax.sum[h]);
+    if (lane % 4 == 0) {
+      sweep.shift[row] = part.tiles > 0 ? softmax.shift[h] : 0.0f;
+      sweep.sum[row] = sum;
     }
     if constexpr (gradient) {
-      fence_operands();
-      fence_products();
-      add_weighted(previous, 1);
-      commit_products();
-      wait_products<0>();
-      fence_operands();
+      float* out = sweep.weighted + row * (64 * blocks) + lane % 4 * 2;
+#pragma unroll
+      for (int j = 0; j < 8 * blocks; ++j) {
+        *reinterpret_cast<float2*>(out + 8 * j) =
+            make_float2(weighted[4 * j + 2 * h], weighted[4 * j + 2 * h + 1]);
+      }
     }
   }
-  write_sums<blocks, gradient>(part, sweep, group, softmax, weighted);
 }
 
 // DENSECL_CUDA_SWEEP; all steps where it names none.
 SweepSteps sweep_steps() {
   const char* named = std::getenv("DENSECL_CUDA_SWEEP");
-  const char* names[] = {"base", "overlap", "uniform", "threshold", "all"};
-  for (int i = 0; named != nullptr && i < 5; ++i) {
+  const char* names[] = {"base", "overlap", "uniform", "threshold"};
+  for (int i = 0; named != nullptr && i < 4; ++i) {
     if (std::strcmp(named, names[i]) == 0) return static_cast<SweepSteps>(i);
   }
-  return SweepSteps::ahead;
+  return SweepSteps::all;
 }
 
 // Of the problems of a launch.
@@ -517,20 +366,10 @@ __global__ void __launch_bounds__(block_threads, 1)
         shift[0] = lengths[row] * longest - Rule<type>::room;
         shift[1] = lengths[row + 8] * longest - Rule<type>::room;
       }
-      if constexpr (steps == SweepSteps::ahead) {
-        multiply_ahead<type, blocks, gradient, false>(part, sweep, group, shift,
-                                                      exp2_approx(bound));
-      } else {
-        multiply<type, blocks, gradient, false, steps>(part, sweep, group, shift,
-                                                       exp2_approx(bound));
-      }
+      multiply<type, blocks, gradient, false, steps>(part, sweep, group, shift, exp2_approx(bound));
     } else {
       shift[0] = shift[1] = -INFINITY;
-      if constexpr (steps == SweepSteps::ahead) {
-        multiply_ahead<type, blocks, gradient, true>(part, sweep, group, shift, 0.0f);
-      } else {
-        multiply<type, blocks, gradient, true, steps>(part, sweep, group, shift, 0.0f);
-      }
+      multiply<type, blocks, gradient, true, steps>(part, sweep, group, shift, 0.0f);
     }
   }
 }
@@ -552,8 +391,7 @@ Status start(const Batch<InfoNceSweep>& sweeps, Stream stream) {
   const Batch<InfoNceSweep> batch = count_sweep_blocks(sweeps, tile_rows, &count);
   const LaunchShape shape{count, block_threads, L::shared_bytes, /*overlaps_previous=*/true};
   const auto run = [&](auto kernel) { return launch(kernel, shape, stream, maps, batch); };
-  constexpr SweepSteps best = blocks <= 2 ? SweepSteps::ahead : SweepSteps::all;
-  if (!sweeps.of[0].weighted) return run(sweep_kernel<type, blocks, false, best>);
+  if (!sweeps.of[0].weighted) return run(sweep_kernel<type, blocks, false, SweepSteps::all>);
   // The earlier steps are there for the shape that is measured.
   if constexpr (type == DType::bf16 && blocks == 2) {
     switch (sweep_steps()) {
@@ -565,13 +403,11 @@ Status start(const Batch<InfoNceSweep>& sweeps, Stream stream) {
         return run(sweep_kernel<type, blocks, true, SweepSteps::uniform>);
       case SweepSteps::threshold:
         return run(sweep_kernel<type, blocks, true, SweepSteps::threshold>);
-      case SweepSteps::all:
-        return run(sweep_kernel<type, blocks, true, SweepSteps::all>);
       default:
         break;
     }
   }
-  return run(sweep_kernel<type, blocks, true, best>);
+  return run(sweep_kernel<type, blocks, true, SweepSteps::all>);
 }
 
 template <DType type>

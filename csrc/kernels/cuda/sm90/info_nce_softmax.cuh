@@ -19,8 +19,7 @@ enum class SweepSteps {
   overlap,    // a tile's exponentials are done before the wait for the previous tile's product
   uniform,    // the stage's number lies in a uniform register
   threshold,  // weights are rounded by one addition each
-  all,        // and what is heavy is looked for no longer than it can be
-  ahead       // scores are multiplied one piece of a tile ahead
+  all         // and what is heavy is looked for no longer than it can be
 };
 
 // How weights are shifted, as in the portable sweeps.
