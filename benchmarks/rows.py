@@ -171,18 +171,22 @@ def gpu_rows() -> list[Row]:
     first = InfoNceCase(GPU_M, K, D, "bfloat16")
     before, attention = "ours, before backward", ("flash attention", "cuDNN attention")
     large, portable = "M=12,544 K=65,536", "ours [DENSECL_CUDA_KERNEL=portable]"
+    step, half = StepLossCase(256, K, D), replace(first, dtype="float16")
     found = [
         nce("nce", first, before, *attention, "eager", "eager TF32", "eager autocast",
             seconds=8.0, memory=("ours", "flash attention", "eager", "eager autocast"),
             asked=(Asked("seconds", "", 620 * US), Asked("seconds", "", 570 * US),
                    faster(ATTENTION, 1.25), faster("eager", 8.0), faster("eager autocast", 5.0),
                    Asked("memory", "", 30 * MB))),
-        # The steps of Hopper's schedule, each with the ones before it; ours has all.
-        nce("nce-sweep", first, *(f"ours [DENSECL_CUDA_SWEEP={step}]" for step in SWEEPS),
-            "ours [DENSECL_CUDA_PDL=0]", portable, title=", by kernel", seconds=5.0, memory=()),
         nce("nce-m256", replace(first, rows=256), before, *attention, "eager autocast",
             seconds=2.0, memory=("ours", "eager autocast"),
             asked=(Asked("seconds", "", 25 * US),)),
+        enqueue(Asked("seconds", "", 6 * US), Asked("syncs", "", 0), seconds=1.0),
+        Row("step-loss", "matching and both losses, N=256 K=65,536, bfloat16", step,
+            StepLossCase.names[1:], memory=StepLossCase.names),
+        # The steps of Hopper's schedule, each with the ones before it; ours has all.
+        nce("nce-sweep", first, *(f"ours [DENSECL_CUDA_SWEEP={step}]" for step in SWEEPS),
+            "ours [DENSECL_CUDA_PDL=0]", portable, title=", by kernel", seconds=5.0, memory=()),
         nce("nce-large", replace(first, rows=4 * GPU_M, queue_length=2**20), beside={large: first},
             asked=(Asked("rate", large, 0.8, True),)),
         nce("nce-f32", replace(first, dtype="float32"), "eager", "eager TF32", "flash attention",
@@ -191,16 +195,12 @@ def gpu_rows() -> list[Row]:
             seconds=2.0, asked=(Asked("time", "loss and gradient", 0.6),)),
         ema(Asked("copy", "", 0.9, True), faster("_foreach_lerp_", 1.05), faster("loop", 10.0),
             memory=("ours", "loop")),
-        enqueue(Asked("seconds", "", 6 * US), Asked("syncs", "", 0), seconds=1.0),
     ]  # fmt: skip
     for dtype, most in (("float32", 75), ("bfloat16", 45)):
         for short, last in (("", ""), ("-cl", ", channels-last")):
             asked = Asked("seconds", "", most * US), faster(FORMULA, 5.0)
             found.append(match(f"match-{SHORT[dtype]}{short}", 256, dtype, last, *asked))
-    step, half = StepLossCase(256, K, D), replace(first, dtype="float16")
     found += [
-        Row("step-loss", "matching and both losses, N=256 K=65,536, bfloat16", step,
-            StepLossCase.names[1:], memory=StepLossCase.names),
         nce("nce-compile", first, "torch.compile", "torch.compile autocast", title=", compiled",
             memory=(), asked=(faster("torch.compile | torch.compile autocast", 3.0),)),
         nce("nce-f16", half, portable, *attention, seconds=2.0, memory=()),

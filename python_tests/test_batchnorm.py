@@ -220,13 +220,39 @@ def test_a_layer_of_16_bit_parameters(dtype: torch.dtype, affine: bool, device: 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_results_in_place_equal_those_with_gradient_on_a_gpu(
-    layout: torch.memory_format, dtype: torch.dtype
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(10, 6, 5, 4), (11, 68, 3, 3), (64, 256, 14, 14), (9, 32)])
+def test_without_a_gradient_as_with_one_on_a_gpu(
+    shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_format
 ) -> None:
-    x = torch.randn(10, 6, 5, 4, device="cuda").to(dtype).contiguous(memory_format=layout)
-    one, other = (SplitBatchNorm(6, groups=4).cuda() for _ in range(2))
-    expected = one(x)
+    """Kernels of our own, or torch's into one tensor; beside torch's group by group."""
+    x = (3.0 + torch.randn(shape, device="cuda")).to(dtype)
+    x = x.contiguous(memory_format=layout) if x.dim() == 4 else x
+    one, other = (SplitBatchNorm(shape[1], groups=4).cuda() for _ in range(2))
+    for layer in (one, other):
+        with torch.no_grad():
+            layer.weight.copy_(torch.linspace(0.5, 2.0, shape[1]))
+            layer.bias.copy_(torch.linspace(-1.0, 1.0, shape[1]))
+    for _ in range(2):
+        expected = one(x)
+        with torch.no_grad():
+            got = other(x)
+        assert got.dtype == dtype and got.stride() == expected.stride()
+        unit = {torch.float32: 1e-5, torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9}[dtype]
+        torch.testing.assert_close(got, expected.detach(), atol=unit, rtol=unit)
+        torch.testing.assert_close(other.running_mean, one.running_mean, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(other.running_var, one.running_var, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.gpu
+def test_far_values_keep_their_variance_on_a_gpu() -> None:
+    """Sums of squares of values near 1,000 would lose a variance of 1e-4."""
+    torch.manual_seed(0)
+    x = 1000.0 + 0.01 * torch.randn(16, 8, 7, 7, device="cuda", dtype=torch.float64)
+    layer = SplitBatchNorm(8, groups=4, eps=1e-12, affine=False).cuda()
     with torch.no_grad():
-        torch.testing.assert_close(other(x), expected.detach())
-    torch.testing.assert_close(other.running_var, one.running_var)
+        got = layer(x.float().contiguous(memory_format=torch.channels_last))
+    for part, out in zip(x.float().double().chunk(4), got.double().chunk(4), strict=True):
+        mean = part.mean((0, 2, 3), keepdim=True)
+        exact = (part - mean) / part.var((0, 2, 3), correction=0, keepdim=True).sqrt()
+        torch.testing.assert_close(out, exact, atol=2e-2, rtol=1e-2)  # x itself has 24 bits

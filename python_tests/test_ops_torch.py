@@ -172,6 +172,7 @@ def test_every_op_is_checked() -> None:
         for name in torch._C._dispatch_get_all_op_names()
         if name.startswith("densecl_ext::")
     }
+    listed -= {"_split_batch_norm"}  # on a GPU only, where test_batchnorm.py holds it
     assert listed == {case.split("-")[0] for case in OPCHECK}
 
 

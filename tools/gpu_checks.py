@@ -21,6 +21,7 @@ from torch import Tensor
 
 from benchmarks.step import StepCase
 from densecl_ext import ops
+from densecl_ext.nn.batchnorm import SplitBatchNorm
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HALF = DTYPES[1:]
@@ -176,6 +177,21 @@ def enqueue(device: Device, batch: int) -> None:
             as_on_cpu(name, write, given, device, 1e-2 if dtype in HALF else 1e-6, 0.0)
 
 
+def split_batch_norm(device: Device) -> None:
+    """Groups of a batch, beside torch's calls group by group on the CPU."""
+    for dtype in DTYPES:
+        for shape in ((11, 68, 3, 3), (16, 128, 28, 28)):
+            x = (1.0 + torch.randn(shape)).to(dtype).contiguous(memory_format=torch.channels_last)
+
+            def normalise(x: Tensor) -> Outputs:
+                layer = SplitBatchNorm(x.shape[1], groups=4).to(x.device)
+                with torch.no_grad():
+                    return layer(x), layer.running_mean, layer.running_var
+
+            bound = 1e-2 if dtype in HALF else 1e-5
+            as_on_cpu(f"split_batch_norm {dtype} {shape}", normalise, (x,), device, bound, 1e-5)
+
+
 def ema(device: Device, count: int) -> None:
     """Tensors of all types in one list, some long, some that begin at odd addresses."""
     sizes = [40_003 if i % 340 == 5 else 1 + 37 * i % 500 for i in range(count)]
@@ -288,6 +304,7 @@ PORTABLE: dict[str, Callable[[Device], None]] = {
     "enqueue_, many keys": lambda device: enqueue(device, 20_000),
     "enqueue_, graph": graph_enqueue,
     "ema_update_": lambda device: ema(device, 9),
+    "split_batch_norm": split_batch_norm,
     "ema_update_, large tables": lambda device: ema(device, 1021),
     "graph": graph,
     "step": lambda device: step(device, False),

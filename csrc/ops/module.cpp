@@ -28,6 +28,11 @@ STABLE_TORCH_LIBRARY(densecl_ext, m) {
   m.def(
       "_enqueue_(Tensor(a!) queue, Tensor(b!) pointer, Tensor keys, Tensor(c!)? filled, "
       "bool normalize) -> ()");
+  // x and out (N, S, C) contiguous, all else (C,) float32; on a GPU only.
+  m.def(
+      "_split_batch_norm(Tensor x, Tensor(a!) out, Tensor? weight, Tensor? bias, "
+      "Tensor(b!)? running_mean, Tensor(c!)? running_var, int groups, float factor, float eps) "
+      "-> ()");
 }
 
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {

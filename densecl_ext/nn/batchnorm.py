@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase, _NormBase
 
+from densecl_ext.ops._split_batch_norm import split_batch_norm, takes
+
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
@@ -74,6 +76,13 @@ class SplitBatchNorm(_NormBase):
             var = self.running_var if self.training else None
             return F.batch_norm(x, mean, var, self.weight, self.bias, True, factor, self.eps)
 
+        copied = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        statistics = (self.running_mean, self.running_var) if self.training else (None, None)
+        if not copied and takes(x, self.weight, self.bias, *statistics):
+            return split_batch_norm(
+                x, self.weight, self.bias, *statistics, groups=groups, factor=factor, eps=self.eps
+            )
+
         # Groups are blocks, so a group is a dense part of x in every memory format: nothing is
         # gathered first. Nor are results copied together, where they can be written in place;
         # torch does that rightly in its own two memory formats alone, and takes unused statistics
@@ -84,7 +93,6 @@ class SplitBatchNorm(_NormBase):
         variances = _repeated(self.running_var if self.training else None, groups)
         in_place = x.is_contiguous() or x.is_contiguous(memory_format=_channels_last(x))
         narrow = any(t is not None and t.dtype != torch.float32 for t in (self.weight, means[0]))
-        copied = torch.is_grad_enabled() or torch.compiler.is_compiling()
         if copied or narrow or not in_place:
             y = torch.cat(
                 [
