@@ -27,7 +27,7 @@ from experiments.training import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, FIGURE = ROOT / "docs" / "evidence.md", ROOT / "docs" / "images" / "evidence.png"
-FIGURE_OF = "final"
+FIGURE_OF = "tuned"
 METRICS = {
     "segmentation": "linear mIoU",
     "incontext": "in-context mIoU",
@@ -145,8 +145,8 @@ def draw(found: dict[Group, Rows], png: Path) -> None:
     sets = [key for key in found if len(found[key].get(labels[key].get("ours", ""), {})) > 1]
     if not sets:
         return  # one seed shows nothing
-    figure = Figure(figsize=(4.6 * len(sets), 5.6), dpi=110, layout="constrained")
-    axes = figure.subplots(2, len(sets), squeeze=False)
+    figure = Figure(figsize=(3.3 * len(sets), 5.6), dpi=110, layout="constrained")
+    axes = figure.subplots(2, len(sets), squeeze=False, sharey="row")
     for column, key in enumerate(sets):
         rows = found[key]
         arms = [arm for arm in shown if arm in labels[key]]
@@ -165,7 +165,7 @@ def draw(found: dict[Group, Rows], png: Path) -> None:
             ax.spines[["top", "right"]].set_visible(False)
             ax.grid(axis="y", color="#e5e7eb")
         source = {"photos": "photographs", "camvid": "CamVid's own frames"}[key[1]]
-        axes[0][column].set_title(f"pre-trained on {source}, {key[2]:,} steps", fontsize=10)
+        axes[0][column].set_title(f"{source}\n{key[2]:,} steps", fontsize=10)
     png.parent.mkdir(exist_ok=True)
     figure.savefig(png)
 
