@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +41,7 @@ class Case:
     """One size of one op. `names` are its candidates, ours first."""
 
     names: ClassVar[tuple[str, ...]]
+    kernels: ClassVar[tuple[str, ...]] = ()  # ops that it runs and that have Hopper's own kernels
     small: ClassVar[dict[str, Any]]  # a size that takes no time
     images: ClassVar[Any] = 0  # of one call, where images/s are what counts
     whole_memory: ClassVar[bool] = False  # peak memory counts all that a candidate is made of
@@ -63,7 +64,7 @@ class Case:
         raise NotImplementedError
 
     def message(self) -> dict[str, Any]:
-        """The case as JSON, read by rows.from_message."""
+        """The case as results.json holds it."""
         return {"kind": type(self).__name__, **asdict(self)}
 
     def shrunk(self) -> Case:
@@ -87,27 +88,12 @@ def candidate_of(case: Case, name: str, inputs: Any) -> Candidate:
 
     def under(function: Callable[[], Any]) -> Callable[[], Any]:
         def call() -> Any:
-            with environment(values):
+            with patch.dict(os.environ, values):
                 return function()
 
         return call
 
     return Candidate(under(made.run), under(made.results), made.waits)
-
-
-@contextmanager
-def environment(settings: dict[str, str]) -> Iterator[None]:
-    """The variables have these values inside."""
-    before = {name: os.environ.get(name) for name in settings}
-    os.environ.update(settings)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 def relative(got: Tensor, expected: Tensor, floor: float = 1e-30) -> float:
@@ -141,6 +127,7 @@ class MatchCase(Case):
     """dense_match of N image pairs with `positions` positions each."""
 
     names = ("ours", "normalise + matmul + max", "torch.compile")
+    kernels = ("dense_match",)
     small = {"pairs": 2, "channels": 64, "positions": 25}
     pairs: int
     channels: int

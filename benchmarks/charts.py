@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import machine_words
-from benchmarks.verdicts import Entry, duration, size, suite_of, times
+from benchmarks.verdicts import Entry, duration, machine_words, size, suite_of, times
 
 # Okabe and Ito's palette, which colour-blind readers tell apart.
 COLOURS = {

@@ -53,6 +53,7 @@ class InfoNceCase(Case):
         "cuDNN attention",
         "lightly",
     )
+    kernels = ("info_nce",)
     small = {"rows": 48, "queue_length": 512}
     rows: int
     queue_length: int

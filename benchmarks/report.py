@@ -1,21 +1,25 @@
-"""From results.json to what people read: what is asked and what came of it, every row, the machine.
+"""From results to what people read: what is asked and what came of it, every row, the machine.
 
 One report for the ops on a CPU and on a GPU and for the training step.
 """
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from benchmarks.verdicts import (
+    ISA_NAMES,
     NOT_RUN,
     Entry,
     bandwidth,
     ceilings,
     duration,
     entries,
+    machine_words,
     percent,
     rate,
     size,
@@ -24,18 +28,7 @@ from benchmarks.verdicts import (
     verdicts,
 )
 
-ISA_NAMES = {
-    "serial": "plain C++",
-    "neon": "NEON",
-    "avx2": "AVX2",
-    "avx512": "AVX-512",
-    "avx512bf16": "AVX-512 BF16",
-}
-TITLES = {
-    "cpu": "Benchmarks",
-    "gpu": "Benchmarks on a GPU",
-    "step": "The training step",
-}
+TITLES = {"cpu": "Benchmarks", "gpu": "Benchmarks on a GPU", "step": "The training step"}
 HOW = {
     "cpu": "Medians of interleaved rounds: every candidate takes its turn in each round, on the "
     "same threads. Before that, all results were compared. Memory is the peak beyond the inputs.",
@@ -60,17 +53,43 @@ CEILINGS = (
     ("launch_alone", "smallest kernel, alone in a graph"),
     ("launch_from_python", "smallest kernel, called from Python"),
 )
-HEADER = ["what", "ours", "baseline", "ratio", "asked", ""]
 PARTS = ("momentum", "query_forward", "key_forward", "matching", "losses", "enqueue", "backward",
          "optimizer")  # fmt: skip
+
+
+def write(out: Path, results: dict[str, Any], *, last: bool = False) -> None:
+    """Results and table, each whole at any time; at the end the charts too.
+
+    Only the results matter on a machine that is lent: whatever goes wrong with the rest is said.
+    """
+    name, written = "step" if suite_of(results) == "step" else "results", []
+
+    def replace(name: str, text: str) -> None:
+        (out / f".{name}").write_text(text, encoding="utf-8")
+        (out / f".{name}").replace(out / name)
+        written.append(name)
+
+    replace(f"{name}.json", json.dumps(results, indent=1) + "\n")
+    try:
+        from benchmarks import charts
+
+        replace("step.md" if name == "step" else "table.md", markdown(results))
+        if last:
+            print(asked_table(results, measured_alone=True))
+            written += charts.draw(entries(results), results, out)
+    except Exception as error:
+        if last:
+            print(f"tables or charts are missing: {type(error).__name__}: {error}")
+    if last:
+        print(f"wrote {', '.join(written)} in {out}")
 
 
 def asked_table(results: dict[str, Any], *, measured_alone: bool = False) -> str:
     """The table of demands."""
     marks = {True: "met", False: "**missed**", None: "not measured"}
     found = [v for v in verdicts(results) if not measured_alone or v.ratio != NOT_RUN]
-    cells = [[v.what, v.ours, v.baseline, v.ratio, v.asked, marks[v.met]] for v in found]
-    return table(HEADER, cells)
+    header = ["what", "ours", "baseline", "ratio", "asked", ""]
+    return table(header, [[*v[:-1], marks[v.met]] for v in found])
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -90,14 +109,14 @@ def markdown(results: dict[str, Any]) -> str:
         asked_table(results),
         "## Every row" if suite != "cpu" else "## Against each baseline",
     ]
-    prefix = {"cpu": "", "gpu": "cuda_"}.get(suite)
-    if prefix is not None and any(row.id.startswith("nce") for row in ran):
+    prefix = "cuda_" if suite == "gpu" else ""
+    if suite != "step" and any(row.id.startswith("nce") for row in ran):
         parts.append(f"![speed-up against each baseline]({prefix}speedup.png)")
-    limits = ceilings(results)
     for row in ran:
         others = len(row.found) + len(row.absent) - 1 - len(row.info["beside"])
         if suite != "cpu" or (others > 0 and not row.id.startswith("scale")):
             of = f" ({row.info['device']})" if suite == "cpu" else ""
+            limits = ceilings(results)
             parts += [f"### {row.title}{of}", candidate_table(row, limits), *notes(row)]
     if results.get("largest"):
         lines = [f"- {name}: {one}" for name, one in results["largest"].items()]
@@ -119,12 +138,6 @@ def markdown(results: dict[str, Any]) -> str:
     if results.get("skipped"):
         parts += ["## Skipped", "\n".join(skipped_lines(results["skipped"]))]
     return "\n\n".join(parts) + "\n"
-
-
-def machine_words(info: dict[str, Any]) -> str:
-    """As in `AMD EPYC, 2 threads, AVX-512`."""
-    threads = f"{info['threads']} thread{'' if info['threads'] == 1 else 's'}"
-    return f"{info['processor']}, {threads}, {ISA_NAMES.get(info['selected'], info['selected'])}"
 
 
 def machine_lines(results: dict[str, Any]) -> list[str]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +40,7 @@ class StepCase(Case):
     """A step on a batch of images; a candidate is a model of its own."""
 
     names = (*COMPARED, "lambda 0", "CUDA graph", "compiled", "backbone alone")
+    kernels = ("info_nce", "dense_match")
     small = {"backbone": "tiny", "batch": 8, "size": 32, "queue_length": 128}
     whole_memory = True
     batch: int
@@ -121,6 +123,7 @@ class StepLossCase(Case):
     """What a step does with the encoders' outputs: matching, both losses, their gradients."""
 
     names = ("ours", "reference")
+    kernels = ("info_nce", "dense_match")
     small = {"pairs": 4, "queue_length": 256, "features": 32, "channels": 64}
     pairs: int
     queue_length: int = 65536
@@ -169,32 +172,6 @@ def tiny_backbone() -> nn.Module:
     return nn.Sequential(*layers, nn.Conv2d(16, 32, 2, stride=2))
 
 
-def largest_batch(fits: Callable[[int], bool], first: int, step: int, tries: int) -> int | None:
-    """The largest multiple of `step` that fits, as far as a number of tries tells; None: none did.
-
-    Looks up or down from the first guess by an eighth of it at a time, then halves what is left.
-    """
-    low, high = 0, None  # low fits, high does not
-    guess = max(step, first // step * step)
-    stride = max(step, guess // 8 // step * step)
-    for _ in range(tries):
-        if fits(guess):
-            low = guess
-        else:
-            high = guess
-        if high is not None and high - low <= step:
-            break
-        if high is None:
-            guess = low + stride
-        elif low == 0:
-            guess = max(step, high - stride)
-        else:
-            guess = (low + high) // 2 // step * step
-        if guess in (low, high):
-            break
-    return low or None
-
-
 @contextmanager
 def published_ops() -> Iterator[None]:
     """Inside, the model's ops are the published code: logits in memory, a loop over parameters.
@@ -220,11 +197,5 @@ def published_ops() -> Iterator[None]:
         "ema_update_": ema_loop,
         "enqueue_": reference.enqueue_,
     }
-    ours = {name: getattr(ops, name) for name in published}
-    for name, function in published.items():
-        setattr(ops, name, function)
-    try:
+    with patch.multiple(ops, **published):
         yield
-    finally:
-        for name, function in ours.items():
-            setattr(ops, name, function)

@@ -13,22 +13,25 @@ import argparse
 import sys
 from typing import Any
 
+import torch
+
 from benchmarks.processes import Lost, Worker
 from benchmarks.step import VIT, StepCase
+from benchmarks.worker import Settings, answer, peak_of
 
 VARIANTS = {"ours": "ours", "formula": "reference", "backbone alone": "backbone alone"}
 
 
 def measure(variant: str, case: StepCase, threads: int = 2) -> dict[str, Any]:
     """Bytes and loss of one variant's step; empty where it died, as for want of memory."""
-    worker = Worker("benchmarks.worker", "cpu", "--threads", str(threads))
-    request = {"do": "memory", "case": case.message(), "name": VARIANTS[variant]}
+    process, settings = Worker(), Settings(torch.device("cpu"), threads=threads)
     try:
-        return worker.ask(request, 1800.0)
+        found = process.call(1800.0, answer, settings, {}, peak_of, case, VARIANTS[variant])
+        return found.get("info", {})
     except Lost:
         return {}
     finally:
-        worker.close()
+        process.close()
 
 
 def main(arguments: list[str] | None = None) -> int:

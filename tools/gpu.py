@@ -27,8 +27,8 @@ from typing import Any
 import torch
 
 from benchmarks.machine import commit
-from benchmarks.processes import ROOT, call, end_on_termination
 from tools import gpu_checks
+from tools.commands import ROOT, call, end_on_termination
 
 SANITIZERS = ("memcheck", "racecheck", "synccheck")
 CHECK_LIMIT, FILE_LIMIT = 20.0, 60.0  # seconds of a check, of a file of tests
