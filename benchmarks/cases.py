@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
-from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -88,12 +88,27 @@ def candidate_of(case: Case, name: str, inputs: Any) -> Candidate:
 
     def under(function: Callable[[], Any]) -> Callable[[], Any]:
         def call() -> Any:
-            with patch.dict(os.environ, values):
+            with environment(values):
                 return function()
 
         return call
 
     return Candidate(under(made.run), under(made.results), made.waits)
+
+
+@contextmanager
+def environment(settings: dict[str, str]) -> Iterator[None]:
+    """The variables have these values inside; costs less than patch.dict, for it is timed too."""
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def relative(got: Tensor, expected: Tensor, floor: float = 1e-30) -> float:

@@ -12,14 +12,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 
 from benchmarks import machine
-from benchmarks.cases import Candidate, Case, NotAvailable, candidate_of
+from benchmarks.cases import Candidate, Case, NotAvailable, candidate_of, environment
 from benchmarks.rows import Row
-from benchmarks.timing import MODES, Clock, CudaClock, HostClock, first_line, measure
+from benchmarks.timing import MODES, Clock, CudaClock, first_line, measure
 from densecl_ext import _host
 
 OUT_OF_MEMORY = "out of memory"
@@ -49,7 +48,7 @@ def answer(
     if settings.threads:
         torch.set_num_threads(settings.threads)
     try:
-        with patch.dict(os.environ, variables):
+        with environment(variables):
             found = {"info": function(*given, settings)}
     except NotAvailable as reason:
         found = {"skipped": str(reason)}
@@ -77,7 +76,7 @@ def clock_of(settings: Settings) -> Clock:
     """A GPU's, or a CPU's that stands in for one in a GPU's suite."""
     if settings.device.type == "cuda":
         return CudaClock(settings.device)
-    return HostClock(MODES if settings.suite == "gpu" else ("calls",))
+    return Clock(MODES if settings.suite == "gpu" else ("calls",))
 
 
 def describe(settings: Settings) -> dict[str, Any]:
@@ -97,7 +96,7 @@ def run_row(
     """
     if row.isa is not None and row.isa not in _host.available_isas():
         raise NotAvailable(f"this machine lacks {row.isa}")
-    device, quick = settings.device, settings.quick
+    device, quick, clock = settings.device, settings.quick, clock_of(settings)
     cases = {"ours": row.case, **(row.beside if "ours" in names else {})}
     if quick:
         cases = {name: case.shrunk() for name, case in cases.items()}
@@ -115,7 +114,7 @@ def run_row(
     least, most = (3, 3) if quick else (5, 51) if settings.suite != "cpu" else (3, 41)
     sample = 0.4 if row.case.images and not quick else None
     timed, failed = measure(
-        candidates, clock_of(settings), seconds=row.seconds, least=least, most=most, sample=sample
+        candidates, clock, seconds=row.seconds, least=least, most=most, sample=sample
     )
     info["absent"] |= failed
     info["candidates"] = {
@@ -277,7 +276,7 @@ def rate_of_views(backend: str, photos: str, settings: Settings) -> dict[str, An
 
             for _ in range(3):  # worker processes start, queues of finished batches empty
                 take()
-            samples.append(BATCH * batches / HostClock().seconds(take, batches))
+            samples.append(BATCH * batches / Clock().seconds(take, batches))
             del stream, take
     return {
         "row": f"views-{backend}", "title": f"two {SIZE} px views, {backend}, batches of {BATCH}",

@@ -10,9 +10,9 @@ import torch
 
 pytest.importorskip("torchvision")
 
+from densecl_ext import DenseCL
 from tools import scale
 from tools import scale as model
-from densecl_ext import DenseCL
 
 ROOT = Path(__file__).resolve().parent.parent
 H100 = model.MACHINES["h100"]
