@@ -48,7 +48,8 @@ class Worker:
         try:
             pipe.send((function, given))
             while not pipe.poll(0.1):
-                if ended(process):  # without closing the pipe, which a grandchild may hold
+                # A grandchild may hold the pipe, and a driver a process that was killed.
+                if ended(process) or late.is_set():
                     raise EOFError
             return pipe.recv()
         except (OSError, EOFError):  # it ends, or somebody ended it

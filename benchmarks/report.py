@@ -211,7 +211,7 @@ def share_of_limit(row: Entry, name: str, limits: dict[str, Any]) -> str:
         return ""
     if not (name.startswith("ours") or name in row.info["beside"]):
         return ""
-    least = max(row.work(name) / gemm, row.found[name].get("traffic", 0.0) / copy)
+    least = max(row.work(name) / gemm, row.found[name]["traffic"] / copy)
     return f"{100 * least / row.seconds(name):.0f} %" if least else ""
 
 
@@ -220,7 +220,7 @@ def notes(row: Entry) -> list[str]:
     found = []
     if waits := row.info.get("host_waits"):
         found.append(f"**Ours makes the host wait**: {waits}.")
-    missing = {name: c.get("missing", {}).get("graph") for name, c in row.found.items()}
+    missing = {name: made["missing"].get("graph") for name, made in row.found.items()}
     told = [f"{name}: {why}" for name, why in missing.items() if why and not row.images]
     if told:
         found.append("Not in a graph: " + "; ".join(told) + ".")

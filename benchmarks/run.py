@@ -6,6 +6,7 @@ import argparse
 import bisect
 import datetime
 import os
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,7 +21,6 @@ from benchmarks.report import write
 from benchmarks.rows import Row, rows
 from benchmarks.step import COMPARED, StepCase
 from benchmarks.timing import CAPTURE_FAILED
-from benchmarks.verdicts import NOT_RUN
 
 # Seconds without an answer.
 LIMITS = {"cpu": 900.0, "gpu": 60.0, "step": 110.0}
@@ -59,7 +59,7 @@ class Run:
         try:
             found = self.ask(60.0 + LIMITS[suite], worker.describe)
             self.results["machine_info"] = found.get("info")
-            self._skip("machine", found)
+            self._tell("machine", found)
             for row in rows(suite):
                 if all(word in row.id for word in words):
                     self._tell(row.id, self.row(row))
@@ -108,9 +108,9 @@ class Run:
         """A row's answer; where that takes the process along, its candidates apart."""
         if row.id == "step-largest":
             return self._largest()
-        variants = self._options.variant if row.id.startswith("nce") else []
-        variants = variants if self._options.suite == "gpu" else []
-        row = replace(row, baselines=(*row.baselines, *(f"ours [{v}]" for v in variants)))
+        if self._options.suite == "gpu" and row.id.startswith("nce"):
+            variants = (f"ours [{variant}]" for variant in self._options.variant)
+            row = replace(row, baselines=(*row.baselines, *variants))
         found = self._row(row, "ours", *row.baselines)
         if found.get("broken"):
             found = self._apart(row)
@@ -134,17 +134,15 @@ class Run:
             found = self._row(row, "ours")
         if "info" not in found and self._options.suite != "step":
             return found
-        for name in row.baselines:
-            one = self._row(row, name)
-            if "info" not in found and "info" in one:
-                one["info"]["absent"]["ours"] = found.get("error", NOT_RUN)
-                found = one
-            elif "info" in one:
-                for part in ("candidates", "absent", "errors", "parts"):
-                    found["info"][part] |= one["info"][part]
-            elif "info" in found:
-                found["info"]["absent"][name] = one.get("error") or one.get("skipped") or NOT_RUN
-        return found
+        answers = {"ours": found} | {name: self._row(row, name) for name in row.baselines}
+        infos = [one["info"] for one in answers.values() if "info" in one]
+        for info in infos[1:]:
+            for part in ("candidates", "absent", "errors", "parts"):
+                infos[0][part] |= info[part]
+        if infos:
+            reasons = {n: a.get("error") or a.get("skipped") for n, a in answers.items()}
+            infos[0]["absent"] |= {name: reason for name, reason in reasons.items() if reason}
+        return {"info": infos[0]} if infos else found
 
     def _row(self, row: Row, *names: str) -> dict[str, Any]:
         """The worker's answer about some of a row's candidates.
@@ -159,16 +157,13 @@ class Run:
         while True:
             found = self.ask(limit, worker.run_row, row, names, waits, **self._variables(row))
             candidates = found.get("info", {}).get("candidates", {})
-            failed = {
-                name: candidate["missing"]["graph"]
-                for name, candidate in candidates.items()
-                if candidate["missing"].get("graph", "").startswith(CAPTURE_FAILED)
-            }
+            graphs = {name: made["missing"].get("graph", "") for name, made in candidates.items()}
+            failed = [name for name, why in graphs.items() if why.startswith(CAPTURE_FAILED)]
             if not failed:
                 return found
             self._worker.close()
             found.pop("broken", None)
-            waits |= {name: why.removeprefix(CAPTURE_FAILED) for name, why in failed.items()}
+            waits |= {name: graphs[name].removeprefix(CAPTURE_FAILED) for name in failed}
             if list(candidates)[-1] in failed:  # nobody stands behind it
                 return found
 
@@ -226,17 +221,14 @@ class Run:
             self.results["largest"][name] = result
         return {}
 
-    def _skip(self, name: str, found: dict[str, Any]) -> None:
-        if reason := found.get("error") or found.get("skipped"):
-            self.results["skipped"][name] = reason
-
     def _tell(self, name: str, found: dict[str, Any]) -> None:
         """Keep an answer, and say it in a line."""
-        self._skip(name, found)
-        if "info" in found:
-            self.results["benchmarks"].append({"extra_info": found["info"]})
+        told = found.get("error") or found.get("skipped")
+        if told:
+            self.results["skipped"][name] = told
+        if "row" in (info := found.get("info", {})):
+            self.results["benchmarks"].append({"extra_info": info})
         write(self._out, self.results)
-        told = self.results["skipped"].get(name, "measured")
-        for who, made in found.get("info", {}).get("candidates", {}).items():
-            told += f", {who} {1e6 * sorted(made['seconds'])[len(made['seconds']) // 2]:,.1f} us"
-        print(f"{name}: {told}", flush=True)
+        for who, made in info.get("candidates", {}).items():
+            told = f"{told or 'measured'}, {who} {1e6 * statistics.median(made['seconds']):,.1f} us"
+        print(f"{name}: {told or 'measured'}", flush=True)

@@ -32,15 +32,19 @@ class Entry:
         self.info = info
         self.id, self.title, self.case = info["row"], info["title"], info["case"]
         self.absent: dict[str, str] = info["absent"]
-        self.found: dict[str, dict[str, Any]] = info["candidates"]
-        self.images = max((c.get("images", 0) for c in self.found.values()), default=0)
-        in_graphs = any("graph" in self.modes(name) for name in self.found)
+        # Older results tell no more than the seconds of calls.
+        self.found: dict[str, dict[str, Any]] = {
+            name: {"modes": {"calls": made["seconds"]}, "missing": {}, "traffic": 0.0, "images": 0}
+            | made
+            for name, made in info["candidates"].items()
+        }
+        self.images = max((made["images"] for made in self.found.values()), default=0)
+        in_graphs = any("graph" in made["modes"] for made in self.found.values())
         self.on_gpu = in_graphs or info["device"] == "cuda"
 
     def modes(self, name: str) -> dict[str, list[float]]:
         """Seconds of one call, a sample a round, by mode."""
-        found = self.found[name]
-        return found.get("modes") or {"calls": found["seconds"]}
+        return self.found[name]["modes"]
 
     def seconds(self, name: str) -> float:
         """The median of one call, in a graph where it can."""

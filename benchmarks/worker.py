@@ -22,7 +22,7 @@ from benchmarks.timing import MODES, Clock, CudaClock, first_line, measure
 from densecl_ext import _host
 
 OUT_OF_MEMORY = "out of memory"
-PROC = Path("/proc/self")
+RESET = Path("/proc/self/clear_refs")
 BATCH, SIZE = 32, 224  # of the loaders' views
 known: dict[Case, Any] = {}  # inputs of the last case whose memory was measured
 
@@ -179,7 +179,7 @@ def require_memory(case: Case, device: torch.device) -> None:
     if device.type == "cuda":
         free = float(torch.cuda.mem_get_info(device)[0])
     else:
-        free = 1024 * machine.kilobytes("/proc/meminfo", "MemAvailable") or 8e9
+        free = machine.bytes_of("/proc/meminfo", "MemAvailable") or 8e9
     if case.eager_bytes > free / 2:
         raise NotAvailable(
             f"does not fit: about {case.eager_bytes / 1e9:.0f} GB, half of {free / 1e9:.0f} GB free"
@@ -202,7 +202,7 @@ def host_waits(candidate: Candidate, device: torch.device) -> str | None:
 
 def memory_supported() -> bool:
     """Whether this system tells a process's peak."""
-    return os.access(PROC / "clear_refs", os.W_OK)
+    return os.access(RESET, os.W_OK)
 
 
 def start_peak(device: torch.device) -> int:
@@ -220,8 +220,8 @@ def start_peak(device: torch.device) -> int:
     # Free heap goes back to the system, or the next call would find it already resident.
     trim: Callable[[int], int] = getattr(ctypes.CDLL(None), "malloc_trim", lambda _: 0)
     trim(0)
-    (PROC / "clear_refs").write_text("5", encoding="ascii")  # 5: reset the peak
-    return 1024 * int(machine.kilobytes(str(PROC / "status"), "VmRSS"))
+    RESET.write_text("5", encoding="ascii")  # 5: reset the peak
+    return machine.bytes_of("/proc/self/status", "VmRSS")
 
 
 def peak_of(case: Case, name: str, settings: Settings) -> dict[str, Any]:
@@ -241,7 +241,7 @@ def peak_of(case: Case, name: str, settings: Settings) -> dict[str, Any]:
         torch.cuda.synchronize(device)
         peak = torch.cuda.max_memory_allocated(device)
     else:
-        peak = 1024 * int(machine.kilobytes(str(PROC / "status"), "VmHWM"))
+        peak = machine.bytes_of("/proc/self/status", "VmHWM")
     value = float(result) if isinstance(result, torch.Tensor) and result.numel() == 1 else None
     return {"bytes": max(0, peak - before), "value": value}
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import processes
 from benchmarks.processes import Lost, Worker
 from python_tests import faulty_worker
 from tools import commands
@@ -83,6 +84,19 @@ def test_a_grandchild_ends_with_the_worker(worker: Worker) -> None:
     with pytest.raises(Lost):
         worker.call(0.5, faulty_worker.hang)
     assert gone(child)
+
+
+def test_a_worker_that_would_not_go_is_left_behind(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pid = worker.call(60.0, os.getpid)
+    with monkeypatch.context() as patch:
+        patch.setattr(processes, "kill", lambda _: None)
+        patch.setattr(processes, "PATIENCE", 0.2)
+        with pytest.raises(Lost, match="no answer within 0 s"):
+            worker.call(0.3, faulty_worker.hang)
+    assert worker.call(60.0, os.getpid) != pid
+    os.killpg(pid, signal.SIGKILL)
 
 
 LEAVES_A_CHILD = (
