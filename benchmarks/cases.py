@@ -40,6 +40,7 @@ class Candidate:
 class Case:
     """One size of one op. `names` are its candidates, ours first."""
 
+    title: ClassVar[Any]
     names: ClassVar[tuple[str, ...]]
     kernels: ClassVar[tuple[str, ...]] = ()  # ops that it runs and that have Hopper's own kernels
     small: ClassVar[dict[str, Any]]  # a size that takes no time
@@ -145,10 +146,15 @@ class MatchCase(Case):
     kernels = ("dense_match",)
     small = {"pairs": 2, "channels": 64, "positions": 25}
     pairs: int
-    channels: int
-    positions: int
+    channels: int = 2048
+    positions: int = 49
     dtype: str = "float32"
     channels_last: bool = False
+
+    @property
+    def title(self) -> str:  # type: ignore[override]
+        size = f"N={self.pairs} C={self.channels:,} {self.positions}x{self.positions}"
+        return f"dense_match, {size}, {self.dtype}{', channels-last' * self.channels_last}"
 
     def inputs(self, device: torch.device) -> tuple[Tensor, Tensor]:
         draw, shape = normal_numbers(device), (self.pairs, self.channels, self.positions)
@@ -194,6 +200,7 @@ def match_as_published(query: Tensor, key: Tensor) -> Tensor:
 class EmaCase(Case):
     """Momentum update of ResNet-50's parameters, or of the first `count` of them."""
 
+    title = "ema_update_, ResNet-50's 161 parameters"
     names = ("ours", "loop", "_foreach_mul_ + _foreach_add_", "_foreach_lerp_")
     small = {"count": 8}
     count: int = 161
@@ -274,6 +281,11 @@ class EnqueueCase(Case):
     batch: int
     queue_length: int
     features: int = 128
+
+    @property
+    def title(self) -> str:  # type: ignore[override]
+        size = f"B={self.batch} K={self.queue_length:,} D={self.features}"
+        return f"enqueue_, {size}, float32"
 
     def inputs(self, device: torch.device) -> tuple[Tensor, Tensor]:
         draw = normal_numbers(device)

@@ -61,6 +61,11 @@ class InfoNceCase(Case):
     dtype: str = "float32"
     gradient: bool = True
 
+    @property
+    def title(self) -> str:  # type: ignore[override]
+        what = "info_nce" if self.gradient else "info_nce, loss alone"
+        return f"{what}, M={self.rows:,} K={self.queue_length:,} D={self.features}, {self.dtype}"
+
     def inputs(self, device: torch.device) -> Rows:
         draw = normal_numbers(device)
         query = draw(self.rows, self.features)

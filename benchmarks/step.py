@@ -49,6 +49,12 @@ class StepCase(Case):
     precision: str = "bf16"
 
     @property
+    def title(self) -> str:  # type: ignore[override]
+        name = {"resnet50": "ResNet-50", VIT: "ViT-S/16"}.get(self.backbone, self.backbone)
+        batch = f"batch {self.batch}" if self.batch else "the largest batch that fits"
+        return f"training step, {name}, {batch}"
+
+    @property
     def images(self) -> int:  # type: ignore[override]
         return self.batch
 
@@ -130,6 +136,11 @@ class StepLossCase(Case):
     channels: int = 2048
     grid: int = 7
     dtype: str = "bfloat16"
+
+    @property
+    def title(self) -> str:  # type: ignore[override]
+        size = f"N={self.pairs} K={self.queue_length:,}"
+        return f"matching and both losses, {size}, {self.dtype}"
 
     def inputs(self, device: torch.device) -> tuple[list[Tensor], dict[str, Tensor]]:
         draw, dtype = normal_numbers(device), getattr(torch, self.dtype)
