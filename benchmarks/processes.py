@@ -53,7 +53,6 @@ class Worker:
                     raise EOFError
             return pipe.recv()
         except (OSError, EOFError):  # it ends, or somebody ended it
-            process.join(1.0)
             text = f"the process ended: {status_text(self.close())}"
             raise Lost(f"no answer within {limit:.0f} s" if late.is_set() else text) from None
         except Exception as error:
@@ -76,8 +75,9 @@ class Worker:
         if self._process is None or self._pipe is None:
             return None
         process, self._process = self._process, None
-        kill(process)
         self._pipe.close()
+        process.join(1.0)  # where it waits for work, it ends by itself
+        kill(process)
         process.join(PATIENCE)
         return process.exitcode
 
