@@ -152,7 +152,7 @@ class MatchCase(Case):
     channels_last: bool = False
 
     @property
-    def title(self) -> str:  # type: ignore[override]
+    def title(self) -> str:
         size = f"N={self.pairs} C={self.channels:,} {self.positions}x{self.positions}"
         return f"dense_match, {size}, {self.dtype}{', channels-last' * self.channels_last}"
 
@@ -283,7 +283,7 @@ class EnqueueCase(Case):
     features: int = 128
 
     @property
-    def title(self) -> str:  # type: ignore[override]
+    def title(self) -> str:
         size = f"B={self.batch} K={self.queue_length:,} D={self.features}"
         return f"enqueue_, {size}, float32"
 

@@ -62,7 +62,7 @@ class InfoNceCase(Case):
     gradient: bool = True
 
     @property
-    def title(self) -> str:  # type: ignore[override]
+    def title(self) -> str:
         what = "info_nce" if self.gradient else "info_nce, loss alone"
         return f"{what}, M={self.rows:,} K={self.queue_length:,} D={self.features}, {self.dtype}"
 

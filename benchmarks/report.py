@@ -133,8 +133,8 @@ def markdown(results: dict[str, Any]) -> str:
         if features := [row for row in losses if row.case["features"] != 128]:
             parts += ["## Feature sizes", table([ours_in_words(row) for row in features])]
     if suite == "cpu":
-        measured = loaders(results)
-        parts += ["## Data loading", table(measured) if measured else "Not measured: see below."]
+        rates = loaders(results)
+        parts += ["## Data loading", table(rates) if rates else "Not measured: see below."]
     if results.get("skipped"):
         parts += ["## Skipped", "\n".join(skipped_lines(results["skipped"]))]
     return "\n\n".join(parts) + "\n"

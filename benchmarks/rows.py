@@ -162,9 +162,9 @@ def gpu_rows() -> list[Row]:
     ]  # fmt: skip
     for dtype, most in (("float32", 75), ("bfloat16", 45)):
         for short, last in (("", False), ("-cl", True)):
-            case = MatchCase(256, dtype=dtype, channels_last=last)
+            grids = MatchCase(256, dtype=dtype, channels_last=last)
             asked = Asked("seconds", "", most * US), faster(FORMULA, 5.0)
-            found.append(Row(f"match-{SHORT[dtype]}{short}", case, (FORMULA,), asked))
+            found.append(Row(f"match-{SHORT[dtype]}{short}", grids, (FORMULA,), asked))
     found += [
         Row("step-loss", StepLossCase(256, K, D), ("reference",), memory=StepLossCase.names),
         Row("nce-compile", first, ("torch.compile", "torch.compile autocast"),

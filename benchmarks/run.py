@@ -199,7 +199,7 @@ class Run:
             def too_large(batch: int, name: str = name, tries: dict[int, str] = tries) -> bool:
                 case = StepCase(batch)
                 if self._options.quick:
-                    case = replace(case.shrunk(), batch=batch)
+                    case = StepCase(**{**StepCase.small, "batch": batch})
                 found = self.ask(TRY_LIMIT, worker.fits, case, name)
                 tries[batch] = found.get("error") or found.get("skipped") or "fits"
                 if tries[batch] == "fits":

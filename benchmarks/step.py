@@ -49,7 +49,7 @@ class StepCase(Case):
     precision: str = "bf16"
 
     @property
-    def title(self) -> str:  # type: ignore[override]
+    def title(self) -> str:
         name = {"resnet50": "ResNet-50", VIT: "ViT-S/16"}.get(self.backbone, self.backbone)
         batch = f"batch {self.batch}" if self.batch else "the largest batch that fits"
         return f"training step, {name}, {batch}"
@@ -138,7 +138,7 @@ class StepLossCase(Case):
     dtype: str = "bfloat16"
 
     @property
-    def title(self) -> str:  # type: ignore[override]
+    def title(self) -> str:
         size = f"N={self.pairs} K={self.queue_length:,}"
         return f"matching and both losses, {size}, {self.dtype}"
 

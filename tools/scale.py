@@ -60,7 +60,8 @@ def count() -> Network:
     layers: list[tuple[int, int]] = []  # numbers written, products for each of them
 
     def add(module: nn.Module, _: object, output: Tensor) -> None:
-        layers.append((output.numel(), module.weight[0].numel()))  # type: ignore[operator]
+        assert isinstance(module, (nn.Conv2d, nn.Linear))
+        layers.append((output.numel(), module.weight[0].numel()))
 
     with torch.device("meta"):
         network = build_backbone("resnet50")
@@ -235,10 +236,10 @@ def draw(found: Sequence[tuple[float, int, str, Network, Machine]], png: Path) -
     figure = Figure(figsize=(11, 4.4), dpi=110, layout="constrained")
     total, share = figure.subplots(1, 2)
     counts = [2**power for power in range(10)]
-    for (rate, batch, source, *where), colour in zip(found, COLOURS, strict=False):
-        steps = [step_of(gpus, batch, rate, *where) for gpus in counts]
-        few = [step_of(gpus, 256 / gpus, rate, *where) for gpus in counts[:9]]
-        label = f"{where[1].name} ({source.partition(':')[0].partition(',')[0]})"
+    for (rate, batch, source, network, machine), colour in zip(found, COLOURS, strict=False):
+        steps = [step_of(gpus, batch, rate, network, machine) for gpus in counts]
+        few = [step_of(gpus, 256 / gpus, rate, network, machine) for gpus in counts[:9]]
+        label = f"{machine.name} ({source.partition(':')[0].partition(',')[0]})"
         total.plot(counts, [s.images_per_second for s in steps], color=colour, lw=2.2, label=label)
         shuffled = [s.gpus * s.batch / (s.seconds + s.shuffle) for s in steps]
         total.plot(counts, shuffled, "--", color=colour)
