@@ -143,11 +143,14 @@ def gpu_rows() -> list[Row]:
              faster(ATTENTION, 1.25), faster("eager", 8.0), faster("eager autocast", 5.0),
              Asked("extra", "", 30 * MB)),
             8.0, ("ours", "flash attention", "eager", "eager autocast")),
+        Row("nce-m256", replace(first, rows=256), (before, *attention, "eager autocast"),
+            (Asked("seconds", "", 25 * US),), 2.0, ("ours", "eager autocast")),
+        Row("enqueue", EnqueueCase(256, K), EnqueueCase.names[1:],
+            (Asked("seconds", "", 6 * US), Asked("syncs", "", 0)), 1.0, EnqueueCase.names),
+        Row("step-loss", StepLossCase(256, K, D), ("reference",), memory=StepLossCase.names),
         # The steps of Hopper's schedule, each with the ones before it; ours has all.
         Row("nce-sweep", first, (*steps, "ours [DENSECL_CUDA_PDL=0]", portable), (), 5.0, (),
             note=", by kernel"),
-        Row("nce-m256", replace(first, rows=256), (before, *attention, "eager autocast"),
-            (Asked("seconds", "", 25 * US),), 2.0, ("ours", "eager autocast")),
         Row("nce-large", replace(first, rows=4 * GPU_M, queue_length=2**20), (),
             (Asked("rate", large, 0.8),), beside={large: first}),
         Row("nce-f32", replace(first, dtype="float32"), ("eager", "eager TF32", attention[0]),
@@ -157,8 +160,6 @@ def gpu_rows() -> list[Row]:
         Row("ema", EmaCase(), EmaCase.names[1:],
             (Asked("copy", "", 0.9), faster("_foreach_lerp_", 1.05), faster("loop", 10.0)),
             memory=("ours", "loop")),
-        Row("enqueue", EnqueueCase(256, K), EnqueueCase.names[1:],
-            (Asked("seconds", "", 6 * US), Asked("syncs", "", 0)), 1.0, EnqueueCase.names),
     ]  # fmt: skip
     for dtype, most in (("float32", 75), ("bfloat16", 45)):
         for short, last in (("", False), ("-cl", True)):
@@ -166,7 +167,6 @@ def gpu_rows() -> list[Row]:
             asked = Asked("seconds", "", most * US), faster(FORMULA, 5.0)
             found.append(Row(f"match-{SHORT[dtype]}{short}", grids, (FORMULA,), asked))
     found += [
-        Row("step-loss", StepLossCase(256, K, D), ("reference",), memory=StepLossCase.names),
         Row("nce-compile", first, ("torch.compile", "torch.compile autocast"),
             (faster("torch.compile | torch.compile autocast", 3.0),), 3.0, (), note=", compiled"),
         Row("nce-f16", replace(first, dtype="float16"), (portable, *attention), (), 2.0, ()),
