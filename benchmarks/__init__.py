@@ -4,12 +4,12 @@
 `table.md` and the charts. `--suite gpu` and `--suite step` are a GPU's; `make gpu` runs them, and
 results/README.md says how to fill the tables.
 
-rows.py                     the one table: what is measured against whom, and what is asked of it
+rows.py                       the one table: what is measured against whom, what is asked of it
 cases.py, losses.py, step.py  inputs of one size, and every way to compute the result
-timing.py                   interleaved rounds, by the device's own clock
-worker.py, processes.py     the process that measures, and how one that hangs or faults ends
-machine.py, ceiling.cpp     the machine, its arithmetic and copy ceilings
+run.py, processes.py          the rows one by one, and how a process that hangs or faults ends
+worker.py, timing.py          what that process does: interleaved rounds, by the device's own clock
+machine.py, ceiling.cpp       the machine, its arithmetic and copy ceilings
 verdicts.py, report.py, charts.py  what people read
-scale.py                    on paper: images/s, hours and cost of many GPUs (docs/scale.md)
-vit_memory.py               peak memory of a vision transformer's step, beside the formula's logits
+scale.py                      on paper: images/s, hours and cost of many GPUs (docs/scale.md)
+vit_memory.py                 peak memory of a vision transformer's step, beside the formula's
 """

@@ -40,7 +40,9 @@ class Candidate:
 class Case:
     """One size of one op. `names` are its candidates, ours first."""
 
+    title: ClassVar[Any]
     names: ClassVar[tuple[str, ...]]
+    kernels: ClassVar[tuple[str, ...]] = ()  # ops that it runs and that have Hopper's own kernels
     small: ClassVar[dict[str, Any]]  # a size that takes no time
     images: ClassVar[Any] = 0  # of one call, where images/s are what counts
     whole_memory: ClassVar[bool] = False  # peak memory counts all that a candidate is made of
@@ -63,7 +65,7 @@ class Case:
         raise NotImplementedError
 
     def message(self) -> dict[str, Any]:
-        """The case as JSON, read by rows.from_message."""
+        """The case as results.json holds it."""
         return {"kind": type(self).__name__, **asdict(self)}
 
     def shrunk(self) -> Case:
@@ -97,7 +99,7 @@ def candidate_of(case: Case, name: str, inputs: Any) -> Candidate:
 
 @contextmanager
 def environment(settings: dict[str, str]) -> Iterator[None]:
-    """The variables have these values inside."""
+    """The variables have these values inside; costs less than patch.dict, for it is timed too."""
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
     try:
@@ -141,12 +143,18 @@ class MatchCase(Case):
     """dense_match of N image pairs with `positions` positions each."""
 
     names = ("ours", "normalise + matmul + max", "torch.compile")
+    kernels = ("dense_match",)
     small = {"pairs": 2, "channels": 64, "positions": 25}
     pairs: int
-    channels: int
-    positions: int
+    channels: int = 2048
+    positions: int = 49
     dtype: str = "float32"
     channels_last: bool = False
+
+    @property
+    def title(self) -> str:
+        size = f"N={self.pairs} C={self.channels:,} {self.positions}x{self.positions}"
+        return f"dense_match, {size}, {self.dtype}{', channels-last' * self.channels_last}"
 
     def inputs(self, device: torch.device) -> tuple[Tensor, Tensor]:
         draw, shape = normal_numbers(device), (self.pairs, self.channels, self.positions)
@@ -192,6 +200,7 @@ def match_as_published(query: Tensor, key: Tensor) -> Tensor:
 class EmaCase(Case):
     """Momentum update of ResNet-50's parameters, or of the first `count` of them."""
 
+    title = "ema_update_, ResNet-50's 161 parameters"
     names = ("ours", "loop", "_foreach_mul_ + _foreach_add_", "_foreach_lerp_")
     small = {"count": 8}
     count: int = 161
@@ -272,6 +281,11 @@ class EnqueueCase(Case):
     batch: int
     queue_length: int
     features: int = 128
+
+    @property
+    def title(self) -> str:
+        size = f"B={self.batch} K={self.queue_length:,} D={self.features}"
+        return f"enqueue_, {size}, float32"
 
     def inputs(self, device: torch.device) -> tuple[Tensor, Tensor]:
         draw = normal_numbers(device)

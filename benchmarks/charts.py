@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import machine_words
-from benchmarks.verdicts import Entry, duration, size, suite_of, times
+from benchmarks.verdicts import Entry, duration, machine_words, size, suite_of, times
 
 # Okabe and Ito's palette, which colour-blind readers tell apart.
 COLOURS = {
@@ -26,7 +25,6 @@ LINES = {
     "ours, float32 queue": ("#0072b2", "o"),
     "ours, bfloat16 queue": ("#d55e00", "D"),
 }
-TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 INK, FAINT = "#22262b", "#d9dde2"
 STYLE: Any = {
     **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
@@ -78,40 +76,37 @@ def draw(rows: Sequence[Entry], results: dict[str, Any], out: Path) -> list[str]
 
 
 def speedups(rows: Sequence[Entry], wanted: Sequence[str]) -> tuple[Any, str]:
-    """Bars: how many times faster than each baseline."""
+    """Bars: how many times faster than each baseline, under each row's name and time."""
     from matplotlib import pyplot
+    from matplotlib.ticker import LogLocator
 
     by_id = {row.id: row for row in rows}
     chosen = [by_id[name] for name in wanted if name in by_id and baselines(by_id[name])]
     if not chosen:
         return None, ""
-    bars = sum(len(baselines(row)) for row in chosen)
-    height = 0.23 * bars + 0.33 * len(chosen) + 1.2
-    figure, axes = pyplot.subplots(figsize=(9.5, height), layout="constrained")
-    y, ratios = 0.0, [1.0]
+    lines = sum(len(baselines(row)) + 1.6 for row in chosen)
+    figure, axes = pyplot.subplots(figsize=(9.5, 0.23 * lines + 1.2), layout="constrained")
+    y, ratios, names = 0.0, [1.0], {}
     for row in chosen:
-        label = row.title.replace("info_nce, ", "info_nce  ")
-        heading = f" {label}: {duration(row.seconds('ours'))}"
+        heading = f" {row.title}: {duration(row.seconds('ours'))}"
         axes.text(1.0, y - 0.15, heading, weight="bold", va="center", fontsize=9.5)
-        y += 0.8
         for i, name in enumerate(baselines(row)):
+            y += 1.0
             ours, theirs, _ = row.pair("ours", name)
             ratios.append(theirs / ours)
             colour = COLOURS.get(name, OTHERS[i % len(OTHERS)])
             axes.barh(y, ratios[-1] - 1.0, left=1.0, height=0.72, color=colour)
             axes.text(max(ratios[-1], 1.0), y, f" {times(ratios[-1])}", va="center", fontsize=9)
-            axes.text(-0.01, y, f"{name}  {duration(theirs)}", va="center", ha="right", fontsize=9,
-                      transform=axes.get_yaxis_transform())  # fmt: skip
-            y += 1.0
-        y += 0.75
+            names[y] = f"{name}  {duration(theirs)}"
+        y += 1.6
+    axes.set_yticks(list(names), names.values(), fontsize=9)
+    axes.tick_params(axis="y", length=0)
     axes.set_ylim(y - 0.6, -0.8)
     axes.set_xscale("log")  # one bar is of another order than the rest
-    low, high = min(0.9, 0.8 * min(ratios)), 1.5 * max(ratios)
-    axes.set_xlim(low, high)
-    ticks = [tick for tick in TICKS if low <= tick <= high]
-    axes.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
+    axes.set_xlim(min(0.9, 0.8 * min(ratios)), 1.5 * max(ratios))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}x")
     axes.minorticks_off()
-    axes.set_yticks([])
     axes.spines["left"].set_visible(False)
     axes.axvline(1.0, color=INK, linewidth=1.0)
     axes.grid(axis="x")
@@ -127,47 +122,40 @@ def baselines(row: Entry) -> list[str]:
 def scaling(rows: Sequence[Entry], axis: str, fixed: tuple[str, int]) -> tuple[Any, str]:
     """Two panels, time and peak memory, over M or K; eager ends where it no longer fits."""
     from matplotlib import pyplot
-    from matplotlib.ticker import FuncFormatter, NullFormatter
 
     varied = "rows" if axis == "M" else "queue_length"
-    chosen = [row for row in rows if on_axis(row, fixed)]
-    lines: dict[str, Line] = {}
+    lines: dict[str, Line] = {label: {} for label in LINES}
     missing: list[int] = []
-    for row in chosen:
+    for row in rows:
+        if not on_axis(row, fixed):
+            continue
         x, dtype = row.case[varied], row.case["dtype"]
-        add_point(lines.setdefault(f"ours, {dtype} queue", {}), x, row, "ours")
+        add_point(lines[f"ours, {dtype} queue"], x, row, "ours")
         if "eager" in row.found and (dtype == "float32" or row.on_gpu):
             # in float32 whatever the queue's dtype; on a CPU a float32 row tells as much
-            add_point(lines.setdefault("eager PyTorch, float32", {}), x, row, "eager")
+            add_point(lines["eager PyTorch, float32"], x, row, "eager")
         elif "does not fit" in row.absent.get("eager", ""):
             missing.append(x)
-    if max((len(line) for line in lines.values()), default=0) < 2:
+    if max(map(len, lines.values())) < 2:
         return None, ""
     figure, panels = pyplot.subplots(1, 2, figsize=(10.5, 4.3), layout="constrained")
-    ticks = sorted({row.case[varied] for row in chosen})
+    ticks = sorted({x for line in lines.values() for x in line})
     crowded = {tick for tick, after in zip(ticks, ticks[1:], strict=False) if after < 3 * tick}
-    for column, (name, words) in enumerate(
-        (("time of loss and gradient", duration), ("peak extra memory", size))
-    ):
-        panel = panels[column]
+    for column, (panel, words) in enumerate(zip(panels, (duration, size), strict=True)):
         for label, (colour, marker) in LINES.items():
-            points = sorted(lines.get(label, {}).items())
-            pairs = [(x, p[column]) for x, p in points if p[column]]
-            if not pairs:
-                continue
-            xs, ys = zip(*pairs, strict=True)
-            panel.plot(xs, ys, color=colour, marker=marker, label=label, markersize=5, lw=1.8)
-            if "eager" in label and missing and min(missing) > xs[-1]:
-                panel.annotate("no longer fits", (xs[-1], ys[-1]), xytext=(8, 2), fontsize=9,
+            points = [(x, point[column]) for x, point in sorted(lines[label].items())]
+            points = [point for point in points if point[1]]
+            panel.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=5,
+                       label=label if points else None, lw=1.8)  # fmt: skip
+            if points and "eager" in label and missing and min(missing) > points[-1][0]:
+                panel.annotate("no longer fits", points[-1], xytext=(8, 2), fontsize=9,
                                textcoords="offset points", color=colour, va="center")  # fmt: skip
-        panel.set_xscale("log")
-        panel.set_yscale("log")
+        panel.loglog()
         panel.set_xticks(ticks, ["" if tick in crowded else f"{tick:,}" for tick in ticks])
-        panel.xaxis.set_minor_formatter(NullFormatter())
         panel.minorticks_off()
-        panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _, words=words: words(value)))
+        panel.yaxis.set_major_formatter(lambda value, _, words=words: words(value))
         panel.set_xlabel("M, rows of the batch" if axis == "M" else "K, length of the queue")
-        panel.set_title(name)
+        panel.set_title("peak extra memory" if column else "time of loss and gradient")
         panel.grid()
     panels[0].legend(loc="upper left", fontsize=9)
     kept = f"{'K' if axis == 'M' else 'M'} = {fixed[1]:,}"

@@ -53,12 +53,18 @@ class InfoNceCase(Case):
         "cuDNN attention",
         "lightly",
     )
+    kernels = ("info_nce",)
     small = {"rows": 48, "queue_length": 512}
     rows: int
     queue_length: int
     features: int = 128
     dtype: str = "float32"
     gradient: bool = True
+
+    @property
+    def title(self) -> str:
+        what = "info_nce" if self.gradient else "info_nce, loss alone"
+        return f"{what}, M={self.rows:,} K={self.queue_length:,} D={self.features}, {self.dtype}"
 
     def inputs(self, device: torch.device) -> Rows:
         draw = normal_numbers(device)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-import json
 import os
 import platform
 import re
@@ -15,13 +15,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy
 import torch
 
-import densecl_ext
+import densecl_ext.info
 from benchmarks.losses import tf32_products
-from benchmarks.timing import Clock, HostClock, first_line
-from densecl_ext import _host
+from benchmarks.timing import Clock, first_line
 
 HERE = Path(__file__).resolve().parent
 QUERIED = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.draw",
@@ -30,28 +28,26 @@ QUERIED = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.
 
 def describe(device: torch.device) -> dict[str, Any]:
     """Processor, instruction sets, threads and versions; nothing that names owner or host."""
-    on_linux = hasattr(os, "sched_getaffinity")
-    found: dict[str, Any] = {
-        "processor": first_entry("/proc/cpuinfo", "model name") or platform.machine(),
-        "cores": len(os.sched_getaffinity(0)) if on_linux else os.cpu_count(),
-        "instruction_sets": list(_host.available_isas()),
-        "selected": _host.selected_isa(),
-        "threads": torch.get_num_threads(),
-        "memory_gb": round(kilobytes("/proc/meminfo", "MemTotal") / 1e6, 1),
+    known = densecl_ext.info.collect()
+    cpu = known["cpu"]
+    return {
+        "processor": cpu["model"],
+        "cores": cpu.get("cores_usable", cpu["cores"]),
+        "instruction_sets": cpu["kernels_that_run_here"],
+        "selected": cpu["selected"],
+        "threads": cpu["torch_threads"],
+        "memory_gb": round(bytes_of("/proc/meminfo", "MemTotal") / 1e9, 1),
         "system": f"{platform.system()} {platform.machine()}",
         "python_version": platform.python_version(),
         "torch": torch.__version__,
-        "numpy": numpy.__version__,
+        "numpy": known["libraries"]["numpy"],
         "densecl_ext": densecl_ext.__version__,
         "commit": commit(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "device": describe_gpu(device),
         "state": state(),
+        "compiler": known["build"]["compiler"],
     }
-    info = Path(densecl_ext.__file__).with_name("_build_info.json")
-    if info.is_file():
-        found["compiler"] = json.loads(info.read_text(encoding="utf-8"))["cxx"]
-    return found
 
 
 def commit() -> str:
@@ -61,19 +57,12 @@ def commit() -> str:
     return ran.stdout.strip()
 
 
-def first_entry(path: str, key: str) -> str:
-    """What stands behind the first `key: ` of a file of the system's, or nothing."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError:
-        return ""
-    found = re.search(rf"^{key}\s*: *(.+)$", text, re.MULTILINE)
-    return found[1].strip() if found else ""
-
-
-def kilobytes(path: str, key: str) -> float:
-    """A size of the system's, 0 where it is not told."""
-    return float((first_entry(path, key) or "0").split()[0])
+def bytes_of(path: str, key: str) -> int:
+    """A size in a file of the system's, 0 where it is not told."""
+    with contextlib.suppress(OSError):
+        if found := re.search(rf"^{key}:\s+(\d+) kB", Path(path).read_text("utf-8"), re.MULTILINE):
+            return 1024 * int(found[1])
+    return 0
 
 
 def describe_gpu(device: torch.device) -> dict[str, Any]:
@@ -96,10 +85,8 @@ def describe_gpu(device: torch.device) -> dict[str, Any]:
 
 def state() -> dict[str, str]:
     """Driver, clocks and power as nvidia-smi tells them now; or why it does not."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return {"nvidia-smi": "not there"}
-    command = [program, f"--query-gpu={','.join(QUERIED)}", "--format=csv,noheader", "--id=0"]
+    query = f"--query-gpu={','.join(QUERIED)}"
+    command = ["nvidia-smi", query, "--format=csv,noheader", "--id=0"]
     try:
         run = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError) as error:
@@ -195,5 +182,5 @@ def fma_ceilings(threads: int, *, quick: bool) -> dict[str, float]:
                 def all_threads(probe: Any = probe) -> None:
                     list(pool.map(probe, [steps] * threads))
 
-                found[name] = operations / best(HostClock(), all_threads, tries)
+                found[name] = operations / best(Clock(), all_threads, tries)
     return found

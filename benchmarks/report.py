@@ -1,21 +1,25 @@
-"""From results.json to what people read: what is asked and what came of it, every row, the machine.
+"""From results to what people read: what is asked and what came of it, every row, the machine.
 
 One report for the ops on a CPU and on a GPU and for the training step.
 """
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from benchmarks.verdicts import (
+    ISA_NAMES,
     NOT_RUN,
     Entry,
     bandwidth,
     ceilings,
     duration,
     entries,
+    machine_words,
     percent,
     rate,
     size,
@@ -24,18 +28,7 @@ from benchmarks.verdicts import (
     verdicts,
 )
 
-ISA_NAMES = {
-    "serial": "plain C++",
-    "neon": "NEON",
-    "avx2": "AVX2",
-    "avx512": "AVX-512",
-    "avx512bf16": "AVX-512 BF16",
-}
-TITLES = {
-    "cpu": "Benchmarks",
-    "gpu": "Benchmarks on a GPU",
-    "step": "The training step",
-}
+TITLES = {"cpu": "Benchmarks", "gpu": "Benchmarks on a GPU", "step": "The training step"}
 HOW = {
     "cpu": "Medians of interleaved rounds: every candidate takes its turn in each round, on the "
     "same threads. Before that, all results were compared. Memory is the peak beyond the inputs.",
@@ -51,26 +44,51 @@ HOW = {
     "loop and an enqueue whose pointer the host reads. Medians of interleaved rounds; memory is "
     "the peak of everything, by torch's allocator. Demands were set for an H200.",
 }
-CEILINGS = (
-    ("gemm_float32", "torch's matrix product, float32"),
-    ("gemm_tf32", "the same, TF32"),
-    ("gemm_bfloat16", "torch's matrix product, bfloat16"),
-    ("copy", "copy, read + written"),
-    ("launch", "smallest kernel, one of fifty in a graph"),
-    ("launch_alone", "smallest kernel, alone in a graph"),
-    ("launch_from_python", "smallest kernel, called from Python"),
-)
-HEADER = ["what", "ours", "baseline", "ratio", "asked", ""]
+CEILINGS = {
+    "gemm_float32": ("torch's matrix product, float32", rate),
+    "gemm_tf32": ("the same, TF32", rate),
+    "gemm_bfloat16": ("torch's matrix product, bfloat16", rate),
+    "copy": ("copy, read + written", bandwidth),
+    "launch": ("smallest kernel, one of fifty in a graph", duration),
+    "launch_alone": ("smallest kernel, alone in a graph", duration),
+    "launch_from_python": ("smallest kernel, called from Python", duration),
+}
 PARTS = ("momentum", "query_forward", "key_forward", "matching", "losses", "enqueue", "backward",
          "optimizer")  # fmt: skip
+
+
+def write(out: Path, results: dict[str, Any], *, last: bool = False) -> None:
+    """Results and table, each whole at any time; at the end the charts too.
+
+    Only the results matter on a machine that is lent: whatever goes wrong with the rest is said.
+    """
+    name, written = "step" if suite_of(results) == "step" else "results", []
+
+    def replace(name: str, text: str) -> None:
+        (out / f".{name}").write_text(text, encoding="utf-8")
+        (out / f".{name}").replace(out / name)
+        written.append(name)
+
+    replace(f"{name}.json", json.dumps(results, indent=1) + "\n")
+    try:
+        from benchmarks import charts
+
+        replace("step.md" if name == "step" else "table.md", markdown(results))
+        if last:
+            print(asked_table(results, measured_alone=True))
+            written += charts.draw(entries(results), results, out)
+    except Exception as error:
+        if last:
+            print(f"tables or charts are missing: {type(error).__name__}: {error}")
+    if last:
+        print(f"wrote {', '.join(written)} in {out}")
 
 
 def asked_table(results: dict[str, Any], *, measured_alone: bool = False) -> str:
     """The table of demands."""
     marks = {True: "met", False: "**missed**", None: "not measured"}
     found = [v for v in verdicts(results) if not measured_alone or v.ratio != NOT_RUN]
-    cells = [[v.what, v.ours, v.baseline, v.ratio, v.asked, marks[v.met]] for v in found]
-    return table(HEADER, cells)
+    return table([{**v._asdict(), "met": marks[v.met]} for v in found])
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -90,14 +108,14 @@ def markdown(results: dict[str, Any]) -> str:
         asked_table(results),
         "## Every row" if suite != "cpu" else "## Against each baseline",
     ]
-    prefix = {"cpu": "", "gpu": "cuda_"}.get(suite)
-    if prefix is not None and any(row.id.startswith("nce") for row in ran):
+    prefix = "cuda_" if suite == "gpu" else ""
+    if suite != "step" and any(row.id.startswith("nce") for row in ran):
         parts.append(f"![speed-up against each baseline]({prefix}speedup.png)")
-    limits = ceilings(results)
     for row in ran:
         others = len(row.found) + len(row.absent) - 1 - len(row.info["beside"])
         if suite != "cpu" or (others > 0 and not row.id.startswith("scale")):
             of = f" ({row.info['device']})" if suite == "cpu" else ""
+            limits = ceilings(results)
             parts += [f"### {row.title}{of}", candidate_table(row, limits), *notes(row)]
     if results.get("largest"):
         lines = [f"- {name}: {one}" for name, one in results["largest"].items()]
@@ -113,18 +131,13 @@ def markdown(results: dict[str, Any]) -> str:
             scaling_table(losses),
         ]
         if features := [row for row in losses if row.case["features"] != 128]:
-            parts += ["## Feature sizes", feature_table(features)]
+            parts += ["## Feature sizes", table([ours_in_words(row) for row in features])]
     if suite == "cpu":
-        parts += ["## Data loading", data_table(results)]
+        rates = loaders(results)
+        parts += ["## Data loading", table(rates) if rates else "Not measured: see below."]
     if results.get("skipped"):
         parts += ["## Skipped", "\n".join(skipped_lines(results["skipped"]))]
     return "\n\n".join(parts) + "\n"
-
-
-def machine_words(info: dict[str, Any]) -> str:
-    """As in `AMD EPYC, 2 threads, AVX-512`."""
-    threads = f"{info['threads']} thread{'' if info['threads'] == 1 else 's'}"
-    return f"{info['processor']}, {threads}, {ISA_NAMES.get(info['selected'], info['selected'])}"
 
 
 def machine_lines(results: dict[str, Any]) -> list[str]:
@@ -149,43 +162,41 @@ def machine_lines(results: dict[str, Any]) -> list[str]:
         f"GPU: {info['gpu'] or 'none'}",
         results["datetime"][:16],
     ]
-    limits, cells = ceilings(results), []
-    fma = limits.get("fma", {})
-    if isinstance(fma, str):
-        cells.append(["multiply-add units", fma])
-    else:
-        cells += [[f"multiply-add units, {ISA_NAMES[isa]}", rate(v)] for isa, v in fma.items()]
-    for key, name in CEILINGS:
-        if (value := limits.get(key)) is not None:
-            words = {"g": rate, "c": bandwidth, "l": duration}[key[0]]
-            cells.append([name, value if isinstance(value, str) else words(value)])
-    if not cells:
-        return ["; ".join(described) + ".", *lines]
-    what = "Ceilings, measured in the same run, best of several tries:"
-    return ["; ".join(described) + ".", *lines, what, table(["", ""], cells)]
+    lines.insert(0, "; ".join(described) + ".")
+    limits = dict(ceilings(results))
+    fma = limits.pop("fma", {})
+    fma = {"": fma} if isinstance(fma, str) else fma
+    found = {f"multiply-add units, {ISA_NAMES.get(isa, isa)}": (v, rate) for isa, v in fma.items()}
+    found |= {name: (limits.get(key), words) for key, (name, words) in CEILINGS.items()}
+    cells = [
+        {"ceiling": name, "best of several tries": v if isinstance(v, str) else words(v)}
+        for name, (v, words) in found.items()
+        if v is not None
+    ]
+    return [*lines, "Ceilings, measured in the same run:", table(cells)] if cells else lines
 
 
 def candidate_table(row: Entry, limits: dict[str, Any]) -> str:
     """All candidates of a row, ours first."""
-    gpu = row.on_gpu
-    modes = ("graph", "cold", "calls") if gpu else ("calls",)
+    modes = {m: m for m in ("graph", "cold", "calls")} if row.on_gpu else {"calls": "time"}
     cells = []
     for name, found in row.found.items():
-        seconds, against, speed = row.seconds(name), "", ""
+        line = {"": name}
+        for mode, header in modes.items():
+            line[header] = interval(row.modes(name).get(mode), spread=row.on_gpu)
+        line |= {"time / ours": "", "rate": ""}
         if name != "ours" and "ours" in row.found:
             ours, theirs, _ = row.pair("ours", name)
-            against = times(theirs / ours)
+            line["time / ours"] = times(theirs / ours)
         if row.images:
-            speed = f"{row.images / seconds:,.0f} images/s"
+            line["rate"] = f"{row.images / row.seconds(name):,.0f} images/s"
         elif found["work"]:
-            speed = rate(found["work"] / seconds)
-        line = [name, *(interval(row.modes(name).get(mode), spread=gpu) for mode in modes), against]
-        line += [speed, *([share_of_limit(row, name, limits)] if gpu else []), size(row.peak(name))]
-        cells.append(line)
-    header = ["", *(modes if gpu else ["time"]), "time / ours", "rate"]
-    header += [*(["of the limit"] if gpu else []), "extra memory"]
-    cells += [[name, reason, *[""] * (len(header) - 2)] for name, reason in row.absent.items()]
-    return table(header, cells)
+            line["rate"] = rate(found["work"] / row.seconds(name))
+        if row.on_gpu:
+            line["of the limit"] = share_of_limit(row, name, limits)
+        cells.append(line | {"extra memory": size(row.peak(name))})
+    first = next(iter(modes.values()))
+    return table(cells + [{"": name, first: reason} for name, reason in row.absent.items()])
 
 
 def share_of_limit(row: Entry, name: str, limits: dict[str, Any]) -> str:
@@ -200,7 +211,7 @@ def share_of_limit(row: Entry, name: str, limits: dict[str, Any]) -> str:
         return ""
     if not (name.startswith("ours") or name in row.info["beside"]):
         return ""
-    least = max(row.work(name) / gemm, row.found[name].get("traffic", 0.0) / copy)
+    least = max(row.work(name) / gemm, row.found[name]["traffic"] / copy)
     return f"{100 * least / row.seconds(name):.0f} %" if least else ""
 
 
@@ -209,62 +220,58 @@ def notes(row: Entry) -> list[str]:
     found = []
     if waits := row.info.get("host_waits"):
         found.append(f"**Ours makes the host wait**: {waits}.")
-    missing = {name: c.get("missing", {}).get("graph") for name, c in row.found.items()}
+    missing = {name: made["missing"].get("graph") for name, made in row.found.items()}
     told = [f"{name}: {why}" for name, why in missing.items() if why and not row.images]
     if told:
         found.append("Not in a graph: " + "; ".join(told) + ".")
-    timed = {who: parts for who, parts in row.info.get("parts", {}).items() if parts}
-    if timed:
-        names = [name for name in PARTS if any(name in parts for parts in timed.values())]
-        cells = []
-        for who, parts in timed.items():
-            shares = [parts.get(name, 0.0) / parts["step"] for name in names]
-            words = [f"{duration(s * parts['step'])}, {percent(s)}" if s else "" for s in shares]
-            cells.append([who, duration(parts["step"]), *words])
-        found.append(table(["", "step", *names], cells))
+    cells = []
+    for who, parts in row.info.get("parts", {}).items():
+        if parts:
+            line = {"": who, "step": duration(parts["step"])} | dict.fromkeys(PARTS, "")
+            for name in parts.keys() & line.keys() - {"step"}:
+                line[name] = f"{duration(parts[name])}, {percent(parts[name] / parts['step'])}"
+            cells.append(line)
+    if cells:
+        found.append(table(cells))
     return found
 
 
 def scaling_table(found: Sequence[Entry]) -> str:
     """Ours and eager at every M and K with D = 128."""
     cells = []
-    for row in sorted(
-        found, key=lambda r: (r.case["dtype"], r.case["queue_length"], r.case["rows"])
-    ):
-        case, ours = row.case, row.seconds("ours")
-        if case["features"] != 128 or not case["gradient"]:
+    for row in sorted(found, key=lambda r: [r.case[n] for n in ("dtype", "queue_length", "rows")]):
+        if row.case["features"] != 128 or not row.case["gradient"]:
             continue
-        speed = rate(row.work("ours") / ours)
-        line = [case["dtype"], f"{case['rows']:,}", f"{case['queue_length']:,}", duration(ours)]
-        line += [speed, size(row.peak("ours"))]
+        line = ours_in_words(row) | {"extra memory": size(row.peak("ours"))}
+        line |= {"eager": row.absent.get("eager", ""), "its extra memory": size(row.peak("eager"))}
         if "eager" in row.found:
-            line += [duration(row.seconds("eager")), size(row.peak("eager"))]
-        else:
-            line += [row.absent.get("eager", ""), ""]
+            line["eager"] = duration(row.seconds("eager"))
         cells.append(line)
-    header = ["queue", "M", "K", "ours", "rate", "extra memory", "eager", "extra memory"]
-    return table(header, cells)
+    return table(cells)
 
 
-def feature_table(found: Sequence[Entry]) -> str:
-    """Ours at feature sizes other than 128."""
-    cells = []
-    for row in found:
-        ours = row.seconds("ours")
-        speed = rate(row.work("ours") / ours)
-        cells.append([row.case["dtype"], str(row.case["features"]), duration(ours), speed])
-    return table(["queue", "D", "time", "rate"], cells)
+def ours_in_words(row: Entry) -> dict[str, str]:
+    """A loss's size, and our time and rate."""
+    case, ours = row.case, row.seconds("ours")
+    size = {"M": f"{case['rows']:,}", "K": f"{case['queue_length']:,}"}
+    if case["features"] != 128:
+        size = {"D": str(case["features"])}
+    return {
+        "queue": case["dtype"],
+        **size,
+        "ours": duration(ours),
+        "rate": rate(row.work("ours") / ours),
+    }
 
 
-def data_table(results: dict[str, Any]) -> str:
-    """Images per second of the loaders."""
-    infos = [benchmark["extra_info"] for benchmark in results["benchmarks"]]
-    cells = [
-        [info["title"], info["device"], f"{info['images_per_second']:.0f} images/s"]
-        for info in infos
+def loaders(results: dict[str, Any]) -> list[dict[str, str]]:
+    """Images per second of those that were measured."""
+    return [
+        {"loader": info["title"], "device": info["device"],
+         "rate": f"{info['images_per_second']:.0f} images/s"}
+        for info in (benchmark["extra_info"] for benchmark in results["benchmarks"])
         if "images_per_second" in info
-    ]
-    return table(["loader", "device", "rate"], cells) if cells else "Not measured: see below."
+    ]  # fmt: skip
 
 
 def skipped_lines(skipped: dict[str, str]) -> list[str]:
@@ -278,11 +285,11 @@ def skipped_lines(skipped: dict[str, str]) -> list[str]:
     ]
 
 
-def table(header: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
+def table(cells: Sequence[dict[str, str]]) -> str:
+    """A Markdown table of lines whose keys are the columns."""
     from tabulate import tabulate  # a machine without it still gets results.json
 
-    return tabulate(cells, header, tablefmt="github", disable_numparse=True)
+    return tabulate(cells, "keys", tablefmt="github", disable_numparse=True)
 
 
 def interval(samples: Sequence[float] | None, *, spread: bool) -> str:

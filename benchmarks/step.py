@@ -39,6 +39,7 @@ class StepCase(Case):
     """A step on a batch of images; a candidate is a model of its own."""
 
     names = (*COMPARED, "lambda 0", "CUDA graph", "compiled", "backbone alone")
+    kernels = ("info_nce", "dense_match")
     small = {"backbone": "tiny", "batch": 8, "size": 32, "queue_length": 128}
     whole_memory = True
     batch: int
@@ -46,6 +47,12 @@ class StepCase(Case):
     size: int = 224
     queue_length: int = 65536
     precision: str = "bf16"
+
+    @property
+    def title(self) -> str:
+        name = {"resnet50": "ResNet-50", VIT: "ViT-S/16"}.get(self.backbone, self.backbone)
+        batch = f"batch {self.batch}" if self.batch else "the largest batch that fits"
+        return f"training step, {name}, {batch}"
 
     @property
     def images(self) -> int:  # type: ignore[override]
@@ -121,6 +128,7 @@ class StepLossCase(Case):
     """What a step does with the encoders' outputs: matching, both losses, their gradients."""
 
     names = ("ours", "reference")
+    kernels = ("info_nce", "dense_match")
     small = {"pairs": 4, "queue_length": 256, "features": 32, "channels": 64}
     pairs: int
     queue_length: int = 65536
@@ -128,6 +136,11 @@ class StepLossCase(Case):
     channels: int = 2048
     grid: int = 7
     dtype: str = "bfloat16"
+
+    @property
+    def title(self) -> str:
+        size = f"N={self.pairs} K={self.queue_length:,}"
+        return f"matching and both losses, {size}, {self.dtype}"
 
     def inputs(self, device: torch.device) -> tuple[list[Tensor], dict[str, Tensor]]:
         draw, dtype = normal_numbers(device), getattr(torch, self.dtype)
@@ -169,32 +182,6 @@ def tiny_backbone() -> nn.Module:
     return nn.Sequential(*layers, nn.Conv2d(16, 32, 2, stride=2))
 
 
-def largest_batch(fits: Callable[[int], bool], first: int, step: int, tries: int) -> int | None:
-    """The largest multiple of `step` that fits, as far as a number of tries tells; None: none did.
-
-    Looks up or down from the first guess by an eighth of it at a time, then halves what is left.
-    """
-    low, high = 0, None  # low fits, high does not
-    guess = max(step, first // step * step)
-    stride = max(step, guess // 8 // step * step)
-    for _ in range(tries):
-        if fits(guess):
-            low = guess
-        else:
-            high = guess
-        if high is not None and high - low <= step:
-            break
-        if high is None:
-            guess = low + stride
-        elif low == 0:
-            guess = max(step, high - stride)
-        else:
-            guess = (low + high) // 2 // step * step
-        if guess in (low, high):
-            break
-    return low or None
-
-
 @contextmanager
 def published_ops() -> Iterator[None]:
     """Inside, the model's ops are the published code: logits in memory, a loop over parameters.
@@ -221,10 +208,8 @@ def published_ops() -> Iterator[None]:
         "enqueue_": reference.enqueue_,
     }
     ours = {name: getattr(ops, name) for name in published}
-    for name, function in published.items():
-        setattr(ops, name, function)
+    vars(ops).update(published)
     try:
         yield
     finally:
-        for name, function in ours.items():
-            setattr(ops, name, function)
+        vars(ops).update(ours)

@@ -13,9 +13,10 @@ from __future__ import annotations
 import gc
 import math
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -26,27 +27,33 @@ MODES = ("graph", "cold", "calls")
 CAPTURE_FAILED = "capture failed: "
 
 
-class Clock(Protocol):
-    """What a device can time."""
+class Clock:
+    """The processor's time. With all MODES a loop stands for the graph, to try that code."""
 
-    modes: tuple[str, ...]
-    sample: float  # seconds that a sample of repeated calls fills
-    most_calls: int  # in one sample
+    sample = 0.004  # seconds that a sample of repeated calls fills
+    most_calls = 1 << 20  # in one sample
+
+    def __init__(self, modes: tuple[str, ...] = ("calls",), megabytes: int = 64) -> None:
+        self.modes = modes
+        self._buffer = torch.empty(megabytes << 20 if len(modes) > 1 else 0, dtype=torch.int8)
 
     def seconds(self, run: Run, calls: int) -> float:
         """Time of a number of calls, from the first one's start to the last one's end."""
-        ...
+        start = time.perf_counter()
+        for _ in range(calls):
+            run()
+        return time.perf_counter() - start
 
     def capture(self, run: Run, calls: int) -> Run:
         """Something that repeats these calls without their launches; raises where that fails."""
-        ...
+        return lambda: self.seconds(run, calls)
 
     def flush(self) -> None:
         """Nothing that was read or written before is in the last level of cache."""
-        ...
+        self._buffer.fill_(1)
 
 
-class CudaClock:
+class CudaClock(Clock):
     """CUDA events and CUDA graphs.
 
     All graphs share one pool of memory: each writes its intermediates before it reads them, and
@@ -87,31 +94,6 @@ class CudaClock:
         torch.cuda.synchronize(self._device)
         return graph.replay
 
-    def flush(self) -> None:
-        self._buffer.fill_(1)
-
-
-class HostClock:
-    """The processor's time. With all MODES a loop stands for the graph, to try that code."""
-
-    most_calls = 1 << 20
-
-    def __init__(self, modes: tuple[str, ...] = ("calls",), megabytes: int = 64) -> None:
-        self.modes, self.sample = modes, 0.004
-        self._buffer = torch.empty(megabytes << 20 if len(modes) > 1 else 0, dtype=torch.int8)
-
-    def seconds(self, run: Run, calls: int) -> float:
-        start = time.perf_counter()
-        for _ in range(calls):
-            run()
-        return time.perf_counter() - start
-
-    def capture(self, run: Run, calls: int) -> Run:
-        return lambda: self.seconds(run, calls)
-
-    def flush(self) -> None:
-        self._buffer.fill_(1)
-
 
 @dataclass
 class Prepared:
@@ -122,7 +104,7 @@ class Prepared:
     round_seconds: float
     replay: Run | None = None  # that many calls
     replay_one: Run | None = None
-    samples: dict[str, list[float]] = field(default_factory=dict)
+    samples: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     missing: dict[str, str] = field(default_factory=dict)
 
 
@@ -154,20 +136,17 @@ def prepare(candidate: Candidate, clock: Clock, waits: str, sample: float) -> Pr
 
 def take_sample(prepared: Prepared, clock: Clock) -> None:
     """One round of a candidate: a sample in every mode it can run in."""
-
-    def add(mode: str, seconds: float) -> None:
-        prepared.samples.setdefault(mode, []).append(seconds)
-
+    samples, calls = prepared.samples, prepared.calls
     if prepared.replay is not None and prepared.replay_one is not None:
         # The work in front of the timed one gives the host the time to launch it, so that the
         # events do not see the launch; here it also fills the cache, below it empties it.
         prepared.replay()
-        add("graph", clock.seconds(prepared.replay, 1) / prepared.calls)
+        samples["graph"].append(clock.seconds(prepared.replay, 1) / calls)
         clock.flush()
-        add("cold", clock.seconds(prepared.replay_one, 1))
+        samples["cold"].append(clock.seconds(prepared.replay_one, 1))
     if len(clock.modes) > 1:
         prepared.run()
-    add("calls", clock.seconds(prepared.run, prepared.calls) / prepared.calls)
+    samples["calls"].append(clock.seconds(prepared.run, calls) / calls)
 
 
 def measure(

@@ -4,35 +4,47 @@ from __future__ import annotations
 
 import json
 import statistics
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.rows import Asked, rows
 
 NOT_RUN = "not run"
 OUR_PARTS = ("momentum", "matching", "losses", "enqueue")
+ISA_NAMES = {
+    "serial": "plain C++",
+    "neon": "NEON",
+    "avx2": "AVX2",
+    "avx512": "AVX-512",
+    "avx512bf16": "AVX-512 BF16",
+}
 
 
-@dataclass
+class Missing(Exception):
+    """A number that a demand needs is not there; the message says why."""
+
+
 class Entry:
     """One measured row: what results.json says of it, and its times."""
 
-    info: dict[str, Any]
-
-    def __post_init__(self) -> None:
-        info = self.info
+    def __init__(self, info: dict[str, Any]) -> None:
+        self.info = info
         self.id, self.title, self.case = info["row"], info["title"], info["case"]
         self.absent: dict[str, str] = info["absent"]
-        self.found: dict[str, dict[str, Any]] = info["candidates"]
-        self.images = max((c.get("images", 0) for c in self.found.values()), default=0)
-        self.on_gpu = "graph" in {mode for name in self.found for mode in self.modes(name)}
-        self.on_gpu |= info["device"] == "cuda"
+        # Older results tell no more than the seconds of calls.
+        self.found: dict[str, dict[str, Any]] = {
+            name: {"modes": {"calls": made["seconds"]}, "missing": {}, "traffic": 0.0, "images": 0}
+            | made
+            for name, made in info["candidates"].items()
+        }
+        self.images = max((made["images"] for made in self.found.values()), default=0)
+        in_graphs = any("graph" in made["modes"] for made in self.found.values())
+        self.on_gpu = in_graphs or info["device"] == "cuda"
 
     def modes(self, name: str) -> dict[str, list[float]]:
-        """Seconds of one call, a sample a round, by mode; none where the candidate did not run."""
-        found = self.found.get(name)
-        return (found.get("modes") or {"calls": found["seconds"]}) if found else {}
+        """Seconds of one call, a sample a round, by mode."""
+        return self.found[name]["modes"]
 
     def seconds(self, name: str) -> float:
         """The median of one call, in a graph where it can."""
@@ -71,8 +83,23 @@ def entries(results: dict[str, Any]) -> list[Entry]:
     return [Entry(info) for info in infos if "candidates" in info]
 
 
-@dataclass(frozen=True)
-class Verdict:
+def ceilings(results: dict[str, Any]) -> dict[str, Any]:
+    """What the machine reached at most, where it is known."""
+    return (results["machine_info"] or {}).get("ceilings") or {}
+
+
+def failures(results: dict[str, Any]) -> list[str]:
+    """Rows that failed, and candidates that computed something else or failed where ours did."""
+    found = [f"{name}: {why}" for name, why in results["skipped"].items() if "failed" in why]
+    for benchmark in results["benchmarks"]:
+        info = benchmark["extra_info"]
+        for name, why in info.get("absent", {}).items():
+            if why.startswith("wrong") or (name == "ours" and why.startswith("failed")):
+                found.append(f"{info['row']}: {name}: {why}")
+    return found
+
+
+class Verdict(NamedTuple):
     """A demand and what came of it; texts ready for the table."""
 
     what: str
@@ -93,45 +120,41 @@ def verdicts(results: dict[str, Any]) -> list[Verdict]:
     ]
 
 
-class Missing(Exception):
-    """A number that a demand needs is not there; the message says why."""
-
-
 def judge(asked: Asked, row: Entry | None, row_id: str, results: dict[str, Any]) -> Verdict:
     """One demand against the row it is about."""
     title = row.title if row else row_id
+    words, demand = DEMANDS[asked.measure]
+    bound = demand.format(f"{asked.bound:g}x" if words is times else words(asked.bound))
     try:
-        if asked.measure == "largest":
-            ours, other, value = largest(results)
-        elif row is None:
-            raise Missing(results.get("skipped", {}).get(row_id, NOT_RUN))
-        else:
-            ours, other, value = value_of(asked, row, ceilings(results))
+        ours, other, value = value_of(asked, row, row_id, results)
     except Missing as reason:
-        return Verdict(title, "", asked.against, str(reason), bound(asked), None)
-    text = times(value)
-    if asked.measure in ("copy", "parts"):
-        text = percent(value)
-    elif asked.measure in ("seconds", "syncs"):
-        text = ""
-    elif asked.measure == "saved" or not asked.against:
-        text = size(value)
-    return Verdict(title, ours, other, text, bound(asked), asked.met(value))
+        return Verdict(title, "", asked.against, str(reason), bound, None)
+    text = "" if asked.measure in ("seconds", "syncs") else words(value)
+    met = value >= asked.bound if bound.startswith("at least") else value <= asked.bound
+    return Verdict(title, ours, other, text, bound, met)
 
 
-def value_of(asked: Asked, row: Entry, limits: dict[str, Any]) -> tuple[str, str, float]:
+def value_of(
+    asked: Asked, row: Entry | None, row_id: str, results: dict[str, Any]
+) -> tuple[str, str, float]:
     """Ours and the other in words, and the value that is asked about; raises Missing."""
     who, measure, against = asked.who, asked.measure, asked.against
+    if measure == "largest":
+        return largest(results)
+    if row is None:
+        raise Missing(results.get("skipped", {}).get(row_id, NOT_RUN))
     if who not in row.found:
         raise Missing(row.absent.get(who, NOT_RUN))
     if measure == "syncs":
         waits = known(row.info.get("host_waits"))
         return waits or "the host never waits", "", float(bool(waits))
-    if measure in ("memory", "saved"):
-        ours, theirs = known(row.peak(who)), known(row.peak(against)) if against else 0
-        value = ours / max(theirs, 1) if against else float(ours)
-        other = f"{against}: {size(theirs)} extra" if against else ""
-        return f"{size(ours)} extra", other, float(theirs - ours) if measure == "saved" else value
+    if measure in ("extra", "memory", "saved"):
+        ours = known(row.peak(who))
+        if measure == "extra":
+            return f"{size(ours)} extra", "", float(ours)
+        theirs = known(row.peak(against))
+        value = float(theirs - ours) if measure == "saved" else ours / max(theirs, 1)
+        return f"{size(ours)} extra", f"{against}: {size(theirs)} extra", value
     if measure == "parts":
         parts = known(row.info.get("parts", {}).get(who) or None)
         ours = sum(parts.get(name, 0.0) for name in OUR_PARTS)
@@ -139,10 +162,10 @@ def value_of(asked: Asked, row: Entry, limits: dict[str, Any]) -> tuple[str, str
     if measure == "seconds":
         return duration(row.seconds(who)), "", row.seconds(who)
     if measure == "copy":
-        rate_of_ours, copied = row.found[who]["traffic"] / row.seconds(who), limits.get("copy")
+        moved, copied = row.found[who]["traffic"] / row.seconds(who), ceilings(results).get("copy")
         if not isinstance(copied, float):
             raise Missing(copied or NOT_RUN)
-        return bandwidth(rate_of_ours), f"copy: {bandwidth(copied)}", rate_of_ours / copied
+        return bandwidth(moved), f"copy: {bandwidth(copied)}", moved / copied
     names = against.split(" | ")
     others = [name for name in names if name in row.found]
     if not others:
@@ -175,48 +198,28 @@ def largest(results: dict[str, Any]) -> tuple[str, str, float]:
     return str(ours), f"reference: {other}", ours / other
 
 
-def bound(asked: Asked) -> str:
-    """The demand in words."""
-    value, against = asked.bound, asked.against
-    text = {
-        "speed-up": f"{value:g}x faster",
-        "time": f"{value:g}x the time",
-        "rate": f"{value:g}x the FLOP/s",
-        "memory": f"{value:g}x the memory" if against else f"{size(value)} extra",
-        "saved": f"{size(value)} less",
-        "seconds": duration(value),
-        "copy": f"{percent(value)} of a copy's bandwidth",
-        "parts": f"{percent(value)} of the step",
-        "largest": f"{value:g}x the batch",
-        "syncs": "no wait",
-    }[asked.measure]
-    if asked.measure == "syncs":
-        return text
-    return f"at {'least' if asked.least else 'most'} {text}"
-
-
-def ceilings(results: dict[str, Any]) -> dict[str, Any]:
-    """What the machine reached at most, where it is known."""
-    return (results["machine_info"] or {}).get("ceilings") or {}
-
-
-def failures(results: dict[str, Any]) -> list[str]:
-    """Rows that failed, and candidates that computed something else or failed where ours did."""
-    found = [f"{name}: {why}" for name, why in results["skipped"].items() if "failed" in why]
-    for benchmark in results["benchmarks"]:
-        info = benchmark["extra_info"]
-        for name, why in info.get("absent", {}).items():
-            if why.startswith("wrong") or (name == "ours" and why.startswith("failed")):
-                found.append(f"{info['row']}: {name}: {why}")
-    return found
+def times(ratio: float) -> str:
+    """A factor."""
+    return f"{ratio:.2f}x" if ratio < 10 else f"{ratio:.1f}x" if ratio < 100 else f"{ratio:.0f}x"
 
 
 def duration(seconds: float) -> str:
     """With a unit that fits."""
-    for scale, unit in ((1.0, "s"), (1e-3, "ms")):
-        if seconds >= scale:
-            return f"{seconds / scale:.3g} {unit}"
-    return f"{seconds * 1e6:.3g} us"
+    return scaled(seconds, (1.0, "s"), (1e-3, "ms"), (1e-6, "us"))
+
+
+def size(count: float | None) -> str:
+    """Bytes with a unit that fits, nothing where they are not known."""
+    if count is None:
+        return ""
+    small = f"{count / 1e3:.0f} kB"
+    return small if abs(count) < 1e6 else scaled(count, (1e9, "GB"), (1e6, "MB"))
+
+
+def scaled(value: float, *units: tuple[float, str]) -> str:
+    """In the first of the units that is not too large, or else in the last."""
+    scale, unit = next((unit for unit in units if abs(value) >= unit[0]), units[-1])
+    return f"{value / scale:.3g} {unit}"
 
 
 def rate(flops: float) -> str:
@@ -228,18 +231,8 @@ def rate(flops: float) -> str:
 
 def bandwidth(bytes_per_second: float) -> str:
     """GB/s."""
-    rate = bytes_per_second / 1e9
-    return f"{rate:.3g} GB/s" if rate < 100 else f"{rate:,.0f} GB/s"
-
-
-def size(count: float | None) -> str:
-    """Bytes with a unit that fits."""
-    if count is None:
-        return ""
-    for scale, unit in ((1e9, "GB"), (1e6, "MB")):
-        if abs(count) >= scale:
-            return f"{count / scale:.3g} {unit}"
-    return f"{count / 1e3:.0f} kB"
+    gigabytes = bytes_per_second / 1e9
+    return f"{gigabytes:.3g} GB/s" if gigabytes < 100 else f"{gigabytes:,.0f} GB/s"
 
 
 def percent(share: float) -> str:
@@ -247,6 +240,23 @@ def percent(share: float) -> str:
     return f"{100 * share:.3g} %"
 
 
-def times(ratio: float) -> str:
-    """A factor."""
-    return f"{ratio:.2f}x" if ratio < 10 else f"{ratio:.1f}x" if ratio < 100 else f"{ratio:.0f}x"
+def machine_words(info: dict[str, Any]) -> str:
+    """As in `AMD EPYC, 2 threads, AVX-512`."""
+    threads = f"{info['threads']} thread{'' if info['threads'] == 1 else 's'}"
+    return f"{info['processor']}, {threads}, {ISA_NAMES.get(info['selected'], info['selected'])}"
+
+
+# By measure: the value in words, and how the demand reads.
+DEMANDS: dict[str, tuple[Callable[[float], str], str]] = {
+    "speed-up": (times, "at least {} faster"),
+    "time": (times, "at most {} the time"),
+    "rate": (times, "at least {} the FLOP/s"),
+    "memory": (times, "at most {} the memory"),
+    "extra": (size, "at most {} extra"),
+    "saved": (size, "at least {} less"),
+    "seconds": (duration, "at most {}"),
+    "copy": (percent, "at least {} of a copy's bandwidth"),
+    "parts": (percent, "at most {} of the step"),
+    "largest": (times, "at least {} the batch"),
+    "syncs": (str, "no wait"),
+}

@@ -38,7 +38,7 @@ def _number(raw: Any) -> Any:
 def _duration(raw: Any) -> Any:
     if isinstance(raw, str) and raw.endswith("ep"):
         epochs = _FLOAT.validate_python(raw[:-2])
-        return f"{epochs:g}ep"
+        return f"{epochs:.12g}ep"
     return raw
 
 
@@ -61,14 +61,10 @@ Folders = Annotated[
     Field(json_schema_extra={"expected": "a folder, or a list of folders"}),
 ]
 Duration = Annotated[
-    Annotated[int, Field(ge=0), is_number] | Annotated[str, Field(pattern="ep$")],
+    Annotated[int, Field(ge=0), is_number] | Annotated[str, Field(pattern=r"^[0-9.]+ep$")],
     BeforeValidator(_duration),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"type": "integer", "minimum": 0},
-                {"type": "string", "pattern": r"^[0-9.]+ep$"},
-            ],
+    Field(
+        json_schema_extra={
             "expected": "a number of steps (1000) or of epochs (2ep)",
             "metavar": "STEPS|EPOCHSep",
         }

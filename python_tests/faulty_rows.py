@@ -1,36 +1,23 @@
-"""benchmarks/worker.py, but rows named in FAULTS go wrong; "sm90" ones unless all is portable."""
+"""benchmarks/worker.py's rows, but those in FAULTS go wrong; "sm90" ones unless all is portable."""
 
 from __future__ import annotations
 
 import json
 import os
-import signal
-import time
 from typing import Any
 
-from benchmarks import worker
+from benchmarks.rows import Row
+from benchmarks.worker import run_row as real
+from python_tests import faulty_worker
 
-faults: dict[str, str] = json.loads(os.environ["FAULTS"])
-real = worker.respond
 
-
-def respond(request: dict[str, Any], *rest: Any) -> dict[str, Any]:
+def run_row(row: Row, names: tuple[str, ...], *rest: Any) -> dict[str, Any]:
     """As the real one does, after the fault."""
-    fault = faults.get(request.get("row", ""), "")
-    if ":" in fault:  # "fault:name": one candidate alone
-        fault, _, name = fault.partition(":")
-        fault = fault if request["only"] in ("", name) else ""
-    if fault == "hang":
-        time.sleep(60.0)
-    elif fault == "fault":
-        os.kill(os.getpid(), signal.SIGSEGV)
-    elif fault == "garbage":
-        os.write(3, b"Xid 31: {\n")
-    elif fault == "sm90" and os.environ.get("DENSECL_CUDA_KERNEL") != "portable":
-        os.kill(os.getpid(), signal.SIGABRT)
-    return real(request, *rest)
-
-
-if __name__ == "__main__":
-    worker.respond = respond
-    worker.main()
+    fault, _, name = json.loads(os.environ["FAULTS"]).get(row.id, "").partition(":")
+    if name and name not in names:  # "fault:name": one candidate alone
+        fault = ""
+    if fault == "sm90":
+        fault = "" if os.environ.get("DENSECL_CUDA_KERNEL") == "portable" else "fault"
+    if fault:
+        getattr(faulty_worker, fault)()
+    return real(row, names, *rest)

@@ -7,13 +7,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from benchmarks import processes
-from benchmarks.processes import TIMED_OUT, Lost, Worker, call
+from benchmarks.processes import Lost, Worker
+from python_tests import faulty_worker
+from tools import commands
+from tools.commands import TIMED_OUT, call
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -33,43 +36,67 @@ def gone(pid: int) -> bool:
 
 @pytest.fixture
 def worker() -> Iterator[Worker]:
-    made = Worker("python_tests.faulty_worker")
+    made = Worker()
     yield made
     made.close()
-    assert not processes.alive
 
 
 @pytest.mark.parametrize(
-    ("fault", "limit", "words"),
+    ("function", "limit", "words"),
     [
-        ("hang", 1.0, "no answer within 1 s"),
-        ("half a line", 1.0, "no answer within 1 s"),
-        ("exit", 30.0, "the process ended: exit status 3"),
-        ("fault", 30.0, "the process ended: SIGSEGV"),
-        ("garbage", 30.0, "answered b'Xid 31"),
-        ("orphan", 30.0, "the process ended: exit status 3"),
+        (faulty_worker.hang, 1.0, "no answer within 1 s"),
+        (faulty_worker.half, 1.0, "no answer within 1 s"),
+        (faulty_worker.leave, 30.0, "the process ended: exit status 3"),
+        (faulty_worker.fault, 30.0, "the process ended: SIGSEGV"),
+        (faulty_worker.unforeseen, 30.0, "the process ended: exit status 1"),
+        (faulty_worker.garbage, 30.0, "answered nonsense: UnpicklingError"),
+        (faulty_worker.orphan, 30.0, "the process ended: exit status 3"),
     ],
 )
 def test_a_lost_worker_is_named_and_the_next_one_answers(
-    worker: Worker, fault: str, limit: float, words: str, capfd: pytest.CaptureFixture[str]
+    worker: Worker,
+    function: Callable[[], None],
+    limit: float,
+    words: str,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    first = worker.ask({"do": "work"}, 60.0)
-    assert worker.ask({"do": "more"}, 60.0)["pid"] == first["pid"]
+    first = worker.call(60.0, faulty_worker.work)
+    assert worker.call(60.0, faulty_worker.work) == first
     with pytest.raises(Lost, match=words):
-        worker.ask({"do": fault}, limit)
-    assert gone(first["pid"])
-    assert worker.ask({"do": "work"}, 60.0)["pid"] != first["pid"]
+        worker.call(limit, function)
+    assert gone(first)
+    assert worker.call(60.0, faulty_worker.work) != first
     for line in capfd.readouterr().err.splitlines():
         if line.startswith("child "):
             assert gone(int(line.split()[1]))
 
 
+def test_a_worker_that_is_not_there_yet_is_ended_too(worker: Worker) -> None:
+    """Its limit is over before it leads a group of its own."""
+    with pytest.raises(Lost, match="no answer within 0 s"):
+        worker.call(1e-4, faulty_worker.hang)
+    assert worker.call(60.0, os.getpid) != os.getpid()
+
+
 def test_a_grandchild_ends_with_the_worker(worker: Worker) -> None:
-    child = worker.ask({"do": "grandchild"}, 60.0)["child"]
+    child = worker.call(60.0, faulty_worker.grandchild)
     assert Path(f"/proc/{child}").exists()
     with pytest.raises(Lost):
-        worker.ask({"do": "hang"}, 0.5)
+        worker.call(0.5, faulty_worker.hang)
     assert gone(child)
+
+
+def test_a_worker_that_would_not_go_is_left_behind(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pid = worker.call(60.0, os.getpid)
+    with monkeypatch.context() as patch:
+        patch.setattr(processes, "kill", lambda _: None)
+        patch.setattr(processes, "PATIENCE", 0.2)
+        with pytest.raises(Lost, match="no answer within 0 s"):
+            worker.call(0.3, faulty_worker.hang)
+    assert worker.call(60.0, os.getpid) != pid
+    os.killpg(pid, signal.SIGKILL)
 
 
 LEAVES_A_CHILD = (
@@ -87,7 +114,7 @@ def test_a_commands_whole_group_ends(then: str, status: int, tmp_path: Path) -> 
 
 def test_termination_ends_what_runs(tmp_path: Path) -> None:
     code = (
-        "import sys; from benchmarks.processes import call, end_on_termination; "
+        "import sys; from tools.commands import call, end_on_termination; "
         "end_on_termination(); "
         f"call([sys.executable, '-c', {LEAVES_A_CHILD + 'time.sleep(60)'!r}], 60.0)"
     )
@@ -103,9 +130,9 @@ def test_termination_ends_what_runs(tmp_path: Path) -> None:
 def test_a_group_that_would_not_go_is_waited_for_only_so_long(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(processes, "PATIENCE", 0.2)
-    process = processes.start([sys.executable, "-c", "import time; time.sleep(60)"], {})
+    monkeypatch.setattr(commands, "PATIENCE", 0.2)
+    process = subprocess.Popen(faulty_worker.SLEEP, start_new_session=True)
     with monkeypatch.context() as patch:
         patch.setattr(os, "killpg", lambda *_: None)
-        assert processes.end(process) is None
-    assert processes.end(process) == -signal.SIGKILL
+        assert commands.end(process) is None
+    assert commands.end(process) == -signal.SIGKILL

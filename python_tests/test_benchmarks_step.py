@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-import benchmarks.__main__ as command
-from benchmarks.step import StepCase, largest_batch, published_ops, tiny_backbone
+from benchmarks.run import Run
+from benchmarks.step import StepCase, published_ops, tiny_backbone
 from densecl_ext import DenseCL, ops
 
 
@@ -58,52 +58,30 @@ def test_a_loss_that_is_not_finite_is_wrong() -> None:
         case.check("ours", (torch.tensor(math.nan),), ())
 
 
-@pytest.mark.parametrize("capacity", [0, 15, 16, 250, 517, 1040, 3000])
-@pytest.mark.parametrize("guess", [16, 512, 1111])
-def test_largest_batch(capacity: int, guess: int) -> None:
-    tried: list[int] = []
+@pytest.mark.parametrize("capacity", [0, 63, 64, 250, 517, 1040, 3000, 9999])
+def test_the_largest_batch_is_found_in_seven_tries(capacity: int, tmp_path: Path) -> None:
+    measured_run = Run(tmp_path, chosen())
 
-    def fits(batch: int) -> bool:
-        assert batch not in tried and batch % 16 == 0 and batch > 0
-        tried.append(batch)
-        return batch <= capacity
+    def ask(limit: float, function: Any, case: StepCase, name: str) -> dict[str, Any]:
+        return {} if case.batch <= capacity else {"error": "failed: out of memory"}
 
-    found = largest_batch(fits, guess, 16, 200)
-    assert found == (capacity // 16 * 16 or None)
-    tried.clear()
-    few = largest_batch(fits, guess, 16, 4)
-    assert len(tried) <= 4 and (few is None or few <= capacity)
+    measured_run.ask = ask  # type: ignore[method-assign]
+    measured_run._largest()
+    for found in measured_run.results["largest"].values():
+        assert found["batch"] == (min(capacity, 4096) // 64 * 64 or None)
+        assert len(found["tries"]) <= 7
 
 
-def test_first_guess_follows_the_peaks() -> None:
-    benchmarks = [
-        {"extra_info": {"row": f"step-{n}", "candidates": {"ours": {"peak_bytes": 2e9 + 1e8 * n}}}}
-        for n in (32, 256)
-    ]
-    found: dict[str, Any] = {"benchmarks": benchmarks}
-    assert math.isclose(command.first_guess(found, "ours", 80e9), 740, abs_tol=1)
-    assert command.first_guess(found, "reference", 80e9) == 512
-    assert command.first_guess({"benchmarks": []}, "ours", 0.0) == 512
+def test_a_fault_is_no_limit_of_the_batch(tmp_path: Path) -> None:
+    measured_run = Run(tmp_path, chosen())
+    reason = "failed: no answer within 45 s"
+    measured_run.ask = lambda *_, **__: {"error": reason}  # type: ignore[method-assign]
+    measured_run._largest()
+    found = measured_run.results["largest"]["ours"]
+    assert found["reason"] == reason and "batch" not in found
+    assert list(found["tries"].values()) == [reason]
 
 
-@pytest.mark.parametrize(
-    ("answers", "batch", "reason"),
-    [
-        ({}, 512, None),
-        ({"error": "failed: out of memory"}, None, None),
-        ({"error": "failed: no answer within 45 s"}, None, "failed: no answer within 45 s"),
-    ],
-)
-def test_the_largest_batch_is_bisected_and_a_fault_is_no_limit(
-    answers: dict[str, Any], batch: int | None, reason: str | None, tmp_path: Path
-) -> None:
-    chosen = argparse.Namespace(suite="step", device="cpu", quick=True, k="", seconds=9.0,
-                                variant=[], portable=[])  # fmt: skip
-    run = command.Run(tmp_path, chosen)
-    chosen.quick = False
-    run.ask = lambda request, limit: answers  # type: ignore[method-assign]
-    run._largest()
-    found = run.results["largest"]["ours"]
-    assert found.get("reason") == reason
-    assert (found.get("batch") or 0) >= (batch or 0) and bool(found.get("batch")) == bool(batch)
-    assert all(text == answers.get("error", "fits") for text in found["tries"].values())
+def chosen() -> argparse.Namespace:
+    return argparse.Namespace(suite="step", device="cpu", quick=False, k="", seconds=9.0,
+                              variant=[], portable=[])  # fmt: skip

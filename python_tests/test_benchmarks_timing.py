@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import machine
 from benchmarks.cases import Candidate
-from benchmarks.timing import MODES, CudaClock, HostClock, measure
+from benchmarks.timing import MODES, Clock, CudaClock, measure
 
 
 class TestClock:
@@ -105,7 +105,7 @@ def test_what_cannot_be_captured_is_still_called_and_what_fails_harms_nobody() -
 
 
 def test_a_cpu_is_called_alone_and_as_often_as_a_sample_holds() -> None:
-    clock = HostClock()
+    clock = Clock()
     ran: list[str] = []
     timed, failed = measure({"a": candidate(lambda: ran.append("a")), "b": candidate(lambda: None)},
                             clock, seconds=0.0, least=3, most=41, sample=1e-5)  # fmt: skip
@@ -121,7 +121,7 @@ def test_ceilings_that_fail_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
         raise RuntimeError("cuBLAS is not itself")
 
     monkeypatch.setattr(torch, "mm", fails)
-    found = machine.ceilings(HostClock(MODES, 1), torch.device("cpu"), quick=True)
+    found = machine.ceilings(Clock(MODES, 1), torch.device("cpu"), quick=True)
     assert found["gemm_bfloat16"] == "not measured: cuBLAS is not itself"
     assert isinstance(found["copy"], float) and found["copy"] > 0.0 and found["launch"] > 0.0
     assert "nvidia-smi" in machine.state() or "driver_version" in machine.state()

@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import processes
-from tools import gpu, gpu_checks
+from tools import commands, gpu, gpu_checks
 
 
 def run_of(tmp_path: Path, **changed: Any) -> gpu.Run:
@@ -72,13 +71,13 @@ def test_smoke_replaces_what_fails(
     assert set(found["checks"]) == set(failed)
     for name, words in failed.items():
         assert found["checks"][name].startswith(words)
-    assert not processes.alive
+    assert not commands.alive
     # Another call, with bench alone, knows it.
-    commands: list[Any] = []
+    called: list[Any] = []
     again = run_of(tmp_path)
-    monkeypatch.setattr(again, "call", lambda *given, **off: commands.append((given, off)) or 0)
+    monkeypatch.setattr(again, "call", lambda *given, **off: called.append((given, off)) or 0)
     assert again.part("bench", 100.0) == "ok"
-    (given, switched) = commands[0]
+    (given, switched) = called[0]
     assert [word for word in given[0] if word in ("info_nce", "dense_match")] == named
     assert switched == {name: "0" for name in off}
 

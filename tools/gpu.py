@@ -27,8 +27,8 @@ from typing import Any
 import torch
 
 from benchmarks.machine import commit
-from benchmarks.processes import ROOT, call, end_on_termination
 from tools import gpu_checks
+from tools.commands import ROOT, call, end_on_termination
 
 SANITIZERS = ("memcheck", "racecheck", "synccheck")
 CHECK_LIMIT, FILE_LIMIT = 20.0, 60.0  # seconds of a check, of a file of tests
@@ -121,21 +121,9 @@ class Run:
 
     def _checks(self, names: Sequence[str], **settings: str) -> dict[str, str]:
         """Why checks failed, by name."""
-
-        def one(name: str) -> str:
-            log = f"smoke/{name.replace(' ', '_').replace(',', '')}{'-' if settings else ''}.txt"
-            patience = CHECK_LIMIT if self.device == "cuda" else 6 * CHECK_LIMIT
-            limit = min(patience, max(self.end - time.monotonic(), 1.0))
-            status = self.call(check_command(name, self.device), limit, log, **settings)
-            if status == 0:
-                return ""
-            last = (self.out / log).read_text(errors="replace").strip().splitlines()[-1:]
-            return f"status {status}, {' '.join(last)[:300]}"
-
-        with ThreadPoolExecutor(AT_ONCE) as pool:
-            reasons = list(pool.map(one, names))
-        self.pack()
-        return {name: reason for name, reason in zip(names, reasons, strict=True) if reason}
+        commands = {name: check_command(name, self.device) for name in names}
+        limit = CHECK_LIMIT if self.device == "cuda" else 6 * CHECK_LIMIT
+        return self._all(commands, "smoke", limit, **settings)
 
     def test(self) -> int:
         """The tests that are marked gpu, a process for each file."""
@@ -144,29 +132,35 @@ class Run:
         if importlib.util.find_spec("pytest_timeout"):
             options += ["--timeout=30", "--timeout-method=thread"]
         marked = ("pytest.mark.gpu", "BACKENDS", "on_each_device")
-        files = [
-            path
+        commands = {
+            path.stem: [sys.executable, "-m", "pytest", *options, str(path)]
             for path in sorted((ROOT / "python_tests").glob("test_*.py"))
             if any(word in path.read_text(encoding="utf-8") for word in marked)
-        ]
-
-        def one(path: Path) -> str:
-            limit = min(FILE_LIMIT, self.limit, self.end - time.monotonic())
-            if limit < 5.0:
-                return "left out: the time was over"
-            log = f"tests/{path.stem}.txt"
-            command = [sys.executable, "-m", "pytest", *options, str(path)]
-            status = self.call(command, limit, log)
-            last = (self.out / log).read_text(errors="replace").strip().splitlines()[-1:]
-            # 5: all of its tests were deselected
-            return "" if status in (0, 5) else f"status {status}, {' '.join(last)[:200]}"
-
-        with ThreadPoolExecutor(AT_ONCE) as pool:
-            found = dict(zip((path.stem for path in files), pool.map(one, files), strict=True))
-        failed = {name: reason for name, reason in found.items() if reason}
-        self.found["tests"] = {"files": len(files), "failed": failed}
+        }
+        failed = self._all(commands, "tests", min(FILE_LIMIT, self.limit))
+        self.found["tests"] = {"files": len(commands), "failed": failed}
         print("\n".join(f"{name}: {reason}" for name, reason in failed.items()))
         return int(bool(failed))
+
+    def _all(
+        self, commands: dict[str, list[str]], folder: str, limit: float, **settings: str
+    ) -> dict[str, str]:
+        """Runs commands, several at once, each with a log in the folder; why they failed."""
+
+        def one(name: str) -> str:
+            left = self.end - time.monotonic()
+            if left < 1.0:
+                return "left out: the time was over"
+            log = f"{folder}/{name.replace(' ', '_').replace(',', '')}{'-' if settings else ''}.txt"
+            status = self.call(commands[name], min(limit, left), log, **settings)
+            last = (self.out / log).read_text(errors="replace").strip().splitlines()[-1:]
+            # 5: all tests of a file were deselected
+            return "" if status in (0, 5) else f"status {status}, {' '.join(last)[:300]}"
+
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            reasons = dict(zip(commands, pool.map(one, commands), strict=True))
+        self.pack()
+        return {name: reason for name, reason in reasons.items() if reason}
 
     def sanitize(self) -> int:
         """Every kernel under compute-sanitizer's tools; memcheck has half of the time."""

@@ -21,38 +21,22 @@ from densecl_ext.cli.command import EXIT_BROKEN_PIPE, EXIT_ERROR, EXIT_INTERRUPT
 
 COMPLETE = "_DENSECL_COMPLETE"  # what a shell's completion sets
 
-
 COMMANDS = {
-    "pretrain": (
-        "densecl_ext.cli.pretraining:pretrain",
-        "pre-train a backbone on a folder of images",
-    ),
-    "export": (
-        "densecl_ext.cli.exchanging:export",
-        "write a run's backbone so that other libraries load it",
-    ),
-    "import": (
-        "densecl_ext.cli.exchanging:import_",
-        "turn another project's checkpoint into a backbone file",
-    ),
+    "pretrain": ("pretraining:pretrain", "pre-train a backbone on a folder of images"),
+    "export": ("exchanging:export", "write a run's backbone so that other libraries load it"),
+    "import": ("exchanging:import_", "turn another project's checkpoint into a backbone file"),
     "evaluate": (
-        "densecl_ext.cli.evaluating:evaluate",
+        "evaluating:evaluate",
         "measure what a network has learned, by one of several protocols",
     ),
-    "compare": (
-        "densecl_ext.cli.comparing:compare",
-        "measure several weights by one protocol, with intervals",
-    ),
+    "compare": ("comparing:compare", "measure several weights by one protocol, with intervals"),
     "visualize": (
-        "densecl_ext.cli.visualizing:visualize",
+        "visualizing:visualize",
         "draw a run's curves, matches and features, or all of it as one HTML file",
     ),
-    "ablate": (
-        "densecl_ext.cli.ablating:ablate",
-        "compare values of one option over seeds, on your own images",
-    ),
+    "ablate": ("ablating:ablate", "compare values of one option over seeds, on your own images"),
     "info": (
-        "densecl_ext.cli.informing:info",
+        "informing:info",
         "tell versions, what was built, what this machine can do, and what is missing",
     ),
 }

@@ -100,7 +100,7 @@ class Commands(click.Group):
 
         Args:
             name: as it is typed.
-            commands: name -> ("module:attribute", a clause for the list).
+            commands: name -> ("module:attribute" of this package, a clause for the list).
             settings: as click has them.
         """
         super().__init__(name, no_args_is_help=False, **settings)
@@ -119,7 +119,7 @@ class Commands(click.Group):
             hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(self._modules)}"
             ctx.fail(f"No such command {name!r}; {hint}")
         module, _, attribute = self._modules[name][0].partition(":")
-        command: click.Command = getattr(import_module(module), attribute)
+        command: click.Command = getattr(import_module(f"{__package__}.{module}"), attribute)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

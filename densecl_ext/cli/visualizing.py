@@ -11,11 +11,11 @@ from densecl_ext.cli.command import Commands, Option, Word, command
 visualize = Commands(
     "visualize",
     {
-        "losses": (f"{__name__}:losses", "total, global and dense loss over the steps"),
-        "matches": (f"{__name__}:matches", "mutual nearest neighbours of two views of each image"),
-        "features": (f"{__name__}:features", "features as colours: three principal components"),
-        "pairs": (f"{__name__}:pairs", "mutual nearest neighbours of the first image and others"),
-        "report": (f"{__name__}:report", "a run as one HTML file that opens without a network"),
+        "losses": ("visualizing:losses", "total, global and dense loss over the steps"),
+        "matches": ("visualizing:matches", "mutual nearest neighbours of two views of each image"),
+        "features": ("visualizing:features", "features as colours: three principal components"),
+        "pairs": ("visualizing:pairs", "mutual nearest neighbours of the first image and others"),
+        "report": ("visualizing:report", "a run as one HTML file that opens without a network"),
     },
     help="Draw a run's curves, matches and features, or all of it as one HTML file.",
     epilog="densecl visualize report runs/photos --output report.html\n"
