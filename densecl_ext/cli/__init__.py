@@ -27,6 +27,10 @@ COMMANDS = {
         "densecl_ext.cli.pretraining:pretrain",
         "pre-train a backbone on a folder of images",
     ),
+    "check": (
+        "densecl_ext.cli.checking:check",
+        "look at images before training: what they are, what is wrong, which recipe",
+    ),
     "export": (
         "densecl_ext.cli.exchanging:export",
         "write a run's backbone so that other libraries load it",

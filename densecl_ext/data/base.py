@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from densecl_ext.data.augmentation import Augmentation, epoch_order, substitute_order
-from densecl_ext.data.folder import ImageFiles
 from densecl_ext.data.images import (
     DEFAULT,
     Encoded,
@@ -23,9 +22,9 @@ from densecl_ext.data.images import (
     Reading,
     UnreadableImageWarning,
     printable,
-    read_encoded,
     reason_of,
 )
+from densecl_ext.data.source import ImageSource
 
 _Read = TypeVar("_Read")
 
@@ -108,7 +107,7 @@ class EpochLoader(ABC):
 
     def __init__(
         self,
-        files: ImageFiles,
+        files: ImageSource,
         *,
         batch_size: int,
         size: int,
@@ -273,7 +272,7 @@ class FileReader(Generic[_Read]):
     """
 
     def __init__(
-        self, files: ImageFiles, seed: int, reading: Reading, use: Callable[[int, Encoded], _Read]
+        self, files: ImageSource, seed: int, reading: Reading, use: Callable[[int, Encoded], _Read]
     ) -> None:
         self.files = files
         self.seed = seed
@@ -298,9 +297,9 @@ class FileReader(Generic[_Read]):
         for index in candidates(self.seed, epoch, sample, len(self.files)):
             if index not in self.unreadable:
                 try:
-                    path = self.files[index]
-                    return self.use(index, read_encoded(path, self.reading)), index, unreadable
-                except MemoryError:
+                    file = self.files.encoded(index, self.reading)
+                    return self.use(index, file), index, unreadable
+                except (MemoryError, ImportError):
                     raise
                 except Exception as error:
                     self.unreadable[index] = reason_of(error)

@@ -52,6 +52,7 @@ class Reading:
         max_pixels: Width times height above which a file is refused.
         value_range: The values of 16-bit, 32-bit and floating-point files that become black and
             white; None takes 0 to 65535, and refuses floating point.
+        channels: How many channels images have, as stored; None makes RGB of all.
 
     Raises:
         ValueError: A value lies outside its range.
@@ -59,10 +60,13 @@ class Reading:
 
     max_pixels: int = MAX_PIXELS
     value_range: tuple[float, float] | None = None
+    channels: int | None = None
 
     def __post_init__(self) -> None:
         if self.max_pixels < 1:
             raise ValueError(f"max_pixels must be at least 1, got {self.max_pixels}")
+        if self.channels is not None and self.channels < 1:
+            raise ValueError(f"channels must be at least 1, got {self.channels}")
         if self.value_range is not None:
             low, high = (float(value) for value in self.value_range)
             if not -np.inf < low < high < np.inf:
@@ -79,7 +83,7 @@ class Encoded(NamedTuple):
     """An image file's bytes, after the gate and without metadata.
 
     Attributes:
-        kind: "JPEG", "PNG", "WEBP", "BMP", "TIFF" or "GIF".
+        kind: "JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", or of arrays "NPY" or "NPZ".
         data: What a decoder gets.
         orientation: EXIF's, 1 to 8; 1 for kinds whose decoder turns the image.
         whole: Whether everything that can be checked without decoding is in order.
@@ -104,6 +108,10 @@ def _kind_of(head: bytes) -> str:
         return "TIFF"
     if head[:6] in (b"GIF87a", b"GIF89a"):
         return "GIF"
+    if head[:6] == b"\x93NUMPY":
+        return "NPY"
+    if head[:4] == b"PK\3\4":
+        return "NPZ"
     raise ValueError(f"not an image, or of none of the formats {', '.join(_DECODERS)}")
 
 
@@ -154,7 +162,8 @@ def read_encoded(path: str | os.PathLike[str], reading: Reading = DEFAULT) -> En
         if not head:
             raise ValueError("the file is empty")
         _kind_of(head)
-        limit = 8 * reading.max_pixels + (64 << 20)  # 16-bit RGBA, and metadata
+        # 16-bit RGBA or 64 bits a channel, and metadata
+        limit = 8 * (reading.channels or 1) * reading.max_pixels + (64 << 20)
         if status.st_size > limit:
             raise ValueError(
                 f"{status.st_size:,} bytes, more than an image of max_pixels = "
@@ -264,6 +273,10 @@ def _warned(decoded: Decoded) -> Image.Image:
 
 
 def _open(file: Encoded) -> Image.Image:
+    if file.kind not in _DECODERS:
+        raise ValueError(
+            "no image: an array or an archive, and arrays are read with channels N alone"
+        )
     # Not Image.open: its limit on pixels is global, and does not say how to raise it.
     module, name = _DECODERS[file.kind]
     return getattr(importlib.import_module(module), name)(io.BytesIO(file.data))

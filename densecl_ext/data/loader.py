@@ -13,21 +13,21 @@ import torch
 
 from densecl_ext.data.augmentation import Augmentation
 from densecl_ext.data.base import ViewLoader
-from densecl_ext.data.folder import ImageFiles, LeftOutWarning, find_images
+from densecl_ext.data.folder import LeftOutWarning, find_images
 from densecl_ext.data.images import (
     MAX_PIXELS,
     Reading,
     decode,
     printable,
-    read_encoded,
     reason_of,
 )
+from densecl_ext.data.source import ImageSource
 
 BACKENDS = ("auto", "dali", "torchvision", "memory")
 
 
 def build_loader(
-    root: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    root: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | ImageSource,
     *,
     batch_size: int,
     size: int = 224,
@@ -58,7 +58,8 @@ def build_loader(
     that uses almost none of its values' range is named in a :class:`NarrowRangeWarning`.
 
     Args:
-        root: Folder of images, any directory tree, or several; see :func:`find_images`.
+        root: Folder of images, any directory tree, or several; see :func:`find_images`. Or an
+            `ImageSource` that is open already.
         batch_size: Images in a batch.
         size: Height and width of the views in pixels.
         backend: "dali", "torchvision", "memory" for images that fit into the device's memory, which
@@ -113,7 +114,7 @@ def build_loader(
         raise ValueError(f"build_loader: {error}") from None
     if crop_scale is not None:
         augmentation = dataclasses.replace(augmentation, scale=crop_scale)
-    files = find_images(root)
+    files = root if isinstance(root, ImageSource) else find_images(root)
     where = " and ".join(printable(repr(one)) for one in files.roots)
     if files.summary():
         warnings.warn(
@@ -185,14 +186,16 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _require_readable(files: ImageFiles, where: str, reading: Reading) -> None:
+def _require_readable(files: ImageSource, where: str, reading: Reading) -> None:
     """One readable image is enough; reading all of a large folder at the start would take hours."""
     reason = ""
-    for path in files:
+    for index in range(len(files)):
         try:
-            decode(read_encoded(path, reading), reading)
+            decode(files.encoded(index, reading), reading)
+        except (MemoryError, ImportError):
+            raise
         except Exception as error:
-            reason = reason or f"{printable(path)}: {reason_of(error)}"
+            reason = reason or f"{printable(files[index])}: {reason_of(error)}"
         else:
             return
     raise ValueError(

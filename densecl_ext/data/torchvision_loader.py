@@ -22,8 +22,8 @@ from densecl_ext.data.augmentation import (
     draw_parameters,
 )
 from densecl_ext.data.base import EpochLoader, FileReader, TwoViews, normalisation
-from densecl_ext.data.folder import ImageFiles
 from densecl_ext.data.images import Decoded, Encoded, Reading, decode
+from densecl_ext.data.source import ImageSource
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -96,7 +96,7 @@ class TwoViewDataset(Dataset[_Sample]):
     """Maps a request (epoch, file index) to two views; holds no state that could change them."""
 
     def __init__(
-        self, files: ImageFiles, size: int, seed: int, augmentation: Augmentation, reading: Reading
+        self, files: ImageSource, size: int, seed: int, augmentation: Augmentation, reading: Reading
     ) -> None:
         self.size = size
         self.seed = seed
@@ -160,7 +160,7 @@ class TorchvisionLoader(EpochLoader):
 
     backend = "torchvision"
 
-    def __init__(self, files: ImageFiles, *, workers: int, **settings: Any) -> None:
+    def __init__(self, files: ImageSource, *, workers: int, **settings: Any) -> None:
         super().__init__(files, **settings)
         self._requested = _Requests()
         self._loader: DataLoader[_Sample] | None = None
