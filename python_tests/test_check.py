@@ -91,8 +91,8 @@ def test_frames_of_a_video_are_told_from_photographs(tmp_path):
     wide = np.asarray(np.hstack([scene(number) for number in range(70, 75)]))
     frames = tmp_path / "frames"
     frames.mkdir()
-    for number in range(60):
-        part = wide[:, 8 * number : 8 * number + 128]
+    for number in range(100):
+        part = wide[:, 4 * number : 4 * number + 128]
         Image.fromarray(part).save(frames / f"{number:03}.png")
     report = check_images([str(frames)], rates=False)
     assert report["neighbours"]["like_video"]

@@ -46,6 +46,7 @@ _JUNK = ("macOS archive's leftover", "macOS archives' leftovers")
 _BROKEN = ("broken link", "broken links")
 _CLOSED = ("unreadable folder", "unreadable folders")
 _SECOND = ("second link to one file or folder", "second links to one file or folder")
+_MISSING = ("name of a missing file", "names of missing files")
 _SPECIAL = ("name of no regular file", "names of no regular files")
 
 
@@ -252,12 +253,30 @@ class Scan:
             self._endings[printable(ending) or "none"] += 1
         return False
 
-    def packed(self, roots: Sequence[str], starts: Sequence[int]) -> ImageFiles:
-        """The files, each once."""
+    def take(self, path: bytes, name: bytes) -> None:
+        """Take in a file by its path, whatever its ending; counts it out where it is none."""
+        try:
+            status = os.stat(path)
+        except (OSError, ValueError):
+            self._left_out[_MISSING] += 1
+            return
+        if not stat.S_ISREG(status.st_mode):
+            self._left_out[_SPECIAL] += 1
+            return
+        self.names += name
+        self.ends.append(len(self.names))
+        self.sizes.append(status.st_size)
+        self._devices.append(status.st_dev)
+        self._inodes.append(status.st_ino)
+
+    def packed(
+        self, roots: Sequence[str], starts: Sequence[int], *, once: bool = False
+    ) -> ImageFiles:
+        """The files, each once; `once` looks for second names where no link was met, too."""
         names = np.frombuffer(self.names, dtype=np.uint8)
         ends = np.frombuffer(self.ends, dtype=np.int64)
         sizes = np.frombuffer(self.sizes, dtype=np.int64)
-        if self._linked:
+        if self._linked or once:
             second = self._second_links()
             if second.any():
                 self._left_out[_SECOND] += int(second.sum())

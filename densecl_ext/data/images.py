@@ -162,14 +162,21 @@ def read_encoded(path: str | os.PathLike[str], reading: Reading = DEFAULT) -> En
         if not head:
             raise ValueError("the file is empty")
         _kind_of(head)
-        # 16-bit RGBA or 64 bits a channel, and metadata
-        limit = 8 * (reading.channels or 1) * reading.max_pixels + (64 << 20)
-        if status.st_size > limit:
-            raise ValueError(
-                f"{status.st_size:,} bytes, more than an image of max_pixels = "
-                f"{reading.max_pixels:,} takes"
-            )
-        return encoded(head + file.read(limit))
+        require_size(status.st_size, reading)
+        return encoded(head + file.read(_limit(reading)))
+
+
+def require_size(size: int, reading: Reading) -> None:
+    """Raises ValueError for more bytes than an image of `max_pixels` can take."""
+    if size > _limit(reading):
+        raise ValueError(
+            f"{size:,} bytes, more than an image of max_pixels = {reading.max_pixels:,} takes"
+        )
+
+
+def _limit(reading: Reading) -> int:
+    # 16-bit RGBA or 64 bits a channel, and metadata
+    return 8 * (reading.channels or 1) * reading.max_pixels + (64 << 20)
 
 
 def _require_regular(status: os.stat_result) -> None:

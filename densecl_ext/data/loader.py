@@ -13,7 +13,7 @@ import torch
 
 from densecl_ext.data.augmentation import Augmentation
 from densecl_ext.data.base import ViewLoader
-from densecl_ext.data.folder import LeftOutWarning, find_images
+from densecl_ext.data.folder import LeftOutWarning
 from densecl_ext.data.images import (
     MAX_PIXELS,
     Reading,
@@ -21,6 +21,7 @@ from densecl_ext.data.images import (
     printable,
     reason_of,
 )
+from densecl_ext.data.opening import open_images
 from densecl_ext.data.source import ImageSource
 
 BACKENDS = ("auto", "dali", "torchvision", "memory")
@@ -43,6 +44,7 @@ def build_loader(
     max_pixels: int = MAX_PIXELS,
     value_range: tuple[float, float] | None = None,
     cache_size: int | None = None,
+    every_nth: int = 1,
 ) -> ViewLoader:
     """Two augmented views of every image under a folder, shuffled anew in every epoch.
 
@@ -58,8 +60,9 @@ def build_loader(
     that uses almost none of its values' range is named in a :class:`NarrowRangeWarning`.
 
     Args:
-        root: Folder of images, any directory tree, or several; see :func:`find_images`. Or an
-            `ImageSource` that is open already.
+        root: A folder of images, any directory tree; a list of files; tar shards; Arrow or Parquet
+            tables; or several of these: see :func:`open_images`. Or an `ImageSource` that is open
+            already.
         batch_size: Images in a batch.
         size: Height and width of the views in pixels.
         backend: "dali", "torchvision", "memory" for images that fit into the device's memory, which
@@ -82,6 +85,7 @@ def build_loader(
             0 to 65535.
         cache_size: With "memory", pixels of the shorter side to which larger images are reduced;
             None takes 1.25 times `size`.
+        every_nth: Take every n-th image alone, as of the frames of a video.
 
     Returns:
         The loader.
@@ -114,7 +118,7 @@ def build_loader(
         raise ValueError(f"build_loader: {error}") from None
     if crop_scale is not None:
         augmentation = dataclasses.replace(augmentation, scale=crop_scale)
-    files = root if isinstance(root, ImageSource) else find_images(root)
+    files = root if isinstance(root, ImageSource) else open_images(root, every_nth=every_nth)
     where = " and ".join(printable(repr(one)) for one in files.roots)
     if files.summary():
         warnings.warn(

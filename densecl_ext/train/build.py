@@ -35,6 +35,7 @@ def open_loader(config: PretrainConfig, device: torch.device) -> ViewLoader:
         max_pixels=config.max_pixels,
         value_range=None if config.value_range == "none" else pair(config.value_range),
         cache_size=None if config.cache_size == "auto" else int(config.cache_size),
+        every_nth=config.every_nth,
     )
 
 

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from densecl_ext.data import Augmentation
-from densecl_ext.data.folder import find_images
 from densecl_ext.data.images import Reading
 from densecl_ext.data.loader import available_cores
+from densecl_ext.data.opening import open_images
 from densecl_ext.data.rates import loader_rates
 from densecl_ext.data.survey import Survey, survey
 from densecl_ext.train.suggesting import suggest
@@ -44,7 +44,7 @@ def check_images(
         ValueError: There are no images.
         OSError: The picture cannot be written.
     """
-    source = find_images(data, arrays=True)
+    source = open_images(data, arrays=True)
     reading = Reading()
     found = survey(source, reading, seconds=seconds, threads=available_cores())
     report = found.report()

@@ -50,10 +50,14 @@ class PretrainConfig:
     # --- data
     data: Folders = option(
         "",
-        "folders of images, any tree, no labels; a resumed run finds the same images elsewhere",
+        "folders of images, any tree, no labels; or lists (.txt, .csv), .tar shards, .parquet or "
+        ".arrow tables, saved datasets; a resumed run finds the same images elsewhere",
         group="data",
         may_change=True,
         metavar="DIR",
+    )
+    every_nth: Positive = option(
+        1, "take every n-th image alone: frames of a video are near-duplicates", group="data"
     )
     image_size: Annotated[int, Field(ge=16), is_number] = option(
         224, "side of the square views in pixels", group="data"
