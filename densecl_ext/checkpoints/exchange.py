@@ -60,6 +60,11 @@ class BackboneFile:
     missing: tuple[str, ...] = ()
 
     @property
+    def in_channels(self) -> int:
+        """Channels of the images that it takes."""
+        return int(self.options.get("in_channels", 3))
+
+    @property
     def of_timm(self) -> bool:
         """Whether it is a network of timm's, by timm's names."""
         return self.architecture.startswith(TIMM)
@@ -103,6 +108,7 @@ def read_backbone(
             tensors, left_out, form = extract_backbone(found, content, prefix)
             named = match_architecture(tensors)
             wanted = meta_state(named)
+            options |= stem_options(tensors)
         else:
             if named.startswith(TIMM) and not options:
                 wanted = meta_state(named)
@@ -122,6 +128,9 @@ def read_backbone(
     )
 
 
+_STEM = "conv1.weight"  # of a ResNet by torchvision's names
+
+
 def load_backbone(path: str | os.PathLike[str], *, trusted: bool = False) -> nn.Module:
     """Loads a checkpoint or an exported file as a backbone.
 
@@ -130,8 +139,8 @@ def load_backbone(path: str | os.PathLike[str], *, trusted: bool = False) -> nn.
         trusted: see `load_checkpoint`.
 
     Returns:
-        The backbone, (N, 3, H, W) -> (N, C, h, w), on the CPU in eval mode, with the output stride
-        and the padding that it was trained with.
+        The backbone, (N, 3, H, W) -> (N, C, h, w), or from images of the channels that it was
+        trained with, on the CPU in eval mode, with its output stride and padding.
 
     Raises:
         FileNotFoundError: no such file.
@@ -159,6 +168,9 @@ def match_architecture(tensors: Mapping[str, Tensor]) -> str:
         ValueError: none fits exactly; the message says how the nearest one differs.
     """
     got = _shapes(tensors)
+    stem = got.get(_STEM)
+    if stem is not None and len(stem) == 4:  # images of other channels than RGB
+        got[_STEM] = torch.Size((stem[0], 3, *stem[2:]))
     nearest: tuple[int, str] | None = None
     for name in RESNETS:
         wanted = _shapes(meta_state(name))
@@ -169,6 +181,12 @@ def match_architecture(tensors: Mapping[str, Tensor]) -> str:
             nearest = (count, f"the nearest is {name}: {told}")
     assert nearest is not None
     raise ValueError(f"not exactly a torchvision ResNet; {nearest[1]}")
+
+
+def stem_options(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The option of a ResNet whose first convolution takes other images than RGB."""
+    channels = tensors[_STEM].shape[1]
+    return {} if channels == 3 else {"in_channels": channels}
 
 
 def meta_state(architecture: str) -> dict[str, Tensor]:

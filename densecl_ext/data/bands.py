@@ -16,6 +16,7 @@ import numpy as np
 
 from densecl_ext.data.images import (
     Encoded,
+    Reading,
     _low_bytes,
     _more_than_8_bits,
     _open,
@@ -24,6 +25,7 @@ from densecl_ext.data.images import (
 # Axes that tifffile names; all others are flattened into channels, in the file's order.
 _Y, _X = "Y", "X"
 _ORIENTATION_TAG = 274
+_SAMPLES_TAG = 277
 
 
 def read_bands(
@@ -58,6 +60,35 @@ def read_bands(
     if channels is not None and values.shape[2] != channels:
         raise ValueError(f"{values.shape[2]} channels, expected {channels}")
     return _upright(values, file.orientation)
+
+
+def decode_bands(
+    file: Encoded, reading: Reading
+) -> tuple[np.ndarray[Any, Any], tuple[float, float]]:
+    """A file's pixels, and the values of them that become 0 and 1.
+
+    Files of 8 bits have 0 and 255; `reading.value_range` is for all others, and None means the
+    whole range of their integers.
+
+    Args:
+        file: What passed the gate.
+        reading: Limits, range and the number of channels.
+
+    Returns:
+        (H, W, C) of the file's own dtype, and the range; :func:`scaled` applies it.
+
+    Raises:
+        Exception: As :func:`read_bands`; ValueError for floating point without a range.
+    """
+    values = read_bands(file, max_pixels=reading.max_pixels, channels=reading.channels)
+    natural = natural_range(values.dtype)
+    stated = natural if values.dtype == np.uint8 else reading.value_range or natural
+    if stated is None:
+        raise ValueError(
+            "floating-point pixels have no fixed range; state one by value_range, or have it "
+            "measured (auto)"
+        )
+    return values, stated
 
 
 def natural_range(dtype: np.dtype[Any]) -> tuple[float, float] | None:
@@ -107,7 +138,8 @@ def _from_tiff(file: Encoded, max_pixels: int, channels: int | None) -> np.ndarr
         import tifffile
     except ImportError:
         opened: Any = _open(file)
-        if getattr(opened, "n_frames", 1) == 1 and opened.mode in ("L", "RGB", "I;16", "F"):
+        samples = opened.tag_v2.get(_SAMPLES_TAG, 1)
+        if getattr(opened, "n_frames", 1) == 1 and samples == len(opened.getbands()):
             return _from_pillow(file, max_pixels, channels)
         raise ImportError(
             "TIFF files with several bands or pages need tifffile, which is not installed: "
@@ -154,15 +186,17 @@ def _array(stream: Any, size: int, max_pixels: int, channels: int | None) -> np.
     shape, fortran, dtype = read(stream)
     if dtype.hasobject:
         raise ValueError("an array of Python objects, expected numbers")
-    if math.prod(shape) * dtype.itemsize > size:
-        raise ValueError(f"an array of shape {shape} is cut off")
     if len(shape) not in (2, 3):
         raise ValueError(f"an array of shape {shape}, expected (H, W), (H, W, C) or (C, H, W)")
     axis = _channel_axis(shape, channels)
     sides = [side for place, side in enumerate(shape) if place != axis]
     _require_pixels(sides[1], sides[0], max_pixels)
     count = math.prod(shape)
-    flat = np.frombuffer(stream.read(count * dtype.itemsize), dtype=dtype, count=count)
+    needed = count * dtype.itemsize
+    data = stream.read(needed) if needed <= size else b""
+    if len(data) < needed:
+        raise ValueError(f"an array of shape {shape} is cut off")
+    flat = np.frombuffer(data, dtype=dtype, count=count)
     values = flat.reshape(shape, order="F" if fortran else "C")
     values = values[..., None] if axis is None else np.moveaxis(values, axis, 2)
     return values.astype(dtype.newbyteorder("="), copy=False)

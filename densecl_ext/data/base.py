@@ -33,7 +33,8 @@ class TwoViews(NamedTuple):
     """A batch: two views of the same N images.
 
     Attributes:
-        view_q: Query view (N, 3, size, size), normalised, in the loader's dtype and layout.
+        view_q: Query view (N, C, size, size), C = 3 for RGB, normalised, in the
+            loader's dtype and layout.
         view_k: Key view, the same.
         crop_q: float32 (N, 5): x0, y0, x1, y1 of the query crop in pixels of the decoded image (x
             right, y down, upright after EXIF orientation), and 1.0 where the view was mirrored left
@@ -193,6 +194,7 @@ class EpochLoader(ABC):
 
     def _identity(self) -> dict[str, Any]:
         stated = self.reading.value_range
+        channels = self.reading.channels
         return {
             "seed": self.seed,
             "files": len(self.files),
@@ -204,6 +206,7 @@ class EpochLoader(ABC):
                 for name, value in asdict(self.augmentation).items()
             },
             "value_range": None if stated is None else list(stated),
+            **({} if channels is None else {"channels": channels}),
         }
 
     def __iter__(self) -> Iterator[TwoViews]:
@@ -328,10 +331,12 @@ def candidates(seed: int, epoch: int, sample: int, count: int) -> Iterator[int]:
         yield (sample + step) % count
 
 
-def normalisation(augmentation: Augmentation, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Scale and offset (1, 3, 1, 1): pixels * scale + offset = (pixels / 255 - mean) / std."""
+def normalisation(
+    augmentation: Augmentation, device: torch.device, white: float = 255.0
+) -> tuple[Tensor, Tensor]:
+    """Scale and offset (1, C, 1, 1): pixels * scale + offset = (pixels / white - mean) / std."""
     mean = np.asarray(augmentation.mean, dtype=np.float64)
     std = np.asarray(augmentation.std, dtype=np.float64)
-    scale = torch.tensor(1 / (255 * std), dtype=torch.float32, device=device).reshape(1, 3, 1, 1)
-    offset = torch.tensor(-mean / std, dtype=torch.float32, device=device).reshape(1, 3, 1, 1)
+    scale = torch.tensor(1 / (white * std), dtype=torch.float32, device=device).reshape(1, -1, 1, 1)
+    offset = torch.tensor(-mean / std, dtype=torch.float32, device=device).reshape(1, -1, 1, 1)
     return scale, offset

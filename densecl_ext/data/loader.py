@@ -7,11 +7,13 @@ import os
 import warnings
 from collections.abc import Sequence
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from densecl_ext.data.augmentation import Augmentation
+from densecl_ext.data.band_views import without_colour
+from densecl_ext.data.bands import decode_bands
 from densecl_ext.data.base import ViewLoader
 from densecl_ext.data.folder import LeftOutWarning
 from densecl_ext.data.images import (
@@ -21,6 +23,7 @@ from densecl_ext.data.images import (
     printable,
     reason_of,
 )
+from densecl_ext.data.measuring import measure_channels, measure_range
 from densecl_ext.data.opening import open_images
 from densecl_ext.data.source import ImageSource
 
@@ -42,9 +45,12 @@ def build_loader(
     channels_last: bool = False,
     dtype: torch.dtype = torch.float32,
     max_pixels: int = MAX_PIXELS,
-    value_range: tuple[float, float] | None = None,
+    value_range: tuple[float, float] | Literal["auto"] | None = None,
     cache_size: int | None = None,
     every_nth: int = 1,
+    channels: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
 ) -> ViewLoader:
     """Two augmented views of every image under a folder, shuffled anew in every epoch.
 
@@ -82,10 +88,19 @@ def build_loader(
             What is rounded is the normalised pixel; values and order of the draws stay.
         max_pixels: Width times height above which a file is skipped.
         value_range: The values that become black and white in files of more than 8 bits; None takes
-            0 to 65535.
+            0 to 65535, or with `channels` the whole range of their integers. "auto" measures it
+            over some images; `loader.reading` then has it.
         cache_size: With "memory", pixels of the shorter side to which larger images are reduced;
             None takes 1.25 times `size`.
         every_nth: Take every n-th image alone, as of the frames of a video.
+        channels: Read images with this many channels as they are stored, at their full depth, of
+            .npy and .npz files too; views are (N, channels, size, size). Brightness scales all
+            channels alike, contrast turns each about its own mean; saturation, hue and grayscale
+            need red, green and blue and are left out. The torchvision loader alone does this. None
+            makes 8-bit RGB of every image.
+        mean: Mean of each channel after scaling to [0, 1], in place of `augmentation`'s. None, with
+            `channels`, measures it over some images; `loader.augmentation` then has it.
+        std: Deviation of each channel, likewise.
 
     Returns:
         The loader.
@@ -113,12 +128,17 @@ def build_loader(
     if cache_size is not None and cache_size < 1:
         raise ValueError(f"build_loader: cache_size must be at least 1, got {cache_size}")
     try:
-        reading = Reading(max_pixels, value_range)
+        stated = None if value_range == "auto" else value_range
+        reading = Reading(max_pixels, stated, channels)
     except ValueError as error:
         raise ValueError(f"build_loader: {error}") from None
     if crop_scale is not None:
         augmentation = dataclasses.replace(augmentation, scale=crop_scale)
-    files = root if isinstance(root, ImageSource) else open_images(root, every_nth=every_nth)
+    files = (
+        root
+        if isinstance(root, ImageSource)
+        else open_images(root, arrays=channels is not None, every_nth=every_nth)
+    )
     where = " and ".join(printable(repr(one)) for one in files.roots)
     if files.summary():
         warnings.warn(
@@ -131,7 +151,28 @@ def build_loader(
             f"build_loader: {len(files)} images under {where} do not fill one batch of "
             f"{batch_size}; lower batch_size, or pass drop_last=False"
         )
+    if value_range == "auto":
+        reading = dataclasses.replace(reading, value_range=measure_range(files, reading))
     _require_readable(files, where, reading)
+    if (mean is None) != (std is None):
+        raise ValueError("build_loader: mean and std go together, got one of them alone")
+    if channels is not None:
+        if backend not in ("auto", "torchvision"):
+            raise ValueError(
+                f"build_loader: backend must be torchvision (or auto) with channels {channels}, "
+                f"got {backend!r}, which reads RGB alone"
+            )
+        backend = "torchvision"
+        augmentation = without_colour(augmentation)
+        if mean is None:
+            mean, std, _ = measure_channels(files, reading)
+    if mean is not None and std is not None:
+        if not len(mean) == len(std) == (channels or 3):
+            raise ValueError(
+                f"build_loader: mean and std must have {channels or 3} numbers, got {len(mean)} "
+                f"and {len(std)}"
+            )
+        augmentation = dataclasses.replace(augmentation, mean=tuple(mean), std=tuple(std))
     settings: dict[str, Any] = {
         "batch_size": batch_size,
         "size": size,
@@ -195,7 +236,8 @@ def _require_readable(files: ImageSource, where: str, reading: Reading) -> None:
     reason = ""
     for index in range(len(files)):
         try:
-            decode(files.encoded(index, reading), reading)
+            file = files.encoded(index, reading)
+            _ = decode(file, reading) if reading.channels is None else decode_bands(file, reading)
         except (MemoryError, ImportError):
             raise
         except Exception as error:

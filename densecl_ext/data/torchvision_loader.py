@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -21,8 +21,10 @@ from densecl_ext.data.augmentation import (
     ViewParameters,
     draw_parameters,
 )
+from densecl_ext.data.band_views import render_bands
+from densecl_ext.data.bands import decode_bands
 from densecl_ext.data.base import EpochLoader, FileReader, TwoViews, normalisation
-from densecl_ext.data.images import Decoded, Encoded, Reading, decode
+from densecl_ext.data.images import Encoded, Reading, decode
 from densecl_ext.data.source import ImageSource
 
 if TYPE_CHECKING:
@@ -32,8 +34,17 @@ if TYPE_CHECKING:
 _CROP_PIXELS = 80_000_000
 
 
+class _Picture(NamedTuple):
+    """A decoded image, and what makes a view of it."""
+
+    width: int
+    height: int
+    render: Callable[[ViewParameters], np.ndarray]
+    narrow: str
+
+
 class _Sample(NamedTuple):
-    views: np.ndarray  # uint8 (2, size, size, 3)
+    views: np.ndarray  # uint8 (2, size, size, 3), or of N channels float32 (2, C, size, size)
     crops: np.ndarray  # float32 (2, 5)
     file: int
     unreadable: list[tuple[int, str]]
@@ -41,7 +52,7 @@ class _Sample(NamedTuple):
 
 
 class _Batch(NamedTuple):
-    views: Tensor  # uint8 (2, N, size, size, 3)
+    views: Tensor  # uint8 (2, N, size, size, 3), or float32 (2, N, C, size, size)
     crops: Tensor  # float32 (2, N, 5)
     files: Tensor  # int64 (N,)
     unreadable: list[tuple[int, str]]
@@ -103,12 +114,22 @@ class TwoViewDataset(Dataset[_Sample]):
         self.augmentation = augmentation
         self._reader = FileReader(files, seed, reading, self._decode)
 
-    def _decode(self, _: int, file: Encoded) -> Decoded:
-        return decode(file, self._reader.reading)
+    def _decode(self, _: int, file: Encoded) -> _Picture:
+        reading = self._reader.reading
+        if reading.channels is not None:
+            values, stated = decode_bands(file, reading)
+            height, width = values.shape[:2]
+            return _Picture(
+                width, height, lambda drawn: render_bands(values, stated, drawn, self.size), ""
+            )
+        image, narrow = decode(file, reading)
+        return _Picture(
+            image.width, image.height, lambda drawn: render_view(image, drawn, self.size), narrow
+        )
 
     def __getitem__(self, request: tuple[int, int]) -> _Sample:
         epoch, sample = request
-        (image, narrow), index, unreadable = self._reader.read(epoch, sample)
+        picture, index, unreadable = self._reader.read(epoch, sample)
         parameters = [
             draw_parameters(
                 self.augmentation,
@@ -116,14 +137,14 @@ class TwoViewDataset(Dataset[_Sample]):
                 epoch=epoch,
                 sample=sample,
                 view=view,
-                width=image.width,
-                height=image.height,
+                width=picture.width,
+                height=picture.height,
             )
             for view in (QUERY_VIEW, KEY_VIEW)
         ]
-        views = np.stack([render_view(image, drawn, self.size) for drawn in parameters])
+        views = np.stack([picture.render(drawn) for drawn in parameters])
         crops = np.array([(*drawn.box, drawn.flip) for drawn in parameters], dtype=np.float32)
-        return _Sample(views, crops, index, unreadable, narrow)
+        return _Sample(views, crops, index, unreadable, picture.narrow)
 
 
 def _collate(samples: list[_Sample]) -> _Batch:
@@ -165,7 +186,8 @@ class TorchvisionLoader(EpochLoader):
         self._requested = _Requests()
         self._loader: DataLoader[_Sample] | None = None
         self._workers = workers
-        self._scale, self._offset = normalisation(self.augmentation, self.device)
+        white = 255.0 if self.reading.channels is None else 1.0
+        self._scale, self._offset = normalisation(self.augmentation, self.device, white)
 
     def _data_loader(self) -> DataLoader[_Sample]:
         if self._loader is None:
@@ -197,9 +219,13 @@ class TorchvisionLoader(EpochLoader):
             )
 
     def _normalised(self, pixels: Tensor) -> Tensor:
-        pixels = pixels.to(self.device, non_blocking=True).permute(0, 3, 1, 2)  # (N, 3, H, W)
-        if not self.channels_last:
-            pixels = pixels.contiguous()  # here they are bytes
+        pixels = pixels.to(self.device, non_blocking=True)
+        if self.reading.channels is None:
+            pixels = pixels.permute(0, 3, 1, 2)  # (N, 3, H, W)
+            if not self.channels_last:
+                pixels = pixels.contiguous()  # here they are bytes
+        elif self.channels_last:
+            pixels = pixels.contiguous(memory_format=torch.channels_last)
         return torch.addcmul(self._offset, pixels.float(), self._scale).to(self.dtype)
 
     def close(self) -> None:
