@@ -22,7 +22,7 @@ from densecl_ext.checkpoints.formats import (
     find_options,
     find_tensors,
 )
-from densecl_ext.checkpoints.provenance import origin
+from densecl_ext.checkpoints.provenance import origin, unknown_normalisation
 from densecl_ext.checkpoints.runs import resolve_checkpoint
 from densecl_ext.checkpoints.schema import check_weights
 from densecl_ext.checkpoints.storage import load_checkpoint
@@ -123,6 +123,14 @@ def read_backbone(
     except ValueError as error:
         raise ValueError(f"read_backbone: {path}: {error}") from None
     words = origin(content, path, form, named)
+    channels = int(options.get("in_channels", 3))
+    if channels != 3:
+        notes.append(
+            f"it takes images of {channels} channels: a library's network needs a first "
+            "convolution for them"
+        )
+        if len(words["normalisation"]["mean"]) != channels:
+            words["normalisation"] = unknown_normalisation(channels)
     return BackboneFile(
         path, named, form, tensors, left_out, notes, words, options=options, missing=missing
     )
@@ -147,6 +155,21 @@ def load_backbone(path: str | os.PathLike[str], *, trusted: bool = False) -> nn.
         ValueError: see `read_backbone`.
     """
     source = read_backbone(path, trusted=trusted)
+    return build(source, **source.options)
+
+
+def load_rgb_backbone(path: str | os.PathLike[str], command: str) -> nn.Module:
+    """`load_backbone`, for a command that reads RGB images alone.
+
+    Raises:
+        ValueError: the backbone takes other images.
+    """
+    source = read_backbone(path)
+    if source.in_channels != 3:
+        raise ValueError(
+            f"{command}: {path} takes images of {source.in_channels} channels, and {command} reads "
+            "RGB images alone; export it and measure it in a program of your own"
+        )
     return build(source, **source.options)
 
 

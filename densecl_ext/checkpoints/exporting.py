@@ -143,11 +143,6 @@ def _require_network(source: BackboneFile, to: str) -> None:
 
 def _build_notes(source: BackboneFile) -> list[str]:
     notes = []
-    if source.in_channels != 3:
-        notes.append(
-            f"images have {source.in_channels} channels: the library's network gets a first "
-            "convolution for them, as the lines below show"
-        )
     built = {k: v for k, v in source.options.items() if k != "in_channels"}
     if built:
         told = ", ".join(f"{name}={value}" for name, value in built.items())

@@ -144,6 +144,15 @@ def _normalisation(config: Mapping[str, Any]) -> dict[str, Any]:
     return words | {"channels": told, "value_range": [low, high]}
 
 
+def unknown_normalisation(channels: int) -> dict[str, Any]:
+    """For weights of others that take other images than RGB: nothing is known."""
+    return {
+        "mean": [0.0] * channels,
+        "std": [1.0] * channels,
+        "channels": f"{channels} channels, prepared in a way that their source does not state",
+    }
+
+
 def summary(words: Mapping[str, Any]) -> str:
     """The provenance in one line."""
     if "source" in words:

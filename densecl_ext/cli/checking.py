@@ -37,6 +37,11 @@ from densecl_ext.cli.command import Word, command
         default=224,
         help="side of the views whose loading is timed (default: 224)",
     ),
+    click.Option(
+        ["--channels"],
+        type=click.IntRange(min=1),
+        help="read images of that many channels, as `densecl pretrain --channels` does",
+    ),
     click.Option(["--no-loaders"], is_flag=True, help="do not time the loaders"),
 )
 def check(
@@ -45,6 +50,7 @@ def check(
     sheet: str | None,
     seconds: float,
     image_size: int,
+    channels: int | None,
     no_loaders: bool,
 ) -> None:
     """Looks, and tells."""
@@ -52,6 +58,7 @@ def check(
 
     report = check_images(
         list(data),
+        channels=channels,
         seconds=seconds,
         image_size=image_size,
         rates=not no_loaders,
@@ -78,6 +85,7 @@ def table(report: dict[str, Any]) -> str:
             (f"values, {bits} bits", f"{low:g} to {high:g}")
             for bits, (low, high) in report["values"].items()
         ),
+        *_measured(report.get("measured_range")),
         *((name.replace("_", " "), _span(report[name])) for name in ("width", "height")),
         ("short side", _span(report["short_side"])),
         ("EXIF orientation", _told(report["orientation"])),
@@ -109,6 +117,12 @@ def table(report: dict[str, Any]) -> str:
     lines += ["", "suggested:", f"  {report['suggestion']['command']}"]
     lines += [f"  - {reason}" for reason in report["suggestion"]["why"]]
     return "\n".join(lines)
+
+
+def _measured(low_high: list[float] | None) -> list[tuple[str, str]]:
+    if low_high is None:
+        return []
+    return [("measured range", f"{low_high[0]:g} to {low_high[1]:g} hold all but 0.2 % of them")]
 
 
 def _count(count: int) -> str:

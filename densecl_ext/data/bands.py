@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from densecl_ext.data.images import (
+    _SAMPLES_TAG,
     Encoded,
     Reading,
     _low_bytes,
@@ -25,7 +26,6 @@ from densecl_ext.data.images import (
 # Axes that tifffile names; all others are flattened into channels, in the file's order.
 _Y, _X = "Y", "X"
 _ORIENTATION_TAG = 274
-_SAMPLES_TAG = 277
 
 
 def read_bands(

@@ -8,7 +8,7 @@ import os
 import stat
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -29,6 +29,7 @@ _DECODERS = {
     "TIFF": ("PIL.TiffImagePlugin", "TiffImageFile"),
     "GIF": ("PIL.GifImagePlugin", "GifImageFile"),
 }
+_SAMPLES_TAG = 277  # SamplesPerPixel of TIFF
 _STRIP = {"JPEG": strip_jpeg, "PNG": strip_png, "WEBP": strip_webp}
 _HEAD = 16
 
@@ -229,6 +230,7 @@ def decode(file: Encoded, reading: Reading = DEFAULT) -> Decoded:
             f"{width} x {height} pixels, more than max_pixels = {reading.max_pixels:,}; "
             "raise that option to use the image"
         )
+    _require_all_bands(opened, file.kind)
     deep = _more_than_8_bits(opened)
     opened.load()
     narrow = ""
@@ -239,6 +241,15 @@ def decode(file: Encoded, reading: Reading = DEFAULT) -> Decoded:
     else:
         image = opened if opened.mode == "RGB" else opened.convert("RGB")
     return Decoded(_upright(image, file.orientation), narrow)
+
+
+def _require_all_bands(opened: Any, kind: str) -> None:
+    """Refuse a TIFF of several bands of which Pillow would take the first alone."""
+    samples = opened.tag_v2.get(_SAMPLES_TAG, 1) if kind == "TIFF" else 1
+    if samples > 1 and len(opened.getbands()) == 1:
+        raise ValueError(
+            f"a TIFF of {samples} bands, which cannot be read as RGB; channels {samples} reads it"
+        )
 
 
 def header_size(file: Encoded) -> tuple[int, int, str]:

@@ -41,8 +41,8 @@ def loader_rates(
     chosen = Chosen(source, range(0, count, step)[:_MOST])
     rates: dict[str, float | str] = {}
     for backend in BACKENDS:
-        if backend == "auto":
-            continue
+        if backend == "auto" or (reading.channels is not None and backend != "torchvision"):
+            continue  # the others read RGB alone
         try:
             rates[backend] = _rate(chosen, reading, backend, size, workers, seconds, device)
         except Exception as error:
@@ -68,6 +68,7 @@ def _rate(
         workers=workers,
         max_pixels=reading.max_pixels,
         value_range=reading.value_range,
+        channels=reading.channels,
     )
     seen, began = 0, 0.0
     try:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from densecl_ext.data import Augmentation
 from densecl_ext.data.images import Reading
 from densecl_ext.data.loader import available_cores
+from densecl_ext.data.measuring import measure_range
 from densecl_ext.data.opening import open_images
 from densecl_ext.data.rates import loader_rates
 from densecl_ext.data.survey import Survey, survey
@@ -22,6 +23,7 @@ SHOWN = 16
 def check_images(
     data: list[str],
     *,
+    channels: int | None = None,
     seconds: float = 30.0,
     image_size: int = 224,
     rates: bool = True,
@@ -31,6 +33,7 @@ def check_images(
 
     Args:
         data: What `pretrain` takes as its data.
+        channels: Read images of that many channels; None reads RGB.
         seconds: After which no further image is looked at.
         image_size: Side of the views whose loading is timed.
         rates: Time the loaders, some seconds each.
@@ -38,23 +41,33 @@ def check_images(
 
     Returns:
         Plain values: what :meth:`densecl_ext.data.survey.Survey.report` gives, "loaders",
-        "suggestion" (recipe, options, command, why), and "sheet".
+        "suggestion" (recipe, options, command, why), and, where there is one, "measured_range" and
+        "sheet".
 
     Raises:
         ValueError: There are no images.
         OSError: The picture cannot be written.
     """
     source = open_images(data, arrays=True)
-    reading = Reading()
-    found = survey(source, reading, seconds=seconds, threads=available_cores())
+    found = survey(source, Reading(channels=channels), seconds=seconds, threads=available_cores())
     report = found.report()
-    measured: dict[str, Any] = {}
     gpu = torch.cuda.is_available()
-    readable = [index for index in found.facts if index not in found.skipped]
+    # What follows reads the images as the suggestion would.
+    suggestion = suggest(found, {}, gpu=gpu)
+    channels = suggestion.options.get("channels", channels)
+    readable = [
+        index
+        for index, facts in found.facts.items()
+        if index not in found.skipped or facts.channels == channels
+    ]
+    reading = Reading(channels=channels)
+    if readable and "value_range" in suggestion.options:
+        reading = dataclasses.replace(reading, value_range=measure_range(source, reading))
+        report["measured_range"] = reading.value_range
     if rates and readable:
         measured = loader_rates(source, reading, size=image_size, device="cuda" if gpu else "cpu")
         report["loaders"] = {"image_size": image_size, "images_per_second": measured}
-    suggestion = suggest(found, measured, gpu=gpu)
+        suggestion = suggest(found, measured, gpu=gpu)
     if sheet is not None and readable:
         size = int(suggestion.options["image_size"])
         report["sheet"] = str(_write_sheet(found, reading, readable, size, Path(sheet)))
@@ -75,8 +88,6 @@ def _write_sheet(
 
     spread = np.linspace(0, len(readable) - 1, min(SHOWN, len(readable))).round().astype(int)
     numbers = [readable[place] for place in spread]
-    picture = contact_sheet(
-        found.source, numbers, size=size, reading=reading, augmentation=Augmentation()
-    )
+    picture = contact_sheet(found.source, numbers, size=size, reading=reading)
     picture.save(path)
     return path

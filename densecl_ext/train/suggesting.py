@@ -45,9 +45,7 @@ def suggest(found: Survey, rates: dict[str, Any], *, gpu: bool) -> Suggestion:
     options: dict[str, Any] = {}
     why: list[str] = []
     report = found.report()
-    usable = [found.facts[index] for index in found.facts if index not in found.skipped]
-    facts = usable or list(found.facts.values())
-    share = len(usable) / max(1, len(found.looked_at))
+    facts = list(found.facts.values())
     images = len(found.source)
     if found.masks and len(found.masks) > 0.05 * len(found.looked_at):
         folders = {str(found.source[index].parent) for index in found.masks[:1000]}
@@ -55,15 +53,21 @@ def suggest(found: Survey, rates: dict[str, Any], *, gpu: bool) -> Suggestion:
             f"{len(found.masks)} of {len(found.looked_at)} images look like label masks "
             f"({', '.join(sorted(folders)[:3])}): name the images' folder alone"
         )
-    channels = Counter(one.channels for one in facts).most_common(1)[0][0] if facts else 3
-    if found.source and channels not in (1, 3) and share < 1 or channels == 2 or channels > 4:
-        options["channels"] = channels
-        why.append(f"most images have {channels} channels")
+    # What RGB cannot hold: arrays, and TIFF files of other bands than gray or RGB.
+    bands = [
+        one.channels
+        for one in facts
+        if one.kind in ("NPY", "NPZ") or one.kind == "TIFF" and one.channels not in (1, 3)
+    ]
+    if bands and 2 * len(bands) > len(facts):
+        options["channels"] = Counter(bands).most_common(1)[0][0]
+        why.append(f"most images have {options['channels']} channels that RGB cannot hold")
     deep = [one for one in facts if one.depth != "8"]
     if deep:
         low = min(one.values[0] for one in deep)
         high = max(one.values[1] for one in deep)
-        if any(one.depth.startswith("float") for one in deep) or high < 32768:
+        floats = any(one.depth.startswith("float") for one in deep)
+        if floats or high < 32768 or "channels" in options:
             options["value_range"] = "auto"
             why.append(
                 f"values of more than 8 bits run from {low:g} to {high:g}: a range has to be "
@@ -101,7 +105,8 @@ def suggest(found: Survey, rates: dict[str, Any], *, gpu: bool) -> Suggestion:
         options["loader"] = max(able, key=lambda name: able[name])
         why.append(f"{options['loader']} gave {able[options['loader']]:g} images/s here")
     if report["skipped"]["count"]:
-        why.append(f"{report['skipped']['count']} images would be skipped")
+        as_rgb = " as RGB" if "channels" in options else ""
+        why.append(f"{report['skipped']['count']} images would be skipped{as_rgb}")
     if report["duplicates"]["images"]:
         why.append(
             f"{report['duplicates']['images']} images are exact copies: each is a negative of its "

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from densecl_ext.data import Augmentation, build_loader
-from densecl_ext.data.bands import natural_range, read_bands, scaled
+from densecl_ext.data.bands import decode_bands, scaled
 from densecl_ext.data.images import Reading, decode
 from densecl_ext.data.source import Chosen, ImageSource
 
@@ -26,7 +26,7 @@ def contact_sheet(
     *,
     size: int,
     reading: Reading,
-    augmentation: Augmentation,
+    augmentation: Augmentation = Augmentation(),  # noqa: B008  (frozen)
     seed: int = 0,
     side: int = 160,
 ) -> Image.Image:
@@ -37,7 +37,7 @@ def contact_sheet(
         numbers: Which; those that do not read are replaced as in training.
         size: Side of the views in pixels, as the network gets them.
         reading: How images are read.
-        augmentation: The distribution of the views, with the normalisation to undo.
+        augmentation: The distribution of the views.
         seed: Of the views.
         side: Pixels of a tile on the sheet.
 
@@ -58,8 +58,10 @@ def contact_sheet(
         drop_last=False,
         max_pixels=reading.max_pixels,
         value_range=reading.value_range,
+        channels=reading.channels,
     ) as loader:  # type: ignore[attr-defined]
         batch = next(iter(loader))
+        augmentation = loader.augmentation  # of N channels with what was measured
     rows = -(-len(numbers) // _COLUMNS)
     width, height = 3 * (side + _GAP) + 2 * _GAP, side + _GAP
     sheet = Image.new("RGB", (_COLUMNS * width - _GAP, rows * height + _GAP), "white")
@@ -88,8 +90,7 @@ def _picture(source: ImageSource, index: int, reading: Reading) -> Image.Image:
     file = source.encoded(index, reading)
     if reading.channels is None:
         return decode(file, reading).image
-    values = read_bands(file, max_pixels=reading.max_pixels, channels=reading.channels)
-    stated = reading.value_range or natural_range(values.dtype) or (0.0, 1.0)
+    values, stated = decode_bands(file, reading)
     return Image.fromarray(three(scaled(values, stated)))
 
 
