@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -207,6 +207,7 @@ class EpochLoader(ABC):
             },
             "value_range": None if stated is None else list(stated),
             **({} if channels is None else {"channels": channels}),
+            **({"reduced_jpeg": True} if self.reading.reduced_jpeg else {}),
         }
 
     def __iter__(self) -> Iterator[TwoViews]:
@@ -258,10 +259,10 @@ class EpochLoader(ABC):
 
 
 # What states that do not name a setting were taken with.
-_BEFORE = {"value_range": None}
+_BEFORE = {"value_range": None, "reduced_jpeg": False}
 
 
-class FileReader(Generic[_Read]):
+class FileReader:
     """Reads one slot of a batch: its own file, or where that does not read, another.
 
     Holds no state that could change what comes out: what is remembered of unreadable files only
@@ -271,24 +272,23 @@ class FileReader(Generic[_Read]):
         files: The images.
         seed: The loader's seed.
         reading: Limits and range.
-        use: What makes an image, or what the backend needs of it, of a file's content.
     """
 
-    def __init__(
-        self, files: ImageSource, seed: int, reading: Reading, use: Callable[[int, Encoded], _Read]
-    ) -> None:
+    def __init__(self, files: ImageSource, seed: int, reading: Reading) -> None:
         self.files = files
         self.seed = seed
         self.reading = reading
-        self.use = use
         self.unreadable: dict[int, str] = {}
 
-    def read(self, epoch: int, sample: int) -> tuple[_Read, int, list[tuple[int, str]]]:
+    def read(
+        self, epoch: int, sample: int, use: Callable[[int, Encoded], _Read]
+    ) -> tuple[_Read, int, list[tuple[int, str]]]:
         """Read a slot.
 
         Args:
             epoch: The epoch.
             sample: File index of the slot.
+            use: What makes an image, or what the backend needs of it, of a file's content.
 
         Returns:
             What `use` made of the file, the file's index, and the unreadable files met before it.
@@ -301,7 +301,7 @@ class FileReader(Generic[_Read]):
             if index not in self.unreadable:
                 try:
                     file = self.files.encoded(index, self.reading)
-                    return self.use(index, file), index, unreadable
+                    return use(index, file), index, unreadable
                 except (MemoryError, ImportError):
                     raise
                 except Exception as error:

@@ -86,7 +86,7 @@ class DaliLoader(EpochLoader):
     def __init__(self, files: ImageSource, *, workers: int, **settings: Any) -> None:
         super().__init__(files, **settings)
         self._threads = max(1, workers)
-        self._reader = FileReader(files, self.seed, self.reading, self._use)
+        self._reader = FileReader(files, self.seed, self.reading)
         self._through_pillow: set[int] = set()
         self._pipeline: Any = self._build()
         self._pool: ThreadPoolExecutor | None = None
@@ -135,7 +135,7 @@ class DaliLoader(EpochLoader):
         return _Read(portable + image.tobytes(), image.width, image.height, narrow)
 
     def _prepare(self, epoch: int, sample: int) -> _Slot:
-        read, index, unreadable = self._reader.read(epoch, sample)
+        read, index, unreadable = self._reader.read(epoch, sample, self._use)
         drawn = [
             draw_parameters(
                 self.augmentation,

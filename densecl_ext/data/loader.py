@@ -48,6 +48,7 @@ def build_loader(
     value_range: tuple[float, float] | Literal["auto"] | None = None,
     cache_size: int | None = None,
     every_nth: int = 1,
+    reduced_jpeg: bool = False,
     channels: int | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
@@ -93,6 +94,9 @@ def build_loader(
         cache_size: With "memory", pixels of the shorter side to which larger images are reduced;
             None takes 1.25 times `size`.
         every_nth: Take every n-th image alone, as of the frames of a video.
+        reduced_jpeg: Decode JPEG files at 1/2, 1/4 or 1/8 of their size where no crop must then be
+            enlarged, which takes a fraction of the time for photographs of many pixels and changes
+            these by little. The torchvision loader alone does this.
         channels: Read images with this many channels as they are stored, at their full depth, of
             .npy and .npz files too; views are (N, channels, size, size). Brightness scales all
             channels alike, contrast turns each about its own mean; saturation, hue and grayscale
@@ -129,7 +133,7 @@ def build_loader(
         raise ValueError(f"build_loader: cache_size must be at least 1, got {cache_size}")
     try:
         stated = None if value_range == "auto" else value_range
-        reading = Reading(max_pixels, stated, channels)
+        reading = Reading(max_pixels, stated, channels, reduced_jpeg)
     except ValueError as error:
         raise ValueError(f"build_loader: {error}") from None
     if crop_scale is not None:
@@ -156,6 +160,13 @@ def build_loader(
     _require_readable(files, where, reading)
     if (mean is None) != (std is None):
         raise ValueError("build_loader: mean and std go together, got one of them alone")
+    if reduced_jpeg:
+        if backend not in ("auto", "torchvision"):
+            raise ValueError(
+                "build_loader: backend must be torchvision (or auto) with reduced_jpeg, got "
+                f"{backend!r}"
+            )
+        backend = "torchvision"
     if channels is not None:
         if backend not in ("auto", "torchvision"):
             raise ValueError(

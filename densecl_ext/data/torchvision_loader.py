@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -24,7 +26,7 @@ from densecl_ext.data.augmentation import (
 from densecl_ext.data.band_views import render_bands
 from densecl_ext.data.bands import decode_bands
 from densecl_ext.data.base import EpochLoader, FileReader, TwoViews, normalisation
-from densecl_ext.data.images import Encoded, Reading, decode
+from densecl_ext.data.images import Encoded, Reading, decode, header_size
 from densecl_ext.data.source import ImageSource
 
 if TYPE_CHECKING:
@@ -35,10 +37,9 @@ _CROP_PIXELS = 80_000_000
 
 
 class _Picture(NamedTuple):
-    """A decoded image, and what makes a view of it."""
+    """A decoded image, what was drawn for its two views, and what makes a view of it."""
 
-    width: int
-    height: int
+    drawn: list[ViewParameters]
     render: Callable[[ViewParameters], np.ndarray]
     narrow: str
 
@@ -69,13 +70,40 @@ def cropped(image: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
     return image.transform((width, height), Image.Transform.EXTENT, box)
 
 
-def render_view(image: Image.Image, parameters: ViewParameters, size: int) -> np.ndarray:
+def shrink_for(drawn: Sequence[ViewParameters], size: int) -> int:
+    """How far an image may be reduced, 1, 2, 4 or 8, so that no crop of it must be enlarged."""
+    sides = [min(one.box[2] - one.box[0], one.box[3] - one.box[1]) for one in drawn]
+    return next((by for by in (8, 4, 2) if min(sides) >= by * size), 1)
+
+
+def reduced_crop(
+    image: Image.Image, box: tuple[int, int, int, int], shrunk: tuple[float, float], size: int
+) -> Image.Image:
+    """Cut out and resized: a box in pixels of the whole image, of one that was decoded smaller."""
+    from PIL import Image
+
+    x0, y0, x1, y1 = (edge * shrunk[place % 2] for place, edge in enumerate(box))
+    left, top = math.floor(x0), math.floor(y0)
+    part = image.crop(
+        (left, top, min(image.width, math.ceil(x1)), min(image.height, math.ceil(y1)))
+    )
+    inner = (x0 - left, y0 - top, min(x1 - left, part.width), min(y1 - top, part.height))
+    return part.resize((size, size), Image.Resampling.BILINEAR, box=inner)
+
+
+def render_view(
+    image: Image.Image,
+    parameters: ViewParameters,
+    size: int,
+    shrunk: tuple[float, float] = (1.0, 1.0),
+) -> np.ndarray:
     """Turn a decoded image into one view, in Pillow's 8-bit arithmetic as MoCo v2 does.
 
     Args:
         image: Decoded image, mode RGB.
         parameters: What to do.
         size: Height and width of the view in pixels.
+        shrunk: Width and height of `image` as shares of those that the box is told in.
 
     Returns:
         uint8 (size, size, 3).
@@ -84,7 +112,10 @@ def render_view(image: Image.Image, parameters: ViewParameters, size: int) -> np
     from torchvision.transforms import InterpolationMode
     from torchvision.transforms import functional as F
 
-    view = F.resize(cropped(image, parameters.box), [size, size], InterpolationMode.BILINEAR)
+    if shrunk == (1.0, 1.0):
+        view = F.resize(cropped(image, parameters.box), [size, size], InterpolationMode.BILINEAR)
+    else:
+        view = reduced_crop(image, parameters.box, shrunk, size)
     for operation in parameters.order:
         if operation == BRIGHTNESS:
             view = F.adjust_brightness(view, parameters.brightness)
@@ -112,38 +143,42 @@ class TwoViewDataset(Dataset[_Sample]):
         self.size = size
         self.seed = seed
         self.augmentation = augmentation
-        self._reader = FileReader(files, seed, reading, self._decode)
+        self._reader = FileReader(files, seed, reading)
 
-    def _decode(self, _: int, file: Encoded) -> _Picture:
-        reading = self._reader.reading
-        if reading.channels is not None:
-            values, stated = decode_bands(file, reading)
-            height, width = values.shape[:2]
-            return _Picture(
-                width, height, lambda drawn: render_bands(values, stated, drawn, self.size), ""
-            )
-        image, narrow = decode(file, reading)
-        return _Picture(
-            image.width, image.height, lambda drawn: render_view(image, drawn, self.size), narrow
-        )
-
-    def __getitem__(self, request: tuple[int, int]) -> _Sample:
-        epoch, sample = request
-        picture, index, unreadable = self._reader.read(epoch, sample)
-        parameters = [
+    def _draw(self, epoch: int, sample: int, width: int, height: int) -> list[ViewParameters]:
+        return [
             draw_parameters(
                 self.augmentation,
                 seed=self.seed,
                 epoch=epoch,
                 sample=sample,
                 view=view,
-                width=picture.width,
-                height=picture.height,
+                width=width,
+                height=height,
             )
             for view in (QUERY_VIEW, KEY_VIEW)
         ]
-        views = np.stack([picture.render(drawn) for drawn in parameters])
-        crops = np.array([(*drawn.box, drawn.flip) for drawn in parameters], dtype=np.float32)
+
+    def _decode(self, epoch: int, sample: int, _: int, file: Encoded) -> _Picture:
+        reading, size = self._reader.reading, self.size
+        if reading.channels is not None:
+            values, stated = decode_bands(file, reading)
+            drawn = self._draw(epoch, sample, values.shape[1], values.shape[0])
+            return _Picture(drawn, lambda one: render_bands(values, stated, one, size), "")
+        if reading.reduced_jpeg and file.kind == "JPEG":
+            width, height, _mode = header_size(file)
+            drawn = self._draw(epoch, sample, width, height)
+            image, narrow = decode(file, reading, shrink_for(drawn, size))
+            shrunk = image.width / width, image.height / height
+            return _Picture(drawn, lambda one: render_view(image, one, size, shrunk), narrow)
+        image, narrow = decode(file, reading)
+        drawn = self._draw(epoch, sample, image.width, image.height)
+        return _Picture(drawn, lambda one: render_view(image, one, size), narrow)
+
+    def __getitem__(self, request: tuple[int, int]) -> _Sample:
+        picture, index, unreadable = self._reader.read(*request, partial(self._decode, *request))
+        views = np.stack([picture.render(drawn) for drawn in picture.drawn])
+        crops = np.array([(*drawn.box, drawn.flip) for drawn in picture.drawn], dtype=np.float32)
         return _Sample(views, crops, index, unreadable, picture.narrow)
 
 

@@ -37,6 +37,7 @@ def open_loader(config: PretrainConfig, device: torch.device) -> ViewLoader:
         value_range=stated_range(config.value_range),
         cache_size=None if config.cache_size == "auto" else int(config.cache_size),
         every_nth=config.every_nth,
+        reduced_jpeg=config.reduced_jpeg,
         channels=None if config.channels == "rgb" else int(config.channels),
         mean=None if config.pixel_mean == "auto" else numbers(config.pixel_mean),
         std=None if config.pixel_std == "auto" else numbers(config.pixel_std),

@@ -100,6 +100,12 @@ class PretrainConfig:
         "deviation of each channel, which values are divided by; auto likewise",
         group="data",
     )
+    reduced_jpeg: bool = option(
+        False,
+        "with loader torchvision, decode JPEG files at 1/2, 1/4 or 1/8 of their size where no crop "
+        "must then be enlarged: several times as fast for photographs of many pixels",
+        group="data",
+    )
     max_pixels: Positive = option(
         178_956_970, "width x height above which a file is skipped", group="data", may_change=True
     )
