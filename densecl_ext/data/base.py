@@ -184,9 +184,10 @@ class EpochLoader(ABC):
                 means other views.
         """
         for key, value in self._identity().items():
-            if state.get(key, _BEFORE.get(key)) != value:
+            had = state.get(key, _BEFORE.get(key))
+            if had != value:
                 raise ValueError(
-                    f"load_state_dict: the state was taken with {key}={state.get(key)!r}, this "
+                    f"load_state_dict: the state was taken with {key}={had!r}, this "
                     f"loader has {value!r}; the remaining batches would not be the same"
                 )
         self.epoch = int(state["epoch"])
@@ -194,7 +195,6 @@ class EpochLoader(ABC):
 
     def _identity(self) -> dict[str, Any]:
         stated = self.reading.value_range
-        channels = self.reading.channels
         return {
             "seed": self.seed,
             "files": len(self.files),
@@ -206,8 +206,8 @@ class EpochLoader(ABC):
                 for name, value in asdict(self.augmentation).items()
             },
             "value_range": None if stated is None else list(stated),
-            **({} if channels is None else {"channels": channels}),
-            **({"reduced_jpeg": True} if self.reading.reduced_jpeg else {}),
+            "channels": self.reading.channels,
+            "reduced_jpeg": self.reading.reduced_jpeg,
         }
 
     def __iter__(self) -> Iterator[TwoViews]:
@@ -259,7 +259,7 @@ class EpochLoader(ABC):
 
 
 # What states that do not name a setting were taken with.
-_BEFORE = {"value_range": None, "reduced_jpeg": False}
+_BEFORE = {"value_range": None, "channels": None, "reduced_jpeg": False}
 
 
 class FileReader:
