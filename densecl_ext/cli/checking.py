@@ -88,7 +88,7 @@ def table(report: dict[str, Any]) -> str:
         *_measured(report.get("measured_range")),
         *((name.replace("_", " "), _span(report[name])) for name in ("width", "height")),
         ("short side", _span(report["short_side"])),
-        ("EXIF orientation", _told(report["orientation"])),
+        ("EXIF orientation", _turned(report["orientation"])),
         ("left out", _left_out(report)),
         ("would be skipped", _count(report["skipped"]["count"])),
         *(("", f"{count} x {why}") for why, count in report["skipped"]["why"].items()),
@@ -133,6 +133,10 @@ def _told(counts: dict[str, int]) -> str:
     if len(counts) == 1:
         return next(iter(counts))
     return ", ".join(f"{name} ({count:,})" for name, count in counts.items())
+
+
+def _turned(counts: dict[str, int]) -> str:
+    return "upright" if set(counts) <= {"1"} else _told(counts)
 
 
 def _span(spread: dict[str, int]) -> str:
