@@ -70,17 +70,35 @@ Duration = Annotated[
         }
     ),
 ]
+_NUMBER = r"-?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?"
 Range = Annotated[
-    Annotated[str, Field(pattern=r"^\s*-?[0-9.]+\s*,\s*-?[0-9.]+\s*$")],
+    Annotated[str, Field(pattern=rf"^\s*{_NUMBER}\s*,\s*{_NUMBER}\s*$")],
     BeforeValidator(lambda raw: ",".join(map(str, raw)) if isinstance(raw, (list, tuple)) else raw),
     WithJsonSchema(
         {
             "anyOf": [
-                {"type": "string", "pattern": r"^\s*-?[0-9.]+\s*,\s*-?[0-9.]+\s*$"},
+                {"type": "string", "pattern": rf"^\s*{_NUMBER}\s*,\s*{_NUMBER}\s*$"},
                 {"type": "array", "items": {"type": "number"}, "minItems": 2, "maxItems": 2},
             ],
             "expected": "two numbers (0,4095)",
             "metavar": "LOW,HIGH",
+        }
+    ),
+]
+Numbers = Annotated[
+    Annotated[str, Field(pattern=rf"^\s*{_NUMBER}(\s*,\s*{_NUMBER})*\s*$")],
+    BeforeValidator(
+        lambda raw: ",".join(map(str, raw if isinstance(raw, (list, tuple)) else [raw]))
+    ),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string", "pattern": rf"^\s*{_NUMBER}(\s*,\s*{_NUMBER})*\s*$"},
+                {"type": "number"},
+                {"type": "array", "items": {"type": "number"}, "minItems": 1},
+            ],
+            "expected": "a number for each channel (0.4,0.4,0.3,0.2)",
+            "metavar": "X,...",
         }
     ),
 ]

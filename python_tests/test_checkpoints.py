@@ -277,11 +277,22 @@ def test_import_is_strict(tmp_path: Path, backbone_tensors: dict[str, Tensor]) -
     missing = {k: v for k, v in backbone_tensors.items() if k != "layer3.0.conv1.weight"}
     attempt(missing, r"nearest is resnet18: 1 missing \(layer3.0.conv1.weight\)")
     attempt(backbone_tensors | {"stem.0.weight": torch.zeros(1)}, "1 unexpected .stem.0.weight")
-    gray = backbone_tensors | {"conv1.weight": torch.zeros(64, 1, 7, 7)}
-    attempt(gray, "1 of another shape .conv1.weight")
+    small = backbone_tensors | {"conv1.weight": torch.zeros(64, 3, 5, 5)}
+    attempt(small, "1 of another shape .conv1.weight")
     attempt(backbone_tensors, "holds a resnet18, expected resnet50", architecture="resnet50")
     attempt({"weights": [1, 2]}, "expected a state_dict.*got a dict of weights")
     attempt([1], "got a list")
+
+
+def test_a_network_of_gray_images_says_so(
+    tmp_path: Path, backbone_tensors: dict[str, Tensor]
+) -> None:
+    gray = backbone_tensors | {"conv1.weight": torch.rand(64, 1, 7, 7)}
+    torch.save(moco(gray), tmp_path / "theirs.pth")
+    written = import_backbone(tmp_path / "theirs.pth", tmp_path / "ours.pth")
+    assert written.in_channels == 1 and "images of 1 channels" in " ".join(written.notes)
+    assert "does not state" in written.provenance["normalisation"]["channels"]
+    assert load_backbone(tmp_path / "ours.pth")(torch.rand(2, 1, 64, 64)).shape[0] == 2
 
 
 def test_architecture_is_told_by_names_and_shapes(tmp_path: Path) -> None:

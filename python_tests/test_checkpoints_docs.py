@@ -40,6 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("timm", "timm"),
         ("segmentation-models-pytorch", "segmentation_models_pytorch"),
         ("transformers, and a hub", "transformers"),
+        ("Ultralytics", "ultralytics"),
     ],
 )
 def test_examples(heading: str, needs: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

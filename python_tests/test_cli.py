@@ -22,7 +22,17 @@ from densecl_ext.cli.pretraining import pretrain, pretrain_config
 from densecl_ext.train import load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ("pretrain", "export", "import", "evaluate", "compare", "visualize", "ablate", "info")
+COMMANDS = (
+    "pretrain",
+    "check",
+    "export",
+    "import",
+    "evaluate",
+    "compare",
+    "visualize",
+    "ablate",
+    "info",
+)
 TINY = [
     *("--backbone", "resnet18", "--image-size", "32", "--batch-size", "8", "--epochs", "2"),
     *("--hidden-dim", "16", "--dim", "8", "--key-bn-groups", "2", "--precision", "fp32"),

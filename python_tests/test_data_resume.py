@@ -86,5 +86,5 @@ def test_options_reach_the_loader(started):
 def test_a_range_may_be_a_list_and_must_be_two_numbers():
     assert PretrainConfig(value_range=[0, 4095]).value_range == "0,4095"
     for bad in ("5", "a,b", 7, [1, 2, 3]):
-        with pytest.raises(ValueError, match=r"value_range: expected none or two numbers"):
+        with pytest.raises(ValueError, match=r"value_range: expected auto or none or two numbers"):
             PretrainConfig(value_range=bad)

@@ -45,6 +45,8 @@ IMPORTED_LAZILY = {
     "torchmetrics",
     "pycocotools",
     "tqdm",
+    "pyarrow",
+    "tifffile",
 }
 
 

@@ -9,7 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from densecl_ext.backbones.convolutions import check_options
+from densecl_ext.backbones.convolutions import (
+    adapt_weight,
+    check_options,
+    first_convolution,
+    set_in_channels,
+)
 from densecl_ext.backbones.timm import TIMM, TimmBackbone
 from densecl_ext.backbones.torchvision import TORCHVISION, TorchvisionBackbone, create_torchvision
 
@@ -23,6 +28,7 @@ def build_backbone(
     output_stride: int | None = None,
     padding: str = "zeros",
     truncate: bool = False,
+    in_channels: int = 3,
 ) -> TorchvisionBackbone | TimmBackbone:
     """Build a network of torchvision or timm as a backbone.
 
@@ -45,6 +51,8 @@ def build_backbone(
             a shortcut by. Max pooling has nothing to change (:func:`set_padding` says why).
         truncate: reach the output stride by leaving the last stages out, even where they could be
             dilated: cheaper, with fewer channels and a smaller field of view. No warning then.
+        in_channels: channels of the images. The first convolution is made for them, and weights
+            for RGB are adapted to it (:func:`adapt_weight`).
 
     Returns:
         A module with the attributes of :class:`densecl_ext.backbones.Backbone`.
@@ -56,6 +64,8 @@ def build_backbone(
         ImportError: torchvision or timm is not installed.
     """
     check_options(output_stride, padding)
+    if in_channels < 1:
+        raise ValueError(f"build_backbone: in_channels must be at least 1, got {in_channels}")
     of_timm = name.startswith(TIMM)
     if not of_timm and name not in TORCHVISION:
         raise ValueError(
@@ -67,6 +77,7 @@ def build_backbone(
         "output_stride": output_stride,
         "padding": padding,
         "truncate": truncate,
+        "in_channels": in_channels,
     }
     backbone: TorchvisionBackbone | TimmBackbone
     if of_timm:
@@ -78,7 +89,9 @@ def build_backbone(
         backbone = TimmBackbone(name, **options)
     else:
         named = str(weights) if weights is not None and path is None else None
-        backbone = TorchvisionBackbone(name, create_torchvision(name, named), **options)
+        network = create_torchvision(name, named)
+        set_in_channels(network, in_channels, pretrained=named is not None)
+        backbone = TorchvisionBackbone(name, network, **options)
     if path is not None:
         _load_file(backbone, path)
     return backbone
@@ -96,7 +109,8 @@ def load_weights(backbone: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Load a state dict strictly, but for what the backbone does not have by intention.
 
     Left aside are the classifier and, of a truncated backbone, the stages that were left out, so
-    that weights of the plain network serve with every option of :func:`build_backbone`.
+    that weights of the plain network serve with every option of :func:`build_backbone`. Weights for
+    RGB images are adapted to a first convolution of other channels.
 
     Args:
         backbone: what :func:`build_backbone` returned, or any module.
@@ -108,6 +122,15 @@ def load_weights(backbone: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     aside = (*getattr(backbone, "classifiers", ()), *getattr(backbone, "left_out", ()))
     prefixes = tuple(f"{name}." for name in aside)
     kept = {k: v for k, v in tensors.items() if k not in aside and not k.startswith(prefixes)}
+    wanted = int(getattr(backbone, "in_channels", 3))
+    if wanted != 3:
+        _, convolution = first_convolution(backbone)
+        key = next(
+            k for k, v in backbone.state_dict(keep_vars=True).items() if v is convolution.weight
+        )
+        weight = kept.get(key)
+        if weight is not None and weight.dim() == 4 and weight.shape[1] == 3:
+            kept[key] = adapt_weight(weight, wanted)
     backbone.load_state_dict(kept, strict=True)
 
 

@@ -86,6 +86,63 @@ def set_padding(network: nn.Module, padding: str, name: str) -> None:
         setattr(parent, child, _rebuilt(conv, padding_mode=padding))
 
 
+def adapt_weight(weight: Tensor, channels: int) -> Tensor:
+    """A first convolution's weights for another number of input channels.
+
+    Whatever the number, an image whose channels are all equal gives what its gray gave in the
+    channels before. Fewer channels share the sum over all; more take turns with those that are
+    there, and what one stands for several times is divided among them.
+
+    Args:
+        weight: (out, in, kh, kw), of groups 1.
+        channels: the new number of inputs.
+
+    Returns:
+        (out, channels, kh, kw), in the same dtype.
+    """
+    had = weight.shape[1]
+    if channels < had:
+        return (weight.sum(dim=1, keepdim=True) / channels).repeat(1, channels, 1, 1)
+    turns = [number % had for number in range(channels)]
+    share = torch.tensor([1 / turns.count(turn) for turn in turns], dtype=weight.dtype)
+    return weight[:, turns] * share.to(weight.device)[:, None, None]
+
+
+def set_in_channels(network: nn.Module, channels: int, *, pretrained: bool) -> None:
+    """Let a network's first convolution take images of another number of channels, in place.
+
+    Args:
+        network: a network whose first registered convolution sees the image.
+        channels: of the images.
+        pretrained: adapt its weights; otherwise they are drawn anew, as wide as they were.
+    """
+    parent, child, conv = next(_convolutions(network))
+    if conv.in_channels == channels:
+        return
+    twin = _rebuilt(conv, in_channels=channels)
+    if pretrained:
+        weight = adapt_weight(conv.weight.detach(), channels)
+    else:
+        old = conv.weight.detach()
+        weight = torch.empty_like(old[:, :1]).repeat(1, channels, 1, 1)
+        if old.device.type != "meta":
+            weight.normal_(0.0, float(old.std()))
+    twin.weight = nn.Parameter(weight)
+    setattr(parent, child, twin)
+
+
+def first_convolution(network: nn.Module) -> tuple[str, nn.Conv2d]:
+    """Name and module of the convolution that sees the image.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Conv2d):
+            return name, module
+    raise ValueError(f"{type(network).__name__} has no convolution")
+
+
 def explain_reflection(error: RuntimeError, name: str, padding: str, images: Tensor) -> None:
     """Raises ValueError where an error says that a map was too small to be reflected."""
     if padding == "reflect" and "adding size should be less" in str(error):
@@ -149,12 +206,11 @@ def _rebuilt(conv: nn.Conv2d, **changes: Any) -> nn.Conv2d:
     """The convolution with other settings and the same parameters; draws no random number."""
     settings: dict[str, Any] = {
         name: getattr(conv, name)
-        for name in ("stride", "padding", "dilation", "groups", "padding_mode")
+        for name in ("in_channels", "stride", "padding", "dilation", "groups", "padding_mode")
     }
     twin = nn.Conv2d(
-        conv.in_channels,
-        conv.out_channels,
-        conv.kernel_size,  # type: ignore[arg-type]
+        out_channels=conv.out_channels,
+        kernel_size=conv.kernel_size,  # type: ignore[arg-type]
         bias=conv.bias is not None,
         device=torch.device("meta"),
         **(settings | changes),

@@ -15,6 +15,7 @@ class Backbone(Protocol):
         out_channels: C of the feature map.
         stride: pixels between neighbouring positions of the grid.
         native_size: height and width of the images that the network was made for.
+        in_channels: channels of the images; a module that does not say takes three.
     """
 
     out_channels: int
@@ -91,7 +92,8 @@ def _dry_forward(backbone: nn.Module, size: tuple[int, int], caller: str) -> Ten
     first = next(backbone.parameters(), None)
     device = torch.device("cpu") if first is None else first.device
     dtype = torch.float32 if first is None else first.dtype
-    image = torch.zeros(1, 3, *size, device=device, dtype=dtype)
+    channels = _stated(backbone, "in_channels") or 3
+    image = torch.zeros(1, channels, *size, device=device, dtype=dtype)
     modes = [(module, module.training) for module in backbone.modules()]
     backbone.eval()
     try:

@@ -42,6 +42,7 @@ class TimmBackbone(nn.Module):
             (dilation) where the network has it; else its last stages are left out, with a warning.
         padding: "zeros", "reflect" or "replicate", of all convolutions.
         truncate: leave the last stages out even where timm could dilate them.
+        in_channels: channels of the images.
 
     Attributes:
         name: "timm/..." .
@@ -59,8 +60,8 @@ class TimmBackbone(nn.Module):
         ImportError: timm is not installed.
 
     Shape:
-        (N, 3, H, W) to (N, C, h, w), h = H / stride and w = W / stride: (N, 384, 14, 14) of
-        ``timm/vit_small_patch16_224`` at 224 pixels.
+        (N, in_channels, H, W) to (N, C, h, w), h = H / stride and w = W / stride:
+        (N, 384, 14, 14) of ``timm/vit_small_patch16_224`` at 224 pixels.
     """
 
     def __init__(
@@ -70,12 +71,14 @@ class TimmBackbone(nn.Module):
         output_stride: int | None = None,
         padding: str = "zeros",
         truncate: bool = False,
+        in_channels: int = 3,
     ) -> None:
         super().__init__()
+        self.in_channels = in_channels
         self.name, self.padding = TIMM + name.removeprefix(TIMM), padding
         self.last_index: int | None = None
         self.left_out: tuple[str, ...] = ()
-        self._take(create_timm(name, any_size=True))
+        self._take(create_timm(name, any_size=True, in_chans=in_channels))
         if output_stride is not None and output_stride != self.stride:
             self._reach(output_stride, truncate)
         set_padding(self.network, padding, self.name)
@@ -116,7 +119,9 @@ class TimmBackbone(nn.Module):
         own = self.stride
         if output_stride < own and not truncate:
             try:
-                dilated = create_timm(self.name, output_stride=output_stride)
+                dilated = create_timm(
+                    self.name, output_stride=output_stride, in_chans=self.in_channels
+                )
             except (
                 TypeError,
                 AssertionError,
@@ -173,7 +178,9 @@ class TimmBackbone(nn.Module):
         device = next(self.network.parameters()).device
         with torch.no_grad():
             self.network.eval()
-            features = self._features(torch.zeros(1, 3, height, width, device=device))
+            features = self._features(
+                torch.zeros(1, self.in_channels, height, width, device=device)
+            )
             self.network.train()
         shape = tuple(features.shape) if isinstance(features, Tensor) else ()
         # timm gives intermediate features as (N, C, h, w)

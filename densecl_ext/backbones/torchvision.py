@@ -96,6 +96,7 @@ class TorchvisionBackbone(nn.Module):
             where the network has no way to, they are left out, with a warning.
         padding: "zeros", "reflect" or "replicate", of all convolutions.
         truncate: leave the last stages out even where they could be dilated.
+        in_channels: channels of the images, which the network's first convolution takes already.
 
     Attributes:
         name: torchvision's name.
@@ -106,9 +107,11 @@ class TorchvisionBackbone(nn.Module):
         padding: as given.
         left_out: names of the stages that a truncated network does not have.
         last_stage: name of the module whose output the feature map is.
+        in_channels: as given.
 
     Shape:
-        (N, 3, H, W) to (N, C, h, w): h = ceil(H / stride); ConvNeXt's h = floor(H / stride).
+        (N, in_channels, H, W) to (N, C, h, w): h = ceil(H / stride); ConvNeXt's h = floor(H /
+        stride).
     """
 
     def __init__(
@@ -119,8 +122,10 @@ class TorchvisionBackbone(nn.Module):
         output_stride: int | None = None,
         padding: str = "zeros",
         truncate: bool = False,
+        in_channels: int = 3,
     ) -> None:
         super().__init__()
+        self.in_channels = in_channels
         family = next(family for family in FAMILIES if name in family.names)
         self.name, self.padding = name, padding
         self.native_size = (224, 224)

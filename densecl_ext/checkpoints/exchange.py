@@ -22,7 +22,7 @@ from densecl_ext.checkpoints.formats import (
     find_options,
     find_tensors,
 )
-from densecl_ext.checkpoints.provenance import origin
+from densecl_ext.checkpoints.provenance import origin, unknown_normalisation
 from densecl_ext.checkpoints.runs import resolve_checkpoint
 from densecl_ext.checkpoints.schema import check_weights
 from densecl_ext.checkpoints.storage import load_checkpoint
@@ -58,6 +58,11 @@ class BackboneFile:
     usage: str = ""
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     missing: tuple[str, ...] = ()
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of the images that it takes."""
+        return int(self.options.get("in_channels", 3))
 
     @property
     def of_timm(self) -> bool:
@@ -103,6 +108,7 @@ def read_backbone(
             tensors, left_out, form = extract_backbone(found, content, prefix)
             named = match_architecture(tensors)
             wanted = meta_state(named)
+            options |= stem_options(tensors)
         else:
             if named.startswith(TIMM) and not options:
                 wanted = meta_state(named)
@@ -117,9 +123,20 @@ def read_backbone(
     except ValueError as error:
         raise ValueError(f"read_backbone: {path}: {error}") from None
     words = origin(content, path, form, named)
+    channels = int(options.get("in_channels", 3))
+    if channels != 3:
+        notes.append(
+            f"it takes images of {channels} channels: a library's network needs a first "
+            "convolution for them"
+        )
+        if len(words["normalisation"]["mean"]) != channels:
+            words["normalisation"] = unknown_normalisation(channels)
     return BackboneFile(
         path, named, form, tensors, left_out, notes, words, options=options, missing=missing
     )
+
+
+_STEM = "conv1.weight"  # of a ResNet by torchvision's names
 
 
 def load_backbone(path: str | os.PathLike[str], *, trusted: bool = False) -> nn.Module:
@@ -130,14 +147,29 @@ def load_backbone(path: str | os.PathLike[str], *, trusted: bool = False) -> nn.
         trusted: see `load_checkpoint`.
 
     Returns:
-        The backbone, (N, 3, H, W) -> (N, C, h, w), on the CPU in eval mode, with the output stride
-        and the padding that it was trained with.
+        The backbone, (N, 3, H, W) -> (N, C, h, w), or from images of the channels that it was
+        trained with, on the CPU in eval mode, with its output stride and padding.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: see `read_backbone`.
     """
     source = read_backbone(path, trusted=trusted)
+    return build(source, **source.options)
+
+
+def load_rgb_backbone(path: str | os.PathLike[str], command: str) -> nn.Module:
+    """`load_backbone`, for a command that reads RGB images alone.
+
+    Raises:
+        ValueError: the backbone takes other images.
+    """
+    source = read_backbone(path)
+    if source.in_channels != 3:
+        raise ValueError(
+            f"{command}: {path} takes images of {source.in_channels} channels, and {command} reads "
+            "RGB images alone; export it and measure it in a program of your own"
+        )
     return build(source, **source.options)
 
 
@@ -159,6 +191,9 @@ def match_architecture(tensors: Mapping[str, Tensor]) -> str:
         ValueError: none fits exactly; the message says how the nearest one differs.
     """
     got = _shapes(tensors)
+    stem = got.get(_STEM)
+    if stem is not None and len(stem) == 4:  # images of other channels than RGB
+        got[_STEM] = torch.Size((stem[0], 3, *stem[2:]))
     nearest: tuple[int, str] | None = None
     for name in RESNETS:
         wanted = _shapes(meta_state(name))
@@ -169,6 +204,12 @@ def match_architecture(tensors: Mapping[str, Tensor]) -> str:
             nearest = (count, f"the nearest is {name}: {told}")
     assert nearest is not None
     raise ValueError(f"not exactly a torchvision ResNet; {nearest[1]}")
+
+
+def stem_options(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The option of a ResNet whose first convolution takes other images than RGB."""
+    channels = tensors[_STEM].shape[1]
+    return {} if channels == 3 else {"in_channels": channels}
 
 
 def meta_state(architecture: str) -> dict[str, Tensor]:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from densecl_ext.backbones import RESNETS
+from densecl_ext.backbones.build import meta_backbone
+from densecl_ext.backbones.convolutions import first_convolution
 from densecl_ext.backbones.timm import TIMM
 from densecl_ext.checkpoints import folders, onnx
 from densecl_ext.checkpoints.exchange import BackboneFile, read_backbone
@@ -139,8 +143,9 @@ def _require_network(source: BackboneFile, to: str) -> None:
 
 def _build_notes(source: BackboneFile) -> list[str]:
     notes = []
-    if source.options:
-        told = ", ".join(f"{name}={value}" for name, value in source.options.items())
+    built = {k: v for k, v in source.options.items() if k != "in_channels"}
+    if built:
+        told = ", ".join(f"{name}={value}" for name, value in built.items())
         notes.append(
             f"pre-trained with {told}; the library's own network has its own stride and pads with "
             "zeros, so it computes other features from these weights (`--to backbone` keeps both)"
@@ -180,10 +185,25 @@ def _torchvision(source: BackboneFile, output: Path, fc: bool) -> BackboneFile:
         strict = ", strict=False"
     write_weights(output, tensors, source.provenance)
     usage = (
-        f"model = torchvision.models.{source.architecture}()\n"
+        f"model = torchvision.models.{source.architecture}()\n{_first_line(source)}"
         f"model.load_state_dict({_load_line(output)}{strict})"
     )
     return dataclasses.replace(_written(source, output, usage, note), tensors=tensors)
+
+
+def _first_line(source: BackboneFile) -> str:
+    """The line that gives torchvision's network the first convolution, of other images than RGB."""
+    if source.in_channels == 3:
+        return ""
+    name, first = first_convolution(meta_backbone(source.architecture, **source.options))
+    parts = [part if not part.isdigit() else f"[{part}]" for part in name.split(".")]
+    path = "".join(part if part.startswith("[") else f".{part}" for part in parts)
+    settings = repr(first).removeprefix("Conv2d")
+    return f"model{path} = torch.nn.Conv2d{settings}\n"
+
+
+def _in_chans(source: BackboneFile) -> str:
+    return "" if source.in_channels == 3 else f", in_chans={source.in_channels}"
 
 
 def _timm(source: BackboneFile, output: Path, fc: bool) -> BackboneFile:
@@ -191,7 +211,7 @@ def _timm(source: BackboneFile, output: Path, fc: bool) -> BackboneFile:
     write_weights(output, source.tensors, source.provenance)
     name = source.architecture.removeprefix(TIMM)
     usage = (
-        f"model = timm.create_model({name!r}, num_classes=0)\n"
+        f"model = timm.create_model({name!r}, num_classes=0{_in_chans(source)})\n"
         f"model.load_state_dict({_load_line(output)}{', strict=False' if source.missing else ''})"
     )
     return _written(source, output, usage)
@@ -218,12 +238,14 @@ def _mmengine(source: BackboneFile, output: Path, fc: bool) -> BackboneFile:
     )
     depth = _DEPTHS.get(source.architecture)
     kind = f'type="ResNet", depth={depth}' if depth else f"# {source.architecture}"
+    if source.in_channels != 3:
+        kind += f", in_channels={source.in_channels}"
     values = source.provenance["normalisation"]
     usage = (
         f'backbone = dict({kind}, style="pytorch",\n'
         f'    init_cfg=dict(type="Pretrained", checkpoint={str(output)!r}))\n'
-        f"data_preprocessor = dict(mean={_pixels(values['mean'])}, std={_pixels(values['std'])}, "
-        "bgr_to_rgb=True)"
+        f"data_preprocessor = dict(mean={_pixels(values)}, std={_pixels(values, 'std')}"
+        f"{', bgr_to_rgb=True' if source.in_channels == 3 else ''})"
     )
     return _written(source, output, usage)
 
@@ -245,9 +267,13 @@ def _detectron2(source: BackboneFile, output: Path, fc: bool) -> BackboneFile:
         f"cfg.MODEL.WEIGHTS = {str(output)!r}\n"
         f"cfg.MODEL.RESNETS.DEPTH = {_DEPTHS.get(source.architecture, source.architecture)}\n"
         "cfg.MODEL.RESNETS.STRIDE_IN_1X1 = False\n"
-        f"cfg.MODEL.PIXEL_MEAN = {_pixels(values['mean'])}\n"
-        f"cfg.MODEL.PIXEL_STD = {_pixels(values['std'])}\n"
-        'cfg.INPUT.FORMAT = "RGB"'
+        f"cfg.MODEL.PIXEL_MEAN = {_pixels(values)}\n"
+        f"cfg.MODEL.PIXEL_STD = {_pixels(values, 'std')}\n"
+        + (
+            'cfg.INPUT.FORMAT = "RGB"'
+            if source.in_channels == 3
+            else f"# a DatasetMapper of yours reads the {source.in_channels} channels"
+        )
     )
     return dataclasses.replace(_written(source, output, usage), tensors=named)
 
@@ -269,13 +295,17 @@ def _onnx(source: BackboneFile, output: Path, fc: bool) -> BackboneFile:
     write_file(output, lambda file: file.write(data), None)
     usage = (
         f"session = onnxruntime.InferenceSession({str(output)!r})\n"
-        '(features,) = session.run(None, {"images": images})  # (N, 3, H, W) float32'
+        '(features,) = session.run(None, {"images": images})'
+        f"  # (N, {source.in_channels}, H, W) float32"
     )
     return _written(source, output, usage, note)
 
 
-def _pixels(values: list[float]) -> list[float]:
-    return [round(255 * value, 3) for value in values]
+def _pixels(normalisation: Mapping[str, Any], name: str = "mean") -> list[float]:
+    """Mean or deviation in the files' own values: of RGB 0 to 255, else of the stated range."""
+    low, high = normalisation.get("value_range") or (0.0, 255.0)
+    start = low if name == "mean" else 0.0
+    return [float(f"{start + (high - low) * value:.6g}") for value in normalisation[name]]
 
 
 _WRITERS = {

@@ -117,6 +117,8 @@ def _config(source: BackboneFile) -> dict[str, Any]:
     with torch.device("meta"):
         network = create_timm(name)
     default = network.default_cfg
+    channels = source.in_channels
+    first = default.get("first_conv") if channels == 3 else None  # else timm would adapt it again
     config: dict[str, Any] = {
         "architecture": name,
         "num_classes": 0,
@@ -125,22 +127,24 @@ def _config(source: BackboneFile) -> dict[str, Any]:
             "mean": values["mean"],
             "std": values["std"],
             "num_classes": 0,
-            "input_size": list(default["input_size"]),
+            "input_size": [channels, *default["input_size"][1:]],
             "interpolation": default.get("interpolation", "bicubic"),
             "crop_pct": default.get("crop_pct", 0.875),
             "fixed_input_size": bool(default.get("fixed_input_size", False)),
-            "first_conv": default.get("first_conv"),
+            "first_conv": first,
             "classifier": default.get("classifier"),
             "license": "",
         },
     }
+    if channels != 3:
+        config["model_args"] = {"in_chans": channels}
     if name in _TRANSFORMERS:
         depths, layer_type = _TRANSFORMERS[name]
         widths = [64, 128, 256, 512]
         config |= {
             "model_type": "resnet",
             "architectures": ["ResNetBackbone"],
-            "num_channels": 3,
+            "num_channels": channels,
             "embedding_size": 64,
             "hidden_sizes": [w * (4 if layer_type == "bottleneck" else 1) for w in widths],
             "depths": depths,

@@ -201,6 +201,9 @@ def find_options(content: Any) -> dict[str, Any]:
             options["truncate"] = True
     if said.get("padding", "zeros") != "zeros":
         options["padding"] = str(said["padding"])
+    channels = said.get("in_channels", said.get("channels", "rgb"))
+    if isinstance(channels, int) and channels != 3:
+        options["in_channels"] = channels
     return options
 
 

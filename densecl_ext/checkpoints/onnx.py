@@ -48,7 +48,7 @@ def program(source: BackboneFile) -> tuple[bytes, str]:
     with _quiet():
         exported = torch.onnx.export(
             backbone,
-            (torch.zeros(2, 3, *size),),
+            (torch.zeros(2, source.in_channels, *size),),
             input_names=["images"],
             output_names=["features"],
             dynamic_shapes=(sizes,),

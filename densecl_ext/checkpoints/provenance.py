@@ -109,6 +109,8 @@ def origin(content: Any, path: Path, form: str, architecture: str) -> dict[str, 
         return words | known
     if not is_run(content):
         return words | {"source": f"{path.name} ({form})"}
+    if content.get("config", {}).get("pixel_mean", "auto") != "auto":
+        words["normalisation"] = _normalisation(content["config"])
     recipe = {
         key: Path(value).name if key == "weights" else value
         for key, value in content.get("config", {}).items()
@@ -120,6 +122,34 @@ def origin(content: Any, path: Path, form: str, architecture: str) -> dict[str, 
         "steps": content.get("step"),
         "images": content.get("data", {}).get("images"),
         "recipe": recipe,
+    }
+
+
+def _normalisation(config: Mapping[str, Any]) -> dict[str, Any]:
+    """How a run with other images than 8-bit RGB, or numbers of its own, prepared them."""
+
+    def numbers(name: str) -> list[float]:
+        return [float(part) for part in str(config[name]).split(",")]
+
+    words = NORMALISATION | {"mean": numbers("pixel_mean"), "std": numbers("pixel_std")}
+    channels = config.get("channels", "rgb")
+    if channels == "rgb":
+        return words
+    stated = config.get("value_range", "none")
+    if stated == "none":
+        low_high = "values from 0 to 1 before"
+        return words | {"channels": f"{channels} channels, {low_high}"}
+    low, high = numbers("value_range")
+    told = f"{channels} channels, values of {low:g} to {high:g} scaled to 0 to 1 before"
+    return words | {"channels": told, "value_range": [low, high]}
+
+
+def unknown_normalisation(channels: int) -> dict[str, Any]:
+    """For weights of others that take other images than RGB: nothing is known."""
+    return {
+        "mean": [0.0] * channels,
+        "std": [1.0] * channels,
+        "channels": f"{channels} channels, prepared in a way that their source does not state",
     }
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from densecl_ext.backbones.convolutions import set_in_channels
 from densecl_ext.backbones.timm import TIMM, TimmBackbone, create_timm, intermediate_features
 from densecl_ext.checkpoints.exchange import BackboneFile, build
 
@@ -58,9 +59,9 @@ def check_features(
 
 def plain_backbone(source: BackboneFile) -> Any:
     """Our backbone as the library's network is: its own stride and padding."""
-    options: dict[str, Any] = {}
+    options = {key: value for key, value in source.options.items() if key == "in_channels"}
     if source.missing:
-        options = {"output_stride": source.options["output_stride"], "truncate": True}
+        options |= {"output_stride": source.options["output_stride"], "truncate": True}
     return build(source, **options)
 
 
@@ -71,7 +72,8 @@ def last_features(network: Any, backbone: Any) -> Features:
 
 def _compare(source: BackboneFile, backbone: Any, features: Features, tolerance: float) -> None:
     size = backbone.native_size if isinstance(backbone, TimmBackbone) else (96, 96)
-    images = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1))  # (N, 3, H, W)
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(2, source.in_channels, *size, generator=generator)  # (N, C, H, W)
     ours, theirs = backbone(images), features(images)
     if not torch.isfinite(ours).all():
         raise RuntimeError(
@@ -91,11 +93,12 @@ def _library_network(source: BackboneFile, backbone: Any, library: str) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(FC_SEED)
         if library == "timm":
-            network = create_timm(name)
+            network = create_timm(name, in_chans=source.in_channels)
         else:
             import torchvision
 
             network = torchvision.models.get_model(name, weights=None)
+            set_in_channels(network, source.in_channels, pretrained=False)
     own = _under(network.state_dict(), (*backbone.classifiers, *source.missing))
     try:
         network.load_state_dict(own | source.tensors, strict=True)

@@ -23,6 +23,10 @@ COMPLETE = "_DENSECL_COMPLETE"  # what a shell's completion sets
 
 COMMANDS = {
     "pretrain": ("pretraining:pretrain", "pre-train a backbone on a folder of images"),
+    "check": (
+        "checking:check",
+        "look at images before training: what they are, what is wrong, which recipe",
+    ),
     "export": ("exchanging:export", "write a run's backbone so that other libraries load it"),
     "import": ("exchanging:import_", "turn another project's checkpoint into a backbone file"),
     "evaluate": (

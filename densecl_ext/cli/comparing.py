@@ -53,8 +53,8 @@ def compare(
     from torch import nn
 
     from densecl_ext.backbones import build_backbone
-    from densecl_ext.checkpoints import load_backbone, read_backbone
-    from densecl_ext.checkpoints.exchange import resolve_checkpoint
+    from densecl_ext.checkpoints import read_backbone
+    from densecl_ext.checkpoints.exchange import load_rgb_backbone, resolve_checkpoint
     from densecl_ext.evaluate.compare import compare_reports
     from densecl_ext.evaluate.report import Report, write_json
     from densecl_ext.train.machine import pick_device
@@ -78,7 +78,7 @@ def compare(
                 read = read_backbone(resolve_checkpoint(known[0]))
                 network = build_backbone(read.architecture, **read.options)
             else:
-                network = load_backbone(resolve_checkpoint(path))
+                network = load_rgb_backbone(resolve_checkpoint(path), "compare")
             reports.setdefault(name, []).append(chosen.run(network.to(place), asked))
     comparison = compare_reports(reports)
     print(comparison.table())

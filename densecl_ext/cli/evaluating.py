@@ -103,14 +103,14 @@ def _evaluate(
     import torch
 
     from densecl_ext.backbones import build_backbone
-    from densecl_ext.checkpoints import load_backbone, read_backbone
-    from densecl_ext.checkpoints.exchange import resolve_checkpoint
+    from densecl_ext.checkpoints import read_backbone
+    from densecl_ext.checkpoints.exchange import load_rgb_backbone, resolve_checkpoint
     from densecl_ext.evaluate.correspondence import load_dense_head
     from densecl_ext.evaluate.report import reports_table, write_json
     from densecl_ext.train.machine import pick_device
 
     path = resolve_checkpoint(weights)
-    networks: dict[str, nn.Module] = {"pre-trained": load_backbone(path)}
+    networks: dict[str, nn.Module] = {"pre-trained": load_rgb_backbone(path, "evaluate")}
     if compare_random:
         torch.manual_seed(asked.seed)
         read = read_backbone(path)

@@ -85,6 +85,8 @@ def pretrain(
         print(f"the rest of the schedule:\n  {go_on} --max-steps none")
     if result.backbone is None:
         print(f"its backbone:\n  densecl export {output} --output backbone.pth")
+    elif config.channels != "rgb":
+        print(f"wrote {result.backbone}; {result.backbone}.md says how to load it")
     else:
         print(f"wrote {result.backbone}; {usage(result.backbone, config.backbone)}")
     return 0

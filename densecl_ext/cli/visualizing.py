@@ -140,7 +140,6 @@ def report(run_folder: str, images: tuple[str, ...], output: str) -> None:
 
 
 def _backbone(weights: str) -> Any:
-    from densecl_ext.checkpoints import load_backbone
-    from densecl_ext.checkpoints.exchange import resolve_checkpoint
+    from densecl_ext.checkpoints.exchange import load_rgb_backbone, resolve_checkpoint
 
-    return load_backbone(resolve_checkpoint(weights))
+    return load_rgb_backbone(resolve_checkpoint(weights), "visualize")

@@ -1,4 +1,4 @@
-"""Two augmented views of every image of a folder, with their crop boxes."""
+"""Two augmented views of every image of a folder, a list, shards or tables, with crop boxes."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ from densecl_ext.data.base import TwoViews, ViewLoader
 from densecl_ext.data.folder import ImageFiles, LeftOutWarning, find_images
 from densecl_ext.data.images import NarrowRangeWarning, UnreadableImageWarning, read_rgb
 from densecl_ext.data.loader import build_loader
+from densecl_ext.data.opening import open_images
+from densecl_ext.data.source import ImageSource
 
 __all__ = [
     "Augmentation",
     "ImageFiles",
+    "ImageSource",
     "LeftOutWarning",
     "NarrowRangeWarning",
     "TwoViews",
@@ -18,5 +21,6 @@ __all__ = [
     "ViewLoader",
     "build_loader",
     "find_images",
+    "open_images",
     "read_rgb",
 ]

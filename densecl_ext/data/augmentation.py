@@ -46,7 +46,8 @@ class Augmentation:
         blur_sigma: Range of the Gaussian blur's standard deviation in pixels of the view, uniform.
         blur_probability: How often the view is blurred.
         flip_probability: How often the view is mirrored left to right.
-        mean: Mean subtracted from each of R, G, B after scaling to [0, 1] (ImageNet's by default).
+        mean: Mean subtracted from each channel after scaling to [0, 1] (ImageNet's R, G, B by
+            default).
         std: What the difference is divided by.
 
     Raises:
@@ -64,8 +65,8 @@ class Augmentation:
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     blur_probability: float = 0.5
     flip_probability: float = 0.5
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -74,6 +75,8 @@ class Augmentation:
                 # Lists come from YAML; a frozen dataclass should still compare and hash by value.
                 value = tuple(float(item) for item in value)
                 object.__setattr__(self, field.name, value)
+                if field.name in ("mean", "std"):  # one number a channel
+                    continue
                 if len(value) != len(field.default):
                     raise ValueError(
                         f"Augmentation: {field.name} must have {len(field.default)} numbers, "
@@ -103,6 +106,11 @@ class Augmentation:
         if not 0 <= self.hue <= 0.5:
             raise ValueError(
                 f"Augmentation: hue is in turns and must lie in [0, 0.5], got {self.hue}"
+            )
+        if not self.mean or len(self.mean) != len(self.std):
+            raise ValueError(
+                "Augmentation: mean and std must have one number for each channel, got "
+                f"{len(self.mean)} and {len(self.std)}"
             )
         if min(self.std) <= 0:
             raise ValueError(f"Augmentation: std must be positive, got {self.std}")

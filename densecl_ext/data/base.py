@@ -8,14 +8,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from densecl_ext.data.augmentation import Augmentation, epoch_order, substitute_order
-from densecl_ext.data.folder import ImageFiles
 from densecl_ext.data.images import (
     DEFAULT,
     Encoded,
@@ -23,9 +22,9 @@ from densecl_ext.data.images import (
     Reading,
     UnreadableImageWarning,
     printable,
-    read_encoded,
     reason_of,
 )
+from densecl_ext.data.source import ImageSource
 
 _Read = TypeVar("_Read")
 
@@ -34,7 +33,8 @@ class TwoViews(NamedTuple):
     """A batch: two views of the same N images.
 
     Attributes:
-        view_q: Query view (N, 3, size, size), normalised, in the loader's dtype and layout.
+        view_q: Query view (N, C, size, size), C = 3 for RGB, normalised, in the
+            loader's dtype and layout.
         view_k: Key view, the same.
         crop_q: float32 (N, 5): x0, y0, x1, y1 of the query crop in pixels of the decoded image (x
             right, y down, upright after EXIF orientation), and 1.0 where the view was mirrored left
@@ -108,7 +108,7 @@ class EpochLoader(ABC):
 
     def __init__(
         self,
-        files: ImageFiles,
+        files: ImageSource,
         *,
         batch_size: int,
         size: int,
@@ -184,9 +184,10 @@ class EpochLoader(ABC):
                 means other views.
         """
         for key, value in self._identity().items():
-            if state.get(key, _BEFORE.get(key)) != value:
+            had = state.get(key, _BEFORE.get(key))
+            if had != value:
                 raise ValueError(
-                    f"load_state_dict: the state was taken with {key}={state.get(key)!r}, this "
+                    f"load_state_dict: the state was taken with {key}={had!r}, this "
                     f"loader has {value!r}; the remaining batches would not be the same"
                 )
         self.epoch = int(state["epoch"])
@@ -205,6 +206,8 @@ class EpochLoader(ABC):
                 for name, value in asdict(self.augmentation).items()
             },
             "value_range": None if stated is None else list(stated),
+            "channels": self.reading.channels,
+            "reduced_jpeg": self.reading.reduced_jpeg,
         }
 
     def __iter__(self) -> Iterator[TwoViews]:
@@ -256,10 +259,10 @@ class EpochLoader(ABC):
 
 
 # What states that do not name a setting were taken with.
-_BEFORE = {"value_range": None}
+_BEFORE = {"value_range": None, "channels": None, "reduced_jpeg": False}
 
 
-class FileReader(Generic[_Read]):
+class FileReader:
     """Reads one slot of a batch: its own file, or where that does not read, another.
 
     Holds no state that could change what comes out: what is remembered of unreadable files only
@@ -269,24 +272,23 @@ class FileReader(Generic[_Read]):
         files: The images.
         seed: The loader's seed.
         reading: Limits and range.
-        use: What makes an image, or what the backend needs of it, of a file's content.
     """
 
-    def __init__(
-        self, files: ImageFiles, seed: int, reading: Reading, use: Callable[[int, Encoded], _Read]
-    ) -> None:
+    def __init__(self, files: ImageSource, seed: int, reading: Reading) -> None:
         self.files = files
         self.seed = seed
         self.reading = reading
-        self.use = use
         self.unreadable: dict[int, str] = {}
 
-    def read(self, epoch: int, sample: int) -> tuple[_Read, int, list[tuple[int, str]]]:
+    def read(
+        self, epoch: int, sample: int, use: Callable[[int, Encoded], _Read]
+    ) -> tuple[_Read, int, list[tuple[int, str]]]:
         """Read a slot.
 
         Args:
             epoch: The epoch.
             sample: File index of the slot.
+            use: What makes an image, or what the backend needs of it, of a file's content.
 
         Returns:
             What `use` made of the file, the file's index, and the unreadable files met before it.
@@ -298,9 +300,9 @@ class FileReader(Generic[_Read]):
         for index in candidates(self.seed, epoch, sample, len(self.files)):
             if index not in self.unreadable:
                 try:
-                    path = self.files[index]
-                    return self.use(index, read_encoded(path, self.reading)), index, unreadable
-                except MemoryError:
+                    file = self.files.encoded(index, self.reading)
+                    return use(index, file), index, unreadable
+                except (MemoryError, ImportError):
                     raise
                 except Exception as error:
                     self.unreadable[index] = reason_of(error)
@@ -329,10 +331,12 @@ def candidates(seed: int, epoch: int, sample: int, count: int) -> Iterator[int]:
         yield (sample + step) % count
 
 
-def normalisation(augmentation: Augmentation, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Scale and offset (1, 3, 1, 1): pixels * scale + offset = (pixels / 255 - mean) / std."""
+def normalisation(
+    augmentation: Augmentation, device: torch.device, white: float = 255.0
+) -> tuple[Tensor, Tensor]:
+    """Scale and offset (1, C, 1, 1): pixels * scale + offset = (pixels / white - mean) / std."""
     mean = np.asarray(augmentation.mean, dtype=np.float64)
     std = np.asarray(augmentation.std, dtype=np.float64)
-    scale = torch.tensor(1 / (255 * std), dtype=torch.float32, device=device).reshape(1, 3, 1, 1)
-    offset = torch.tensor(-mean / std, dtype=torch.float32, device=device).reshape(1, 3, 1, 1)
+    scale = torch.tensor(1 / (white * std), dtype=torch.float32, device=device).reshape(1, -1, 1, 1)
+    offset = torch.tensor(-mean / std, dtype=torch.float32, device=device).reshape(1, -1, 1, 1)
     return scale, offset

@@ -83,14 +83,19 @@ def _mirror(pixels: Tensor, _: Tensor) -> Tensor:
 
 
 def blur(pixels: Tensor, sigmas: Tensor) -> Tensor:
+    """:func:`gaussian`, to be truncated to levels."""
+    return gaussian(pixels, sigmas).add_(0.5)
+
+
+def gaussian(pixels: Tensor, sigmas: Tensor) -> Tensor:
     """Blur each view by its own Gaussian; edges are repeated outwards.
 
     Args:
-        pixels: (n, 3, S, S), float.
+        pixels: (n, C, S, S), float.
         sigmas: (n, 1, 1, 1), standard deviations in pixels, on the CPU.
 
     Returns:
-        (n, 3, S, S), to be truncated to levels.
+        (n, C, S, S).
     """
     size = pixels.shape[-1]
     radius = max(1, math.ceil(_RADIUS * float(sigmas.max())))
@@ -105,7 +110,7 @@ def blur(pixels: Tensor, sigmas: Tensor) -> Tensor:
             before = padded.narrow(axis, radius - offset, size)
             behind = padded.narrow(axis, radius + offset, size)
             pixels.addcmul_(before + behind, kernels[offset])
-    return pixels.add_(0.5)
+    return pixels
 
 
 _OPERATIONS: dict[int, Callable[[Tensor, Tensor], Tensor]] = {

@@ -20,15 +20,14 @@ from densecl_ext.data.dali_pipeline import (
     row_of,
     two_view_pipeline,
 )
-from densecl_ext.data.folder import ImageFiles
 from densecl_ext.data.images import (
     Encoded,
     decode,
     header_size,
-    read_encoded,
     reason_of,
 )
 from densecl_ext.data.metadata import with_orientation
+from densecl_ext.data.source import ImageSource
 
 # Batches whose files are read ahead of those in the pipeline.
 _READ_AHEAD = 2
@@ -84,10 +83,10 @@ class DaliLoader(EpochLoader):
 
     backend = "dali"
 
-    def __init__(self, files: ImageFiles, *, workers: int, **settings: Any) -> None:
+    def __init__(self, files: ImageSource, *, workers: int, **settings: Any) -> None:
         super().__init__(files, **settings)
         self._threads = max(1, workers)
-        self._reader = FileReader(files, self.seed, self.reading, self._use)
+        self._reader = FileReader(files, self.seed, self.reading)
         self._through_pillow: set[int] = set()
         self._pipeline: Any = self._build()
         self._pool: ThreadPoolExecutor | None = None
@@ -136,7 +135,7 @@ class DaliLoader(EpochLoader):
         return _Read(portable + image.tobytes(), image.width, image.height, narrow)
 
     def _prepare(self, epoch: int, sample: int) -> _Slot:
-        read, index, unreadable = self._reader.read(epoch, sample)
+        read, index, unreadable = self._reader.read(epoch, sample, self._use)
         drawn = [
             draw_parameters(
                 self.augmentation,
@@ -249,7 +248,7 @@ class DaliLoader(EpochLoader):
             if slot.file in self._through_pillow:
                 raise error
             try:
-                decode(read_encoded(self.files[slot.file], self.reading), self.reading)
+                decode(self.files.encoded(slot.file, self.reading), self.reading)
                 self._through_pillow.add(slot.file)
             except Exception as cause:
                 self._reader.unreadable[slot.file] = reason_of(cause)

@@ -8,13 +8,22 @@ import stat
 from array import array
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import overload
 
 import numpy as np
 
-from densecl_ext.data.images import UnreadableImageWarning, decode_rgb, printable, read_rgb
+from densecl_ext.data.images import (
+    DEFAULT,
+    Encoded,
+    Reading,
+    UnreadableImageWarning,
+    decode_rgb,
+    printable,
+    read_encoded,
+    read_rgb,
+)
+from densecl_ext.data.source import OTHER_ENDING, ImageSource
 
 __all__ = [
     "EXTENSIONS",
@@ -29,15 +38,15 @@ __all__ = [
 EXTENSIONS = frozenset(
     (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 )
-_ENDINGS = frozenset(os.fsencode(extension[1:]) for extension in EXTENSIONS)
+ARRAYS = frozenset((".npy", ".npz"))
 
 # Kinds of names that a scan leaves out, as (one, several) of them.
-_OTHER_ENDING = ("file of another ending", "files of other endings")
 _HIDDEN = ("hidden name", "hidden names")
 _JUNK = ("macOS archive's leftover", "macOS archives' leftovers")
 _BROKEN = ("broken link", "broken links")
 _CLOSED = ("unreadable folder", "unreadable folders")
 _SECOND = ("second link to one file or folder", "second links to one file or folder")
+_MISSING = ("name of a missing file", "names of missing files")
 _SPECIAL = ("name of no regular file", "names of no regular files")
 
 
@@ -45,7 +54,7 @@ class LeftOutWarning(UserWarning):
     """A scan left out names, and says how many of what kind."""
 
 
-class ImageFiles(Sequence[Path]):
+class ImageFiles(ImageSource):
     """Paths in one packed array, which forked workers share.
 
     A list of a million `Path` would take hundreds of megabytes, and since Python counts references
@@ -60,9 +69,6 @@ class ImageFiles(Sequence[Path]):
         left_out: How many names of which kind the scan did not take.
         endings: How many files there are of each ending that is not an image's.
 
-    Attributes:
-        roots: The folders.
-        left_out: The counts.
     """
 
     def __init__(
@@ -77,7 +83,7 @@ class ImageFiles(Sequence[Path]):
     ) -> None:
         self.roots = tuple(roots)
         self.left_out = left_out or Counter()
-        self._endings = endings or Counter()
+        self.endings = endings or Counter()
         self._starts = tuple(starts)
         self._names, self._ends, self._sizes = names, ends, sizes
         self._identity: str | None = None
@@ -90,23 +96,18 @@ class ImageFiles(Sequence[Path]):
         start = int(self._ends[index - 1]) if index else 0
         return self._names[start : int(self._ends[index])].tobytes()
 
-    @overload
-    def __getitem__(self, index: int) -> Path: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Path]: ...
-    def __getitem__(self, index: int | slice) -> Path | list[Path]:
-        if isinstance(index, slice):
-            return [self[number] for number in range(*index.indices(len(self)))]
-        index = range(len(self))[index]
+    def name(self, index: int) -> Path:
+        """The file's path, its root included."""
         root = self.roots[bisect_right(self._starts, index) - 1]
         return Path(root, os.fsdecode(self.relative(index)))
 
-    def __eq__(self, other: object) -> bool:
-        if isinstance(other, (ImageFiles, list, tuple)):
-            return len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
-        return NotImplemented
+    def encoded(self, index: int, reading: Reading = DEFAULT) -> Encoded:
+        """Read the file through the gate."""
+        return read_encoded(self.name(index), reading)
 
-    __hash__ = None  # type: ignore[assignment]
+    def sizes(self) -> np.ndarray:
+        """Bytes of every file, int64 (len,)."""
+        return self._sizes
 
     @property
     def identity(self) -> str:
@@ -118,20 +119,10 @@ class ImageFiles(Sequence[Path]):
             self._identity = digest.hexdigest()
         return self._identity
 
-    def summary(self) -> str:
-        """One line: what the scan left out, "" for nothing."""
-        told = []
-        for kind, count in self.left_out.most_common():
-            line = f"{count:,} {kind[count > 1]}"
-            if kind == _OTHER_ENDING:
-                common = self._endings.most_common(5)
-                line += " (" + ", ".join(f"{ending} {number:,}" for ending, number in common)
-                line += ", ...)" if len(self._endings) > len(common) else ")"
-            told.append(line)
-        return ", ".join(told)
 
-
-def find_images(root: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> ImageFiles:
+def find_images(
+    root: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], *, arrays: bool = False
+) -> ImageFiles:
     """List the image files under a folder or several, in any directory tree.
 
     Files count by extension (JPEG, PNG, WebP, BMP, TIFF, GIF; any case). Symbolic links are
@@ -141,6 +132,7 @@ def find_images(root: str | os.PathLike[str] | Sequence[str | os.PathLike[str]])
 
     Args:
         root: The folder, or a sequence of folders.
+        arrays: Take .npy and .npz files too.
 
     Returns:
         The paths, `root` included: root by root, each sorted by the parts of its paths, so that the
@@ -151,7 +143,8 @@ def find_images(root: str | os.PathLike[str] | Sequence[str | os.PathLike[str]])
     """
     several = not isinstance(root, (str, os.PathLike))
     roots = [os.fspath(one) for one in root] if several else [os.fspath(root)]  # type: ignore[union-attr, arg-type]
-    scan = _Scan()
+    endings = EXTENSIONS | ARRAYS if arrays else EXTENSIONS
+    scan = Scan(endings)
     starts = []
     for one in roots:
         if not os.path.isdir(one):
@@ -163,15 +156,16 @@ def find_images(root: str | os.PathLike[str] | Sequence[str | os.PathLike[str]])
         told = files.summary()
         raise ValueError(
             f"find_images: no image under {', '.join(map(repr, roots))}; looked in every subfolder "
-            f"for {', '.join(sorted(EXTENSIONS))}" + (f"; left out {told}" if told else "")
+            f"for {', '.join(sorted(endings))}" + (f"; left out {told}" if told else "")
         )
     return files
 
 
-class _Scan:
+class Scan:
     """Grows the packed arrays; see :class:`ImageFiles`."""
 
-    def __init__(self) -> None:
+    def __init__(self, endings: Iterable[str] = EXTENSIONS) -> None:
+        self._image_endings = frozenset(os.fsencode(ending[1:]) for ending in endings)
         self.names = bytearray()
         self.ends = array("q")
         self.sizes = array("q")
@@ -245,22 +239,44 @@ class _Scan:
             self._left_out[_JUNK if name.startswith(b"._") else _HIDDEN] += 1
         elif name == b"__MACOSX":
             self._left_out[_JUNK] += 1
-        elif name.rpartition(b".")[2].lower() in _ENDINGS and b"." in name or entry.is_dir():
+        elif (
+            name.rpartition(b".")[2].lower() in self._image_endings
+            and b"." in name
+            or entry.is_dir()
+        ):
             return True
         elif entry.is_symlink() and not os.path.exists(entry.path):
             self._left_out[_BROKEN] += 1
         else:
             ending = os.fsdecode(os.path.splitext(name)[1].lower())
-            self._left_out[_OTHER_ENDING] += 1
+            self._left_out[OTHER_ENDING] += 1
             self._endings[printable(ending) or "none"] += 1
         return False
 
-    def packed(self, roots: Sequence[str], starts: Sequence[int]) -> ImageFiles:
-        """The files, each once."""
+    def take(self, path: bytes, name: bytes) -> None:
+        """Take in a file by its path, whatever its ending; counts it out where it is none."""
+        try:
+            status = os.stat(path)
+        except (OSError, ValueError):
+            self._left_out[_MISSING] += 1
+            return
+        if not stat.S_ISREG(status.st_mode):
+            self._left_out[_SPECIAL] += 1
+            return
+        self.names += name
+        self.ends.append(len(self.names))
+        self.sizes.append(status.st_size)
+        self._devices.append(status.st_dev)
+        self._inodes.append(status.st_ino)
+
+    def packed(
+        self, roots: Sequence[str], starts: Sequence[int], *, once: bool = False
+    ) -> ImageFiles:
+        """The files, each once; `once` looks for second names where no link was met, too."""
         names = np.frombuffer(self.names, dtype=np.uint8)
         ends = np.frombuffer(self.ends, dtype=np.int64)
         sizes = np.frombuffer(self.sizes, dtype=np.int64)
-        if self._linked:
+        if self._linked or once:
             second = self._second_links()
             if second.any():
                 self._left_out[_SECOND] += int(second.sum())

@@ -8,7 +8,7 @@ import os
 import stat
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -29,6 +29,7 @@ _DECODERS = {
     "TIFF": ("PIL.TiffImagePlugin", "TiffImageFile"),
     "GIF": ("PIL.GifImagePlugin", "GifImageFile"),
 }
+_SAMPLES_TAG = 277  # SamplesPerPixel of TIFF
 _STRIP = {"JPEG": strip_jpeg, "PNG": strip_png, "WEBP": strip_webp}
 _HEAD = 16
 
@@ -52,6 +53,8 @@ class Reading:
         max_pixels: Width times height above which a file is refused.
         value_range: The values of 16-bit, 32-bit and floating-point files that become black and
             white; None takes 0 to 65535, and refuses floating point.
+        channels: How many channels images have, as stored; None makes RGB of all.
+        reduced_jpeg: Decode JPEG files at 1/2, 1/4 or 1/8 where no more is needed.
 
     Raises:
         ValueError: A value lies outside its range.
@@ -59,10 +62,14 @@ class Reading:
 
     max_pixels: int = MAX_PIXELS
     value_range: tuple[float, float] | None = None
+    channels: int | None = None
+    reduced_jpeg: bool = False
 
     def __post_init__(self) -> None:
         if self.max_pixels < 1:
             raise ValueError(f"max_pixels must be at least 1, got {self.max_pixels}")
+        if self.channels is not None and self.channels < 1:
+            raise ValueError(f"channels must be at least 1, got {self.channels}")
         if self.value_range is not None:
             low, high = (float(value) for value in self.value_range)
             if not -np.inf < low < high < np.inf:
@@ -79,7 +86,7 @@ class Encoded(NamedTuple):
     """An image file's bytes, after the gate and without metadata.
 
     Attributes:
-        kind: "JPEG", "PNG", "WEBP", "BMP", "TIFF" or "GIF".
+        kind: "JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", or of arrays "NPY" or "NPZ".
         data: What a decoder gets.
         orientation: EXIF's, 1 to 8; 1 for kinds whose decoder turns the image.
         whole: Whether everything that can be checked without decoding is in order.
@@ -104,6 +111,10 @@ def _kind_of(head: bytes) -> str:
         return "TIFF"
     if head[:6] in (b"GIF87a", b"GIF89a"):
         return "GIF"
+    if head[:6] == b"\x93NUMPY":
+        return "NPY"
+    if head[:4] == b"PK\3\4":
+        return "NPZ"
     raise ValueError(f"not an image, or of none of the formats {', '.join(_DECODERS)}")
 
 
@@ -154,13 +165,21 @@ def read_encoded(path: str | os.PathLike[str], reading: Reading = DEFAULT) -> En
         if not head:
             raise ValueError("the file is empty")
         _kind_of(head)
-        limit = 8 * reading.max_pixels + (64 << 20)  # 16-bit RGBA, and metadata
-        if status.st_size > limit:
-            raise ValueError(
-                f"{status.st_size:,} bytes, more than an image of max_pixels = "
-                f"{reading.max_pixels:,} takes"
-            )
-        return encoded(head + file.read(limit))
+        require_size(status.st_size, reading)
+        return encoded(head + file.read(_limit(reading)))
+
+
+def require_size(size: int, reading: Reading) -> None:
+    """Raises ValueError for more bytes than an image of `max_pixels` can take."""
+    if size > _limit(reading):
+        raise ValueError(
+            f"{size:,} bytes, more than an image of max_pixels = {reading.max_pixels:,} takes"
+        )
+
+
+def _limit(reading: Reading) -> int:
+    # 16-bit RGBA or 64 bits a channel, and metadata
+    return 8 * (reading.channels or 1) * reading.max_pixels + (64 << 20)
 
 
 def _require_regular(status: os.stat_result) -> None:
@@ -188,7 +207,7 @@ class Decoded(NamedTuple):
     narrow: str
 
 
-def decode(file: Encoded, reading: Reading = DEFAULT) -> Decoded:
+def decode(file: Encoded, reading: Reading = DEFAULT, shrink: int = 1) -> Decoded:
     """Decode to 8-bit RGB, turned upright.
 
     Grayscale is repeated over three channels, palettes are resolved, CMYK is converted, an alpha
@@ -198,6 +217,8 @@ def decode(file: Encoded, reading: Reading = DEFAULT) -> Decoded:
     Args:
         file: What passed the gate.
         reading: Limits and range.
+        shrink: 2, 4 or 8 decodes a JPEG file at that fraction of its size, by fewer frequencies of
+            its blocks, which takes less time; other formats stay as they are.
 
     Returns:
         The image.
@@ -213,6 +234,9 @@ def decode(file: Encoded, reading: Reading = DEFAULT) -> Decoded:
             f"{width} x {height} pixels, more than max_pixels = {reading.max_pixels:,}; "
             "raise that option to use the image"
         )
+    _require_all_bands(opened, file.kind)
+    if shrink > 1 and file.kind == "JPEG":
+        opened.draft(None, (max(1, width // shrink), max(1, height // shrink)))
     deep = _more_than_8_bits(opened)
     opened.load()
     narrow = ""
@@ -223,6 +247,15 @@ def decode(file: Encoded, reading: Reading = DEFAULT) -> Decoded:
     else:
         image = opened if opened.mode == "RGB" else opened.convert("RGB")
     return Decoded(_upright(image, file.orientation), narrow)
+
+
+def _require_all_bands(opened: Any, kind: str) -> None:
+    """Refuse a TIFF of several bands of which Pillow would take the first alone."""
+    samples = opened.tag_v2.get(_SAMPLES_TAG, 1) if kind == "TIFF" else 1
+    if samples > 1 and len(opened.getbands()) == 1:
+        raise ValueError(
+            f"a TIFF of {samples} bands, which cannot be read as RGB; channels {samples} reads it"
+        )
 
 
 def header_size(file: Encoded) -> tuple[int, int, str]:
@@ -264,6 +297,10 @@ def _warned(decoded: Decoded) -> Image.Image:
 
 
 def _open(file: Encoded) -> Image.Image:
+    if file.kind not in _DECODERS:
+        raise ValueError(
+            "no image: an array or an archive, and arrays are read with channels N alone"
+        )
     # Not Image.open: its limit on pixels is global, and does not say how to raise it.
     module, name = _DECODERS[file.kind]
     return getattr(importlib.import_module(module), name)(io.BytesIO(file.data))

@@ -7,27 +7,31 @@ import os
 import warnings
 from collections.abc import Sequence
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from densecl_ext.data.augmentation import Augmentation
+from densecl_ext.data.band_views import without_colour
+from densecl_ext.data.bands import decode_bands
 from densecl_ext.data.base import ViewLoader
-from densecl_ext.data.folder import ImageFiles, LeftOutWarning, find_images
+from densecl_ext.data.folder import LeftOutWarning
 from densecl_ext.data.images import (
     MAX_PIXELS,
     Reading,
     decode,
     printable,
-    read_encoded,
     reason_of,
 )
+from densecl_ext.data.measuring import measure_channels, measure_range
+from densecl_ext.data.opening import open_images
+from densecl_ext.data.source import ImageSource
 
 BACKENDS = ("auto", "dali", "torchvision", "memory")
 
 
 def build_loader(
-    root: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    root: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | ImageSource,
     *,
     batch_size: int,
     size: int = 224,
@@ -41,8 +45,13 @@ def build_loader(
     channels_last: bool = False,
     dtype: torch.dtype = torch.float32,
     max_pixels: int = MAX_PIXELS,
-    value_range: tuple[float, float] | None = None,
+    value_range: tuple[float, float] | Literal["auto"] | None = None,
     cache_size: int | None = None,
+    every_nth: int = 1,
+    reduced_jpeg: bool = False,
+    channels: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
 ) -> ViewLoader:
     """Two augmented views of every image under a folder, shuffled anew in every epoch.
 
@@ -58,7 +67,9 @@ def build_loader(
     that uses almost none of its values' range is named in a :class:`NarrowRangeWarning`.
 
     Args:
-        root: Folder of images, any directory tree, or several; see :func:`find_images`.
+        root: A folder of images, any directory tree; a list of files; tar shards; Arrow or Parquet
+            tables; or several of these: see :func:`open_images`. Or an `ImageSource` that is open
+            already.
         batch_size: Images in a batch.
         size: Height and width of the views in pixels.
         backend: "dali", "torchvision", "memory" for images that fit into the device's memory, which
@@ -78,9 +89,22 @@ def build_loader(
             What is rounded is the normalised pixel; values and order of the draws stay.
         max_pixels: Width times height above which a file is skipped.
         value_range: The values that become black and white in files of more than 8 bits; None takes
-            0 to 65535.
+            0 to 65535, or with `channels` the whole range of their integers. "auto" measures it
+            over some images; `loader.reading` then has it.
         cache_size: With "memory", pixels of the shorter side to which larger images are reduced;
             None takes 1.25 times `size`.
+        every_nth: Take every n-th image alone, as of the frames of a video.
+        reduced_jpeg: Decode JPEG files at 1/2, 1/4 or 1/8 of their size where no crop must then be
+            enlarged, which takes a fraction of the time for photographs of many pixels and changes
+            these by little. The torchvision loader alone does this.
+        channels: Read images with this many channels as they are stored, at their full depth, of
+            .npy and .npz files too; views are (N, channels, size, size). Brightness scales all
+            channels alike, contrast turns each about its own mean; saturation, hue and grayscale
+            need red, green and blue and are left out. The torchvision loader alone does this. None
+            makes 8-bit RGB of every image.
+        mean: Mean of each channel after scaling to [0, 1], in place of `augmentation`'s. None, with
+            `channels`, measures it over some images; `loader.augmentation` then has it.
+        std: Deviation of each channel, likewise.
 
     Returns:
         The loader.
@@ -108,12 +132,17 @@ def build_loader(
     if cache_size is not None and cache_size < 1:
         raise ValueError(f"build_loader: cache_size must be at least 1, got {cache_size}")
     try:
-        reading = Reading(max_pixels, value_range)
+        stated = None if value_range == "auto" else value_range
+        reading = Reading(max_pixels, stated, channels, reduced_jpeg)
     except ValueError as error:
         raise ValueError(f"build_loader: {error}") from None
     if crop_scale is not None:
         augmentation = dataclasses.replace(augmentation, scale=crop_scale)
-    files = find_images(root)
+    files = (
+        root
+        if isinstance(root, ImageSource)
+        else open_images(root, arrays=channels is not None, every_nth=every_nth)
+    )
     where = " and ".join(printable(repr(one)) for one in files.roots)
     if files.summary():
         warnings.warn(
@@ -126,7 +155,35 @@ def build_loader(
             f"build_loader: {len(files)} images under {where} do not fill one batch of "
             f"{batch_size}; lower batch_size, or pass drop_last=False"
         )
+    if value_range == "auto":
+        reading = dataclasses.replace(reading, value_range=measure_range(files, reading))
     _require_readable(files, where, reading)
+    if (mean is None) != (std is None):
+        raise ValueError("build_loader: mean and std go together, got one of them alone")
+    if reduced_jpeg:
+        if backend not in ("auto", "torchvision"):
+            raise ValueError(
+                "build_loader: backend must be torchvision (or auto) with reduced_jpeg, got "
+                f"{backend!r}"
+            )
+        backend = "torchvision"
+    if channels is not None:
+        if backend not in ("auto", "torchvision"):
+            raise ValueError(
+                f"build_loader: backend must be torchvision (or auto) with channels {channels}, "
+                f"got {backend!r}, which reads RGB alone"
+            )
+        backend = "torchvision"
+        augmentation = without_colour(augmentation)
+        if mean is None:
+            mean, std, _ = measure_channels(files, reading)
+    if mean is not None and std is not None:
+        if not len(mean) == len(std) == (channels or 3):
+            raise ValueError(
+                f"build_loader: mean and std must have {channels or 3} numbers, got {len(mean)} "
+                f"and {len(std)}"
+            )
+        augmentation = dataclasses.replace(augmentation, mean=tuple(mean), std=tuple(std))
     settings: dict[str, Any] = {
         "batch_size": batch_size,
         "size": size,
@@ -185,14 +242,17 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _require_readable(files: ImageFiles, where: str, reading: Reading) -> None:
+def _require_readable(files: ImageSource, where: str, reading: Reading) -> None:
     """One readable image is enough; reading all of a large folder at the start would take hours."""
     reason = ""
-    for path in files:
+    for index in range(len(files)):
         try:
-            decode(read_encoded(path, reading), reading)
+            file = files.encoded(index, reading)
+            _ = decode(file, reading) if reading.channels is None else decode_bands(file, reading)
+        except (MemoryError, ImportError):
+            raise
         except Exception as error:
-            reason = reason or f"{printable(path)}: {reason_of(error)}"
+            reason = reason or f"{printable(files[index])}: {reason_of(error)}"
         else:
             return
     raise ValueError(

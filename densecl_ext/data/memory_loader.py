@@ -15,8 +15,8 @@ from torch import Tensor
 from densecl_ext.data.augmentation import KEY_VIEW, QUERY_VIEW, ViewParameters, draw_parameters
 from densecl_ext.data.base import EpochLoader, TwoViews, candidates, normalisation
 from densecl_ext.data.batch_augmentation import augment, resample
-from densecl_ext.data.folder import ImageFiles
-from densecl_ext.data.images import decode, read_encoded, reason_of
+from densecl_ext.data.images import decode, reason_of
+from densecl_ext.data.source import ImageSource
 
 # Views that a GPU resamples at once: the rows in between take up to 4 MB each at 224 pixels.
 _RESAMPLED = 128
@@ -43,7 +43,7 @@ class MemoryLoader(EpochLoader):
     backend = "memory"
 
     def __init__(
-        self, files: ImageFiles, *, workers: int, cache_size: int | None = None, **settings: Any
+        self, files: ImageSource, *, workers: int, cache_size: int | None = None, **settings: Any
     ) -> None:
         super().__init__(files, **settings)
         self.cache_size = math.ceil(1.25 * self.size) if cache_size is None else cache_size
@@ -72,8 +72,8 @@ class MemoryLoader(EpochLoader):
         from PIL import Image
 
         try:
-            image, narrow = decode(read_encoded(self.files[index], self.reading), self.reading)
-        except MemoryError:
+            image, narrow = decode(self.files.encoded(index, self.reading), self.reading)
+        except (MemoryError, ImportError):
             raise
         except Exception as error:
             self._unreadable[index] = reason_of(error)

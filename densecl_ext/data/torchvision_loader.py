@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -21,9 +23,11 @@ from densecl_ext.data.augmentation import (
     ViewParameters,
     draw_parameters,
 )
+from densecl_ext.data.band_views import render_bands
+from densecl_ext.data.bands import decode_bands
 from densecl_ext.data.base import EpochLoader, FileReader, TwoViews, normalisation
-from densecl_ext.data.folder import ImageFiles
-from densecl_ext.data.images import Decoded, Encoded, Reading, decode
+from densecl_ext.data.images import Encoded, Reading, decode, header_size
+from densecl_ext.data.source import ImageSource
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -32,8 +36,16 @@ if TYPE_CHECKING:
 _CROP_PIXELS = 80_000_000
 
 
+class _Picture(NamedTuple):
+    """A decoded image, what was drawn for its two views, and what makes a view of it."""
+
+    drawn: list[ViewParameters]
+    render: Callable[[ViewParameters], np.ndarray]
+    narrow: str
+
+
 class _Sample(NamedTuple):
-    views: np.ndarray  # uint8 (2, size, size, 3)
+    views: np.ndarray  # uint8 (2, size, size, 3), or of N channels float32 (2, C, size, size)
     crops: np.ndarray  # float32 (2, 5)
     file: int
     unreadable: list[tuple[int, str]]
@@ -41,7 +53,7 @@ class _Sample(NamedTuple):
 
 
 class _Batch(NamedTuple):
-    views: Tensor  # uint8 (2, N, size, size, 3)
+    views: Tensor  # uint8 (2, N, size, size, 3), or float32 (2, N, C, size, size)
     crops: Tensor  # float32 (2, N, 5)
     files: Tensor  # int64 (N,)
     unreadable: list[tuple[int, str]]
@@ -58,13 +70,40 @@ def cropped(image: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
     return image.transform((width, height), Image.Transform.EXTENT, box)
 
 
-def render_view(image: Image.Image, parameters: ViewParameters, size: int) -> np.ndarray:
+def shrink_for(drawn: Sequence[ViewParameters], size: int) -> int:
+    """How far an image may be reduced, 1, 2, 4 or 8, so that no crop of it must be enlarged."""
+    sides = [min(one.box[2] - one.box[0], one.box[3] - one.box[1]) for one in drawn]
+    return next((by for by in (8, 4, 2) if min(sides) >= by * size), 1)
+
+
+def reduced_crop(
+    image: Image.Image, box: tuple[int, int, int, int], shrunk: tuple[float, float], size: int
+) -> Image.Image:
+    """Cut out and resized: a box in pixels of the whole image, of one that was decoded smaller."""
+    from PIL import Image
+
+    x0, y0, x1, y1 = (edge * shrunk[place % 2] for place, edge in enumerate(box))
+    left, top = math.floor(x0), math.floor(y0)
+    part = image.crop(
+        (left, top, min(image.width, math.ceil(x1)), min(image.height, math.ceil(y1)))
+    )
+    inner = (x0 - left, y0 - top, min(x1 - left, part.width), min(y1 - top, part.height))
+    return part.resize((size, size), Image.Resampling.BILINEAR, box=inner)
+
+
+def render_view(
+    image: Image.Image,
+    parameters: ViewParameters,
+    size: int,
+    shrunk: tuple[float, float] = (1.0, 1.0),
+) -> np.ndarray:
     """Turn a decoded image into one view, in Pillow's 8-bit arithmetic as MoCo v2 does.
 
     Args:
         image: Decoded image, mode RGB.
         parameters: What to do.
         size: Height and width of the view in pixels.
+        shrunk: Width and height of `image` as shares of those that the box is told in.
 
     Returns:
         uint8 (size, size, 3).
@@ -73,7 +112,10 @@ def render_view(image: Image.Image, parameters: ViewParameters, size: int) -> np
     from torchvision.transforms import InterpolationMode
     from torchvision.transforms import functional as F
 
-    view = F.resize(cropped(image, parameters.box), [size, size], InterpolationMode.BILINEAR)
+    if shrunk == (1.0, 1.0):
+        view = F.resize(cropped(image, parameters.box), [size, size], InterpolationMode.BILINEAR)
+    else:
+        view = reduced_crop(image, parameters.box, shrunk, size)
     for operation in parameters.order:
         if operation == BRIGHTNESS:
             view = F.adjust_brightness(view, parameters.brightness)
@@ -96,34 +138,48 @@ class TwoViewDataset(Dataset[_Sample]):
     """Maps a request (epoch, file index) to two views; holds no state that could change them."""
 
     def __init__(
-        self, files: ImageFiles, size: int, seed: int, augmentation: Augmentation, reading: Reading
+        self, files: ImageSource, size: int, seed: int, augmentation: Augmentation, reading: Reading
     ) -> None:
         self.size = size
         self.seed = seed
         self.augmentation = augmentation
-        self._reader = FileReader(files, seed, reading, self._decode)
+        self._reader = FileReader(files, seed, reading)
 
-    def _decode(self, _: int, file: Encoded) -> Decoded:
-        return decode(file, self._reader.reading)
-
-    def __getitem__(self, request: tuple[int, int]) -> _Sample:
-        epoch, sample = request
-        (image, narrow), index, unreadable = self._reader.read(epoch, sample)
-        parameters = [
+    def _draw(self, epoch: int, sample: int, width: int, height: int) -> list[ViewParameters]:
+        return [
             draw_parameters(
                 self.augmentation,
                 seed=self.seed,
                 epoch=epoch,
                 sample=sample,
                 view=view,
-                width=image.width,
-                height=image.height,
+                width=width,
+                height=height,
             )
             for view in (QUERY_VIEW, KEY_VIEW)
         ]
-        views = np.stack([render_view(image, drawn, self.size) for drawn in parameters])
-        crops = np.array([(*drawn.box, drawn.flip) for drawn in parameters], dtype=np.float32)
-        return _Sample(views, crops, index, unreadable, narrow)
+
+    def _decode(self, epoch: int, sample: int, _: int, file: Encoded) -> _Picture:
+        reading, size = self._reader.reading, self.size
+        if reading.channels is not None:
+            values, stated = decode_bands(file, reading)
+            drawn = self._draw(epoch, sample, values.shape[1], values.shape[0])
+            return _Picture(drawn, lambda one: render_bands(values, stated, one, size), "")
+        if reading.reduced_jpeg and file.kind == "JPEG":
+            width, height, _mode = header_size(file)
+            drawn = self._draw(epoch, sample, width, height)
+            image, narrow = decode(file, reading, shrink_for(drawn, size))
+            shrunk = image.width / width, image.height / height
+            return _Picture(drawn, lambda one: render_view(image, one, size, shrunk), narrow)
+        image, narrow = decode(file, reading)
+        drawn = self._draw(epoch, sample, image.width, image.height)
+        return _Picture(drawn, lambda one: render_view(image, one, size), narrow)
+
+    def __getitem__(self, request: tuple[int, int]) -> _Sample:
+        picture, index, unreadable = self._reader.read(*request, partial(self._decode, *request))
+        views = np.stack([picture.render(drawn) for drawn in picture.drawn])
+        crops = np.array([(*drawn.box, drawn.flip) for drawn in picture.drawn], dtype=np.float32)
+        return _Sample(views, crops, index, unreadable, picture.narrow)
 
 
 def _collate(samples: list[_Sample]) -> _Batch:
@@ -160,12 +216,13 @@ class TorchvisionLoader(EpochLoader):
 
     backend = "torchvision"
 
-    def __init__(self, files: ImageFiles, *, workers: int, **settings: Any) -> None:
+    def __init__(self, files: ImageSource, *, workers: int, **settings: Any) -> None:
         super().__init__(files, **settings)
         self._requested = _Requests()
         self._loader: DataLoader[_Sample] | None = None
         self._workers = workers
-        self._scale, self._offset = normalisation(self.augmentation, self.device)
+        white = 255.0 if self.reading.channels is None else 1.0
+        self._scale, self._offset = normalisation(self.augmentation, self.device, white)
 
     def _data_loader(self) -> DataLoader[_Sample]:
         if self._loader is None:
@@ -197,9 +254,13 @@ class TorchvisionLoader(EpochLoader):
             )
 
     def _normalised(self, pixels: Tensor) -> Tensor:
-        pixels = pixels.to(self.device, non_blocking=True).permute(0, 3, 1, 2)  # (N, 3, H, W)
-        if not self.channels_last:
-            pixels = pixels.contiguous()  # here they are bytes
+        pixels = pixels.to(self.device, non_blocking=True)
+        if self.reading.channels is None:
+            pixels = pixels.permute(0, 3, 1, 2)  # (N, 3, H, W)
+            if not self.channels_last:
+                pixels = pixels.contiguous()  # here they are bytes
+        elif self.channels_last:
+            pixels = pixels.contiguous(memory_format=torch.channels_last)
         return torch.addcmul(self._offset, pixels.float(), self._scale).to(self.dtype)
 
     def close(self) -> None:

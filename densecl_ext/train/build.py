@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.error import URLError
 
 import torch
@@ -33,15 +34,44 @@ def open_loader(config: PretrainConfig, device: torch.device) -> ViewLoader:
         drop_last=True,
         channels_last=config.channels_last,
         max_pixels=config.max_pixels,
-        value_range=None if config.value_range == "none" else pair(config.value_range),
+        value_range=stated_range(config.value_range),
         cache_size=None if config.cache_size == "auto" else int(config.cache_size),
+        every_nth=config.every_nth,
+        reduced_jpeg=config.reduced_jpeg,
+        channels=None if config.channels == "rgb" else int(config.channels),
+        mean=None if config.pixel_mean == "auto" else numbers(config.pixel_mean),
+        std=None if config.pixel_std == "auto" else numbers(config.pixel_std),
     )
 
 
-def pair(text: str) -> tuple[float, float]:
-    """The two numbers of an option such as 0,4095."""
-    low, high = text.split(",")
-    return float(low), float(high)
+def stated_range(text: str) -> tuple[float, float] | Literal["auto"] | None:
+    """The value of the option `value_range`."""
+    if text in ("none", "auto"):
+        return None if text == "none" else "auto"
+    low, high = numbers(text)
+    return low, high
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """The numbers of an option such as 0,4095."""
+    return tuple(map(float, text.split(",")))
+
+
+def measured_options(config: PretrainConfig, loader: ViewLoader) -> dict[str, str]:
+    """What `open_loader` has measured over the images, as options."""
+    reading, augmentation = (getattr(loader, name, None) for name in ("reading", "augmentation"))
+    found: dict[str, str] = {}
+    if reading is not None and config.value_range == "auto":
+        found["value_range"] = joined(reading.value_range) if reading.value_range else "none"
+    if augmentation is not None and config.channels != "rgb":
+        found["pixel_mean"] = joined(augmentation.mean)
+        found["pixel_std"] = joined(augmentation.std)
+    return found
+
+
+def joined(values: Iterable[float]) -> str:
+    """Numbers as the options have them."""
+    return ",".join(f"{value:.15g}" for value in values)
 
 
 def starting_backbone(config: PretrainConfig) -> nn.Module:
@@ -56,6 +86,7 @@ def starting_backbone(config: PretrainConfig) -> nn.Module:
         "output_stride": None if config.output_stride == "none" else config.output_stride,
         "padding": config.padding,
         "truncate": config.truncate,
+        "in_channels": 3 if config.channels == "rgb" else int(config.channels),
     }
     if name == "none":
         return build_backbone(config.backbone, **shape)

@@ -17,6 +17,7 @@ from densecl_ext.options import (
     Natural,
     NonNegativeFloat,
     Nothing,
+    Numbers,
     Positive,
     PositiveFloat,
     Range,
@@ -50,10 +51,14 @@ class PretrainConfig:
     # --- data
     data: Folders = option(
         "",
-        "folders of images, any tree, no labels; a resumed run finds the same images elsewhere",
+        "folders of images, any tree, no labels; or lists (.txt, .csv), .tar shards, .parquet or "
+        ".arrow tables, saved datasets; a resumed run finds the same images elsewhere",
         group="data",
         may_change=True,
         metavar="DIR",
+    )
+    every_nth: Positive = option(
+        1, "take every n-th image alone: frames of a video are near-duplicates", group="data"
     )
     image_size: Annotated[int, Field(ge=16), is_number] = option(
         224, "side of the square views in pixels", group="data"
@@ -73,9 +78,32 @@ class PretrainConfig:
         "1.25 x image_size",
         group="data",
     )
-    value_range: Nothing | Range = option(
+    channels: Literal["rgb"] | Positive = option(
+        "rgb",
+        "rgb makes 8-bit RGB of every image; a number reads images of that many channels at their "
+        "full depth, of .npy and .npz files too",
+        group="data",
+    )
+    value_range: Auto | Nothing | Range = option(
         "none",
-        "values that become black and white in files of more than 8 bits; none: 0,65535",
+        "values that become black and white in files of more than 8 bits; none: 0,65535; auto "
+        "measures them over some images",
+        group="data",
+    )
+    pixel_mean: Auto | Numbers = option(
+        "auto",
+        "mean of each channel, of values from 0 to 1; auto: ImageNet's for rgb, else measured",
+        group="data",
+    )
+    pixel_std: Auto | Numbers = option(
+        "auto",
+        "deviation of each channel, which values are divided by; auto likewise",
+        group="data",
+    )
+    reduced_jpeg: bool = option(
+        False,
+        "with loader torchvision, decode JPEG files at 1/2, 1/4 or 1/8 of their size where no crop "
+        "must then be enlarged: several times as fast for photographs of many pixels",
         group="data",
     )
     max_pixels: Positive = option(
@@ -337,7 +365,14 @@ class PretrainConfig:
         """Returns plain names and values, ready for YAML or a checkpoint."""
         return dataclasses.asdict(self)
 
-    def resolved(self, *, images: int, native_bf16: bool, loader: str) -> PretrainConfig:
+    def resolved(
+        self,
+        *,
+        images: int,
+        native_bf16: bool,
+        loader: str,
+        measured: Mapping[str, str] | None = None,
+    ) -> PretrainConfig:
         """Replaces every "auto" that changes the result by its value, so that runs can be repeated.
 
         - queue_length: the largest power of two not above half the images, at most 65,536. A queue
@@ -349,12 +384,14 @@ class PretrainConfig:
         - lr: base_lr * batch_size / 256 (linear scaling).
         - precision: bf16 if `native_bf16`, else fp32.
         - loader: `loader`, unless it is a loader of the caller's.
+        - value_range, pixel_mean, pixel_std: what `measured` says.
         - data: absolute paths, so that the run goes on from any folder.
 
         Args:
             images: number of images in the data set.
             native_bf16: whether the device multiplies bfloat16 in hardware.
             loader: the backend that was found ("dali" or "torchvision").
+            measured: option -> what the loader has measured over the images.
 
         Returns:
             A new config; what depends on the machine alone (device, workers, threads) stays.
@@ -369,6 +406,9 @@ class PretrainConfig:
             values["lr"] = self.base_lr * self.batch_size / 256
         if self.loader == "auto" and loader in words(properties(PretrainConfig)["loader"]):
             values["loader"] = loader
+        for name, value in (measured or {}).items():
+            if getattr(self, name) == "auto":
+                values[name] = value
         if self.data:
             values["data"] = absolute(self.data)
         if self.precision == "auto":

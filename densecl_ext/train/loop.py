@@ -284,6 +284,21 @@ def write_backbone(run: Run, folder: RunFolder, progress: Progress) -> Path | No
     return folder.backbone
 
 
+def described_values(config: PretrainConfig) -> list[str]:
+    """How the images' values are read, where that is not 8-bit RGB as usual."""
+    if config.channels == "rgb":
+        if config.value_range == "none":
+            return []
+        return [f"  values: {config.value_range} of more than 8 bits become black, white"]
+    stated = "their whole range" if config.value_range == "none" else config.value_range
+    return [
+        f"  channels: {config.channels}; values: {stated} of more than 8 bits become 0, 1; mean "
+        f"{config.pixel_mean}, deviation {config.pixel_std}",
+        "  views: crops, flips, brightness, contrast and blur; not saturation, hue and grayscale, "
+        "which need red, green and blue",
+    ]
+
+
 def describe(run: Run) -> str:
     """What is about to happen, with all automatic choices, in a few lines."""
     config, loader = run.config, run.loader
@@ -295,6 +310,7 @@ def describe(run: Run) -> str:
             f"{run.device}, {config.precision}, {torch.get_num_threads()} threads",
             f"  data: {loader.num_images} images through {loader.backend}, views of "
             f"{config.image_size} px, batch {config.batch_size}",
+            *described_values(config),
             f"  model: {config.backbone} ({weights:.1f} million weights), matching "
             f"{config.matching}, lambda {config.loss_lambda:g}, queue {config.queue_length} "
             f"({config.queue_dtype}), key momentum {config.key_momentum:g}",

@@ -20,6 +20,7 @@ from densecl_ext.train.build import (
     build_model,
     build_optimizer,
     check_batch,
+    measured_options,
     open_loader,
     starting_backbone,
 )
@@ -158,6 +159,11 @@ def build_run(
     """
     if config.cuda_graph and device.type != "cuda":
         raise ValueError(f"pretrain: cuda_graph needs a GPU, the run's device is {device}")
+    if config.channels != "rgb" and config.probe != "none":
+        raise ValueError(
+            f"pretrain: probe needs channels rgb, got channels {config.channels}: evaluation reads "
+            "RGB images alone"
+        )
     own = loader is None
     batch = getattr(loader, "batch_size", config.batch_size)
     if batch != config.batch_size:
@@ -166,7 +172,10 @@ def build_run(
     loader = open_loader(config, device) if loader is None else loader
     try:
         config = config.resolved(
-            images=loader.num_images, native_bf16=has_native_bf16(device), loader=loader.backend
+            images=loader.num_images,
+            native_bf16=has_native_bf16(device),
+            loader=loader.backend,
+            measured=measured_options(config, loader),
         )
         seed_everything(config.seed)
         backbone = starting_backbone(config) if backbone is None else backbone
