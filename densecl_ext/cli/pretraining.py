@@ -24,14 +24,22 @@ from densecl_ext.train.recipes import dump_recipe, load_recipe, recipe_names
     "Pre-train a backbone with DenseCL on a folder of unlabelled images.\n\nValues come from the "
     "defaults, then --recipe, then the options.",
     "densecl pretrain --data photos --recipe small_data --output runs/photos --epochs 200\n"
-    "  densecl pretrain --output runs/photos --resume",
+    "  densecl pretrain --output runs/photos --resume\n"
+    "  densecl pretrain --data photos --output runs/photos --devices 8 --resume auto",
     Option(
         ["--recipe"],
         metavar="NAME|FILE",
         type=Word("FILE", recipe_names()),
         help=f"YAML file of options, or one of: {', '.join(recipe_names())}",
     ),
-    Option(["--resume"], is_flag=True, help="go on with the run in --output, exactly"),
+    Option(
+        ["--resume"],
+        is_flag=False,
+        flag_value="run",
+        metavar="[auto]",
+        type=Word("", ["auto"]),
+        help="go on with the run in --output, exactly; auto: if there is one, and else start it",
+    ),
     Option(["--overwrite"], is_flag=True, help="replace the run in --output"),
     Option(
         ["--dry-run"],
@@ -50,24 +58,36 @@ from densecl_ext.train.recipes import dump_recipe, load_recipe, recipe_names
 )
 def pretrain(
     recipe: str | None,
-    resume: bool,
+    resume: str | None,
     overwrite: bool,
     dry_run: bool,
     profile: str | None,
     **options: Any,
 ) -> int:
     """Trains, or profiles, or tells what it would do."""
-    if profile is not None and (resume or overwrite or dry_run):
+    if profile is not None and (resume is not None or overwrite or dry_run):
         raise ValueError("--profile neither resumes nor replaces a run, and needs no --dry-run")
+    if resume not in (None, "run", "auto"):
+        raise ValueError(f"--resume: expected nothing or auto, got {resume!r}")
     config = pretrain_config(recipe, resume, options)
     if dry_run:
         return _dry_run(config)
     if profile is not None:
         return _profile(config, profile)
+    from densecl_ext.train.supervise import found_launcher, share_batch, supervise, this_command
+
+    devices = 1 if config.devices == "auto" else int(config.devices)
+    if devices * config.num_nodes > 1 and not found_launcher().launcher:
+        share_batch(config.batch_size, devices * config.num_nodes, config.accumulate)
+        return supervise(this_command(), devices, config.num_nodes)
+
     from densecl_ext.train import pretrain
     from densecl_ext.train.progress import ConsoleProgress
 
-    result = pretrain(config, resume=resume, overwrite=overwrite, progress=ConsoleProgress())
+    how = "auto" if resume == "auto" else resume is not None
+    result = pretrain(config, resume=how, overwrite=overwrite, progress=ConsoleProgress())
+    if not result.first:
+        return EXIT_INTERRUPTED if result.interrupted else 0
     if result.skipped:
         print(f"skipped {len(result.skipped)} files that do not decode", file=sys.stderr)
     output = shlex.quote(str(result.output))
@@ -90,7 +110,9 @@ def pretrain(
     return 0
 
 
-def pretrain_config(recipe: str | None, resume: bool, options: dict[str, Any]) -> PretrainConfig:
+def pretrain_config(
+    recipe: str | None, resume: str | None, options: dict[str, Any]
+) -> PretrainConfig:
     """Puts defaults, the interrupted run (with --resume), the recipe and the options together.
 
     Raises:
@@ -102,6 +124,8 @@ def pretrain_config(recipe: str | None, resume: bool, options: dict[str, Any]) -
         from densecl_ext.checkpoints.run_folder import RunFolder
 
         output = PretrainConfig(**values).output
+        if resume == "auto" and not RunFolder(output).resumable():
+            return PretrainConfig(**values)
         values = (
             PretrainConfig.of_run(RunFolder(output).read()["config"]).to_mapping()
             | {"output": output}

@@ -43,6 +43,9 @@ def build_loader(
     max_pixels: int = MAX_PIXELS,
     value_range: tuple[float, float] | None = None,
     cache_size: int | None = None,
+    rank: int = 0,
+    ranks: int = 1,
+    parts: int = 1,
 ) -> ViewLoader:
     """Two augmented views of every image under a folder, shuffled anew in every epoch.
 
@@ -81,9 +84,13 @@ def build_loader(
             0 to 65535.
         cache_size: With "memory", pixels of the shorter side to which larger images are reduced;
             None takes 1.25 times `size`.
+        rank: Which of the processes that share every batch this is, from 0 on. Order, views and
+            batches do not depend on it, nor on how many there are.
+        ranks: How many share a batch, equally. The views of all ranks, in order, are the batch.
+        parts: Parts that the batch is taken in (gradient accumulation): the ranks share each.
 
     Returns:
-        The loader.
+        The loader; `batch_size` counts the images of all ranks.
 
     Raises:
         ValueError: A value is out of range, the folder holds no readable image, or fewer images
@@ -137,6 +144,9 @@ def build_loader(
         "channels_last": channels_last,
         "dtype": dtype,
         "reading": reading,
+        "rank": rank,
+        "ranks": ranks,
+        "parts": parts,
     }
     if backend == "memory":
         from densecl_ext.data.memory_loader import MemoryLoader

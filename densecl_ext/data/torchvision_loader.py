@@ -137,8 +137,10 @@ def _collate(samples: list[_Sample]) -> _Batch:
 
 
 def _leave_interrupts_to_the_main_process(_: int) -> None:
-    # Ctrl-C reaches every process of the terminal, and the trainer still wants its last batch.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ctrl-C reaches every process of the terminal, and a scheduler's signal every process of the
+    # job; the trainer still wants its last batch. Workers end when it does.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _Requests:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -17,11 +18,12 @@ from densecl_ext.backbones.timm import TIMM
 from densecl_ext.checkpoints import export_backbone
 from densecl_ext.checkpoints.run_folder import RunFolder
 from densecl_ext.data import TwoViews, ViewLoader
+from densecl_ext.train.agreement import Agreement, blank
 from densecl_ext.train.config import PretrainConfig, merge_resumed
 from densecl_ext.train.launch import launch
-from densecl_ext.train.machine import pick_device, set_up
+from densecl_ext.train.machine import set_up
 from densecl_ext.train.metrics import build_loggers
-from densecl_ext.train.probing import Probing
+from densecl_ext.train.probing import Probing, probe_due
 from densecl_ext.train.progress import Progress
 from densecl_ext.train.recipes import dump_recipe
 from densecl_ext.train.run import Run, build_run
@@ -50,6 +52,7 @@ class PretrainResult:
         skipped: files that did not decode, and why.
         backbone: OUT/backbone.pth, the finished run's backbone as its library loads it; None where
             the run has not finished, or that library has no such network.
+        first: whether this is the only process of the run, or its rank 0, which tells of it.
     """
 
     output: Path
@@ -60,12 +63,19 @@ class PretrainResult:
     metrics: dict[str, float]
     skipped: dict[Path, str]
     backbone: Path | None = None
+    first: bool = True
+
+
+def save(run: Run, folder: RunFolder) -> None:
+    """Writes a checkpoint; rank 0 does, and the others wait to hear that it is there."""
+    state = run.state_dict()
+    run.ranks.first_does(lambda: folder.save(state) and None)
 
 
 def pretrain(
     config: PretrainConfig,
     *,
-    resume: bool = False,
+    resume: bool | str = False,
     overwrite: bool = False,
     backbone: nn.Module | None = None,
     loader: ViewLoader | None = None,
@@ -84,7 +94,8 @@ def pretrain(
 
     Args:
         config: what to do.
-        resume: go on with the run in `config.output`.
+        resume: go on with the run in `config.output`; "auto" does so if there is one, and else
+            starts it.
         overwrite: replace the run in `config.output`.
         backbone: a network of your own, (N, 3, H, W) -> (N, C, h, w), instead of
             `config.backbone` and `config.weights`. To resume, pass the same network.
@@ -108,38 +119,57 @@ def pretrain(
         raise ValueError("pretrain: data must name a folder of images, got nothing (--data DIR)")
     if backbone is not None:
         config = dataclasses.replace(config, backbone=OWN_BACKBONE, weights="none")
-    device = pick_device(config.device)
-    launch(device)
+    ranks = launch(
+        config.device,
+        devices=config.devices,
+        num_nodes=config.num_nodes,
+        timeout=config.timeout,
+        batch_size=config.batch_size,
+        accumulate=config.accumulate,
+    )
+    device = ranks.device
+    progress = progress if ranks.first else Progress()
     set_up(device, config.threads)
     folder = RunFolder(config.output)
     with contextlib.ExitStack() as cleanup:
+        cleanup.enter_context(ranks.together())
         cleanup.callback(folder.release)
-        checkpoint = folder.prepare(resume=resume, overwrite=overwrite)
+        checkpoint = ranks.first_does(lambda: folder.prepare(resume=resume, overwrite=overwrite))
         if checkpoint is not None:
             config, changed = merge_resumed(config, PretrainConfig.of_run(checkpoint["config"]))
             if changed:
                 progress.message(f"resuming with another {', '.join(changed)}")
-        stop = cleanup.enter_context(StopRequest(lambda: progress.message(STOPPING)))
+        stop = StopRequest(lambda: progress.message(STOPPING), alone=ranks.world == 1)
+        cleanup.enter_context(stop)
         cleanup.callback(progress.close)
 
-        run = build_run(config, device, backbone=backbone, loader=loader)
+        run = ranks.all_do(
+            lambda: build_run(config, device, backbone=backbone, loader=loader, ranks=ranks)
+        )
         if loader is None:
             cleanup.callback(run.loader.close)
         config = run.config
-        if checkpoint is None:
-            folder.clear()  # not earlier: an error above would have cost the run that is replaced
-        else:
-            run.load_state_dict(checkpoint)
-        loggers = build_loggers(config, folder, checkpoint["step"] if checkpoint else None)
+        if checkpoint is not None:
+            ranks.all_do(lambda: run.load_state_dict(checkpoint))
+        run.training_step.average(ranks.wrap)
+        agreement = Agreement(run, ranks, stop)
 
-        probing = None
-        if config.probe != "none":
-            probing = Probing(config, folder, run.steps_per_epoch)
+        loggers: list[Logger] = []
+        probing: Probing | None = None
 
+        def begin() -> None:
+            nonlocal loggers, probing
+            if checkpoint is None:
+                folder.clear()  # not earlier: an error above would have cost the replaced run
+            loggers = build_loggers(config, folder, checkpoint["step"] if checkpoint else None)
+            if config.probe != "none":
+                probing = Probing(config, folder)
+            folder.write_config(dump_recipe(config))
+
+        ranks.first_does(begin)
         # The first checkpoint, before the first step, shows that the disk takes one.
-        folder.write_config(dump_recipe(config))
-        folder.save(run.state_dict())
-        folder.require_space()
+        save(run, folder)
+        ranks.first_does(folder.require_space)
 
         total = run.total_steps
         last = total if config.max_steps == "none" else min(total, int(config.max_steps))
@@ -153,10 +183,11 @@ def pretrain(
         began = time.monotonic() if config.compile and run.step < last else None
         if began is not None:
             progress.message("compiling both encoders: the first step takes a minute or more")
-        for views in batches(run, last, stop):
+        for views, waited in batches(run, last, stop, agreement):
             run.training_step.schedule(
                 lr=run.learning_rate(run.step), key_momentum=run.key_momentum(run.step)
             )
+            agreement.before_step()
             output = run.training_step(
                 views.view_q.contiguous(memory_format=memory_format),
                 views.view_k.contiguous(memory_format=memory_format),
@@ -167,26 +198,28 @@ def pretrain(
                 progress.message(f"compiled after {time.monotonic() - began:.0f} s")
                 began = None
             run.step += 1
-            run.window.add(output.scalars(), config.batch_size)
+            run.window.add(output.scalars(), config.batch_size, waited)
             keep = run.step % keep_every == 0
-            probe = probing is not None and probing.due(run.step, last)
-            save = keep or probe or run.step % save_every == 0
+            probe = probe_due(config, run.steps_per_epoch, run.step, last)
+            saves = keep or probe or run.step % save_every == 0
+            agreement.after_step(all_arrived=saves or run.step == last)
             if run.step % config.log_every == 0 or run.step == last:
                 rows.append(run.window.send(run.step, weights_finite(run.model)))
-            while len(rows) > (0 if save else in_flight):
+            while len(rows) > (0 if saves else in_flight):
                 log(rows.popleft(), run, folder, loggers, progress)
-            if save:
+            if saves:
                 require_finite(run, folder)
-                folder.save(run.state_dict())
-            if probing is not None and probe:
-                probing(run, folder, loggers, progress)
+                save(run, folder)
+            if probe:
+                ranks.first_does(lambda: probing and probing(run, folder, loggers, progress))
             if keep:
-                folder.keep(f"epoch_{run.step // run.steps_per_epoch:04d}.pt")
+                name = f"epoch_{run.step // run.steps_per_epoch:04d}.pt"
+                ranks.first_does(functools.partial(folder.keep, name))
             progress.update(run.step)
         while rows:
             log(rows.popleft(), run, folder, loggers, progress)
         require_finite(run, folder)
-        folder.save(run.state_dict())
+        save(run, folder)
         for logger in loggers:
             logger.finalize("success")
         return PretrainResult(
@@ -194,10 +227,17 @@ def pretrain(
             checkpoint=folder.last,
             step=run.step,
             total_steps=total,
-            interrupted=stop.requested and run.step < last,
+            interrupted=stop.agreed and run.step < last,
             metrics=run.metrics,
-            skipped=dict(run.loader.skipped),
-            backbone=write_backbone(run, folder, progress) if run.step == total else None,
+            skipped={
+                path: why
+                for part in ranks.gather(dict(run.loader.skipped))
+                for path, why in part.items()
+            },
+            backbone=ranks.first_does(
+                lambda: write_backbone(run, folder, progress) if run.step == total else None
+            ),
+            first=ranks.first,
         )
 
 
@@ -209,27 +249,38 @@ POSITION = (
 STOPPING = "stopping after this step with a checkpoint; again to stop at once"
 
 
-def batches(run: Run, last: int, stop: StopRequest) -> Iterator[TwoViews]:
+def batches(
+    run: Run, last: int, stop: StopRequest, agreement: Agreement
+) -> Iterator[tuple[TwoViews, float]]:
     """The batches that remain of all epochs, up to step `last` or a request to stop.
 
-    Counts `run.epoch`; the consumer counts `run.step`.
+    Beside each the seconds that it was waited for. Counts `run.epoch`; the consumer counts
+    `run.step`. Of several ranks one whose loader fails goes on with what it has, until the others
+    know and `agreement` raises.
     """
+    views = None
     while run.epoch < run.config.epochs:
         run.loader.set_epoch(run.epoch)  # the current epoch's number keeps a loaded position
         remaining = iter(run.loader)
-        while run.step < last and not stop.requested:
+        while run.step < last and not stop.agreed:
+            began = time.monotonic()
             try:
                 # torch's DataLoader draws from the global generator whenever an iteration begins,
                 # which in a resumed run is not where it was in the interrupted one.
                 with torch.random.fork_rng(devices=[]):
-                    views = next(remaining, None)
-            except RuntimeError:
-                if not stop.requested:
+                    found = next(remaining, None)
+            except Exception as error:
+                if run.ranks.world > 1:
+                    agreement.fail(error)
+                    while True:
+                        yield views or blank(run.config, run.ranks), 0.0
+                if not (stop.requested and isinstance(error, RuntimeError)):
                     raise
                 return  # the signal that asks us to stop has also ended the loader's workers
-            if views is None:
+            if found is None:
                 break
-            yield views
+            views = found
+            yield views, time.monotonic() - began
         else:
             return
         run.epoch += 1
@@ -256,7 +307,8 @@ def log(
 
 def require_finite(run: Run, folder: RunFolder) -> None:
     """Raises TrainingDiverged if a loss since the last log row, or a weight, is not finite."""
-    if not (run.window.finite() and bool(weights_finite(run.model))):
+    finite = run.window.finite() and bool(weights_finite(run.model))
+    if not all(run.ranks.gather(finite)):
         raise diverged(run.step, run, folder)
 
 
@@ -289,12 +341,16 @@ def describe(run: Run) -> str:
     config, loader = run.config, run.loader
     weights = sum(p.numel() for p in run.model.backbone.parameters()) / 1e6
     begin = f"resuming at step {run.step} of" if run.step else "training for"
+    where = f"{run.device}" if run.ranks.world == 1 else f"{run.ranks.world} x {run.device.type}"
+    shared = [f"{run.ranks.world} processes"] * (run.ranks.world > 1)
+    shared += [f"{config.accumulate} parts"] * (config.accumulate > 1)
+    each = f" ({' x '.join(shared)})" if shared else ""
     return "\n".join(
         [
             f"{begin} {run.total_steps} steps ({config.epochs} epochs of {len(loader)}) on "
-            f"{run.device}, {config.precision}, {torch.get_num_threads()} threads",
+            f"{where}, {config.precision}, {torch.get_num_threads()} threads",
             f"  data: {loader.num_images} images through {loader.backend}, views of "
-            f"{config.image_size} px, batch {config.batch_size}",
+            f"{config.image_size} px, batch {config.batch_size}{each}",
             f"  model: {config.backbone} ({weights:.1f} million weights), matching "
             f"{config.matching}, lambda {config.loss_lambda:g}, queue {config.queue_length} "
             f"({config.queue_dtype}), key momentum {config.key_momentum:g}",

@@ -1,0 +1,107 @@
+"""Batch norm over the batch of all processes, on a CPU too, where torch has none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from densecl_ext.nn.batchnorm import ModuleT, replace_batch_norms
+from densecl_ext.nn.distributed import world_size
+
+
+class SyncBatchNorm(nn.SyncBatchNorm):
+    """``nn.SyncBatchNorm`` (its kernels on a GPU) that also works on a CPU, over gloo.
+
+    On a CPU sums are float64, so that R processes of N images and one of R N images differ by no
+    more than float32's rounding. One all-reduce in the forward and one in the backward. Alone it is
+    plain batch norm.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise x (N, C, ...) over the N of all processes."""
+        if x.device.type != "cpu" or not self.training or world_size() == 1:
+            return super().forward(x)
+        y, mean, variance, count = _Normalise.apply(x, self.weight, self.bias, self.eps)
+        if self.track_running_stats and self.running_mean is not None:
+            with torch.no_grad():
+                factor = self._factor()
+                unbiased = variance * (count / (count - 1).clamp(min=1))
+                self.running_mean.lerp_(mean.to(self.running_mean.dtype), factor)
+                self.running_var.lerp_(unbiased.to(self.running_var.dtype), factor)  # type: ignore
+        return y
+
+    def _factor(self) -> float:
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        return 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+
+
+class _Normalise(torch.autograd.Function):
+    """y = (x - mean) / sqrt(variance + eps) * weight + bias over all processes."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        channels = x.shape[1]
+        wide = x.double()
+        axes = [axis for axis in range(x.dim()) if axis != 1]
+        count = wide.new_full((1,), x.numel() // channels)
+        sums = torch.cat([wide.sum(axes), wide.square().sum(axes), count])
+        dist.all_reduce(sums)
+        count = sums[2 * channels]
+        mean = sums[:channels] / count
+        variance = (sums[channels : 2 * channels] / count - mean.square()).clamp(min=0)
+        scale = (variance + eps).rsqrt()
+        shape = [1, channels] + [1] * (x.dim() - 2)
+        y = (wide - mean.view(shape)) * scale.view(shape)
+        if weight is not None and bias is not None:
+            y = y * weight.view(shape) + bias.view(shape)
+        ctx.save_for_backward(x, weight, mean, scale, count)
+        ctx.mark_non_differentiable(mean, variance, count)
+        return y.to(x.dtype), mean, variance, count
+
+    @staticmethod
+    def backward(
+        ctx: Any, dy: Tensor, *_: Any
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
+        x, weight, mean, scale, count = ctx.saved_tensors
+        channels, axes = x.shape[1], [axis for axis in range(x.dim()) if axis != 1]
+        shape = [1, channels] + [1] * (x.dim() - 2)
+        wide = dy.double()
+        centred = (x.double() - mean.view(shape)) * scale.view(shape)
+        own = torch.cat([wide.sum(axes), (wide * centred).sum(axes)])
+        sums = own.clone()
+        dist.all_reduce(sums)
+        by_bias, by_scale = (part.view(shape) / count for part in sums.split(channels))
+        dx = (wide - by_bias - centred * by_scale) * scale.view(shape)
+        if weight is None:
+            return dx.to(x.dtype), None, None, None
+        dx = dx * weight.view(shape)
+        bias_gradient, weight_gradient = own.to(weight.dtype).split(channels)
+        return dx.to(x.dtype), weight_gradient, bias_gradient, None
+
+
+def sync_batch_norms(module: ModuleT) -> ModuleT:
+    """Replace every batch norm inside ``module`` by a :class:`SyncBatchNorm`, in place.
+
+    Parameters and buffers are taken over as they are, so state dicts keep their keys.
+
+    Raises:
+        ValueError: a batch-norm class with a forward of its own, which a replacement would lose.
+    """
+
+    def twin(layer: _BatchNorm) -> SyncBatchNorm:
+        return SyncBatchNorm(
+            layer.num_features,
+            layer.eps,
+            layer.momentum,
+            layer.affine,
+            layer.track_running_stats,
+        )
+
+    return replace_batch_norms(module, twin, "synchronised; use key_bn split or shuffle")
