@@ -6,36 +6,52 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.modules._functions import SyncBatchNorm as _on_gpu
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from densecl_ext.nn.batchnorm import ModuleT, replace_batch_norms
 from densecl_ext.nn.distributed import world_size
 
 
-class SyncBatchNorm(nn.SyncBatchNorm):
-    """``nn.SyncBatchNorm`` (its kernels on a GPU) that also works on a CPU, over gloo.
+class SyncBatchNorm(_BatchNorm):
+    """Batch norm over the N images of all processes; parameters and buffers as in ``BatchNorm2d``.
 
-    On a CPU sums are float64, so that R processes of N images and one of R N images differ by no
-    more than float32's rounding. One all-reduce in the forward and one in the backward. Alone it is
-    plain batch norm.
+    On a GPU it runs ``nn.SyncBatchNorm``'s kernels, which has none for a CPU. On a CPU, over gloo,
+    sums are float64, so that R processes of N images and one of R N images differ by no more than
+    float32's rounding: one all-reduce in the forward and one in the backward. Alone, and in
+    evaluation, it is plain batch norm.
+
+    Shape:
+        (N, C, ...) to the same; N may differ between processes.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise x (N, C, ...) over the N of all processes."""
-        if x.device.type != "cpu" or not self.training or world_size() == 1:
+        """Normalise x (N, C, ...)."""
+        if not self.training or world_size() == 1:
             return super().forward(x)
+        factor = self._average_factor()
+        if x.is_cuda:
+            group = dist.group.WORLD
+            buffers = self.running_mean, self.running_var
+            return _on_gpu.apply(
+                x, self.weight, self.bias, *buffers, self.eps, factor, group, world_size()
+            )
         y, mean, variance, count = _Normalise.apply(x, self.weight, self.bias, self.eps)
-        if self.track_running_stats and self.running_mean is not None:
+        if self.running_mean is not None and self.running_var is not None:
             with torch.no_grad():
-                factor = self._factor()
                 unbiased = variance * (count / (count - 1).clamp(min=1))
                 self.running_mean.lerp_(mean.to(self.running_mean.dtype), factor)
-                self.running_var.lerp_(unbiased.to(self.running_var.dtype), factor)  # type: ignore
+                self.running_var.lerp_(unbiased.to(self.running_var.dtype), factor)
         return y
 
-    def _factor(self) -> float:
-        assert self.num_batches_tracked is not None
+    def _check_input_dim(self, x: Tensor) -> None:
+        if x.dim() < 2:
+            raise ValueError(f"SyncBatchNorm: input must be (N, C, ...), got {tuple(x.shape)}")
+
+    def _average_factor(self) -> float:
+        if self.num_batches_tracked is None:
+            return 0.0 if self.momentum is None else self.momentum
         self.num_batches_tracked.add_(1)
         return 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
 

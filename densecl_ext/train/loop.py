@@ -151,7 +151,7 @@ def pretrain(
         config = run.config
         if checkpoint is not None:
             ranks.all_do(lambda: run.load_state_dict(checkpoint))
-        run.training_step.average(ranks.wrap)
+        ranks.all_do(lambda: run.training_step.average(ranks.wrap))
         agreement = Agreement(run, ranks, stop)
 
         loggers: list[Logger] = []

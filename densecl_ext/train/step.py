@@ -199,9 +199,9 @@ class TrainingStep:
         """Forward and backward of one part; gradients travel with the last."""
         crops = {"crop_q": crop_q, "crop_k": crop_k}
         last = part == self.accumulate - 1
-        alone = last or not isinstance(self._forward, DistributedDataParallel)
+        waits = not last and isinstance(self._forward, DistributedDataParallel)
         bf16 = self.precision == "bf16"
-        with nullcontext() if alone else self._forward.no_sync():
+        with self._forward.no_sync() if waits else nullcontext():  # type: ignore[operator]
             with torch.autocast(self.device.type, torch.bfloat16) if bf16 else nullcontext():
                 output = self._forward(view_q, view_k, **crops, part=part, parts=self.accumulate)
             with phase("backward"):

@@ -68,8 +68,8 @@ def found_launcher(environment: Mapping[str, str] = os.environ) -> Start:
         world = number("WORLD_SIZE", 1)
         if "RANK" not in environment or "MASTER_ADDR" not in environment:
             raise RuntimeError(
-                f"pretrain: started as one of {world} processes (WORLD_SIZE), but RANK and MASTER_ADDR "
-                "do not say which; start it with torchrun, srun or --devices N"
+                f"pretrain: started as one of {world} processes (WORLD_SIZE), but RANK and "
+                "MASTER_ADDR do not say which; start it with torchrun, srun or --devices N"
             )
         return Start("kubernetes", world, 1, 0, world)
     return Start("", 1, 1, 0, 1)
