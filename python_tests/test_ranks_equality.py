@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
-from pathlib import Path
+from itertools import product
 from typing import Any
 
 import pytest
@@ -29,6 +29,7 @@ COMMON: dict[str, Any] = {
     "checkpoint_every": 1,
     "max_steps": STEPS,
     "base_lr": 1.0,
+    "queue_init": "random",  # the first step has negatives, and gradients
     "timeout": 60,
 }
 CASES: dict[str, dict[str, Any]] = {
@@ -44,6 +45,9 @@ if find_spec("timm"):
     CASES["timm"] = {"backbone": "timm/test_resnet", "image_size": 64, "loader": "memory"}
 if find_spec("nvidia") and find_spec("nvidia.dali"):
     CASES["dali"] = {"loader": "dali", "workers": 1, "dense_negatives": "pooled"}
+
+
+LEFT_OUT = {("compiled", 4), ("dali", 4)}  # for their time: they differ from 2 in nothing
 
 
 def train(data: str, output: str, name: str) -> dict[str, Any]:
@@ -66,8 +70,8 @@ def train(data: str, output: str, name: str) -> dict[str, Any]:
     }
 
 
-def train_all(data: str, output: str) -> dict[str, Any]:
-    return {name: train(data, output, name) for name in CASES}
+def train_all(data: str, output: str, names: list[str]) -> dict[str, Any]:
+    return {name: train(data, output, name) for name in names}
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +80,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any
     data = str(runs.image_folder(folder / "images"))
     results = {}
     for world in (1, 2, 4):
-        every = run_ranks(world, folder / f"of{world}", train_all, data, str(folder / f"{world}"))
+        names = [name for name in CASES if (name, world) not in LEFT_OUT]
+        output = str(folder / f"{world}")
+        every = run_ranks(world, folder / f"of{world}", train_all, data, output, names)
         for result in every:
             if isinstance(result, Exception):
                 raise result
@@ -84,16 +90,18 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any
     return results
 
 
-def close(got: torch.Tensor, expected: torch.Tensor, what: str, scale: float = 1.0) -> None:
-    if not expected.is_floating_point():
+def close(got: torch.Tensor, expected: torch.Tensor, what: str, scale: float) -> None:
+    """Within float32's rounding, of numbers of this size, after some steps."""
+    if expected.is_floating_point():
+        worst = float((got - expected).abs().max()) / scale
+        assert worst <= 2e-5 * STEPS, f"{what}: {worst:.1e}"
+    else:
         assert torch.equal(got, expected), what
-        return
-    worst = (got - expected).abs().max() / expected.abs().max().clamp(min=1e-3)
-    assert worst <= 2e-5 * scale, f"{what}: {worst:.1e}"
 
 
-@pytest.mark.parametrize("world", [2, 4])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "world"), [pair for pair in product(CASES, (2, 4)) if pair not in LEFT_OUT]
+)
 def test_ranks_that_share_a_batch_equal_one(
     name: str, world: int, trained: dict[int, dict[str, Any]]
 ) -> None:
@@ -104,7 +112,9 @@ def test_ranks_that_share_a_batch_equal_one(
                 step,
                 column,
             )
+    largest = max(float(gradient.abs().max()) for gradient in expected["gradients"].values())
+    assert largest > 1e-3
     for key, gradient in expected["gradients"].items():
-        close(got["gradients"][key], gradient, f"gradient {key}")
+        close(got["gradients"][key], gradient, f"gradient {key}", largest)
     for key, value in expected["model"].items():
-        close(got["model"][key], value, key, scale=STEPS)
+        close(got["model"][key], value, key, max(0.1, float(value.abs().max())))
