@@ -120,11 +120,6 @@ class Ranks:
         dist.all_gather_object(gathered, value)
         return gathered
 
-    def leave(self) -> None:
-        """Ends the meeting, where this process is not to meet others again."""
-        if self.world > 1 and dist.is_initialized():
-            dist.destroy_process_group()
-
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
         """Turns the error of a collective, when a rank has gone, into a RankFailed that says so."""
@@ -229,13 +224,15 @@ def _environment(start: Start) -> Any:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without Lightning's lines of every process that joins."""
-    logger = logging.getLogger("lightning.fabric")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
+    loggers = [logging.getLogger(f"lightning.{part}") for part in ("fabric", "pytorch")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _cpu_or(device: torch.device) -> torch.device | None:
