@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from densecl_ext.checkpoints.writer import CheckpointWriter
 from densecl_ext.data import TwoViews
 from densecl_ext.nn.distributed import CHECKED, CHECKSUM, FAILED, STOP, KeyExchange, queue_checksum
 from densecl_ext.train.launch import RankFailed, Ranks
@@ -39,10 +40,19 @@ class Agreement:
         """This rank cannot go on; it takes part until the others know."""
         self._error = error
 
-    def before_step(self) -> None:
-        """Tells this rank's note with the step to come, now and then with the queues' checksum."""
+    def before_step(self, writer: CheckpointWriter) -> None:
+        """Tells this rank's note with the step to come, now and then with the queues' checksum.
+
+        Args:
+            writer: a checkpoint that it could not write is this rank's failure.
+        """
         if self._ranks.world == 1:
+            writer.check()
             return
+        try:
+            writer.check()
+        except Exception as error:
+            self.fail(error)
         checksum = None
         if self._run.step % self._run.config.log_every == 0:
             model = self._run.model

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -17,6 +16,7 @@ from torch import nn
 from densecl_ext.backbones.timm import TIMM
 from densecl_ext.checkpoints import export_backbone
 from densecl_ext.checkpoints.run_folder import RunFolder
+from densecl_ext.checkpoints.writer import CheckpointWriter
 from densecl_ext.data import TwoViews, ViewLoader
 from densecl_ext.train.agreement import Agreement, blank
 from densecl_ext.train.config import PretrainConfig, merge_resumed
@@ -66,10 +66,15 @@ class PretrainResult:
     first: bool = True
 
 
-def save(run: Run, folder: RunFolder) -> None:
-    """Writes a checkpoint; rank 0 does, and the others wait to hear that it is there."""
-    state = run.state_dict()
-    run.ranks.first_does(lambda: folder.save(state) and None)
+def save(
+    run: Run, writer: CheckpointWriter, *, keep: str | None = None, wait: bool = False
+) -> None:
+    """Rank 0 writes a checkpoint, behind the steps; with `wait`, all go on when it is there."""
+    state = run.state_dict()  # all ranks give their part
+    if run.ranks.first:
+        writer.save(state, keep=keep)
+    if wait:
+        run.ranks.first_does(writer.wait)
 
 
 def pretrain(
@@ -168,7 +173,9 @@ def pretrain(
 
         ranks.first_does(begin)
         # The first checkpoint, before the first step, shows that the disk takes one.
-        save(run, folder)
+        writer = CheckpointWriter(folder)
+        cleanup.callback(writer.close)
+        save(run, writer, wait=True)
         ranks.first_does(folder.require_space)
 
         total = run.total_steps
@@ -187,7 +194,7 @@ def pretrain(
             run.training_step.schedule(
                 lr=run.learning_rate(run.step), key_momentum=run.key_momentum(run.step)
             )
-            agreement.before_step()
+            agreement.before_step(writer)
             output = run.training_step(
                 views.view_q.contiguous(memory_format=memory_format),
                 views.view_k.contiguous(memory_format=memory_format),
@@ -209,17 +216,15 @@ def pretrain(
                 log(rows.popleft(), run, folder, loggers, progress)
             if saves:
                 require_finite(run, folder)
-                save(run, folder)
+                name = f"epoch_{run.step // run.steps_per_epoch:04d}.pt" if keep else None
+                save(run, writer, keep=name, wait=probe)  # the best one gets another name
             if probe:
                 ranks.first_does(lambda: probing and probing(run, folder, loggers, progress))
-            if keep:
-                name = f"epoch_{run.step // run.steps_per_epoch:04d}.pt"
-                ranks.first_does(functools.partial(folder.keep, name))
             progress.update(run.step)
         while rows:
             log(rows.popleft(), run, folder, loggers, progress)
         require_finite(run, folder)
-        save(run, folder)
+        save(run, writer, wait=True)
         for logger in loggers:
             logger.finalize("success")
         return PretrainResult(
