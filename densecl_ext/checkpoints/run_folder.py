@@ -97,6 +97,7 @@ class RunFolder:
             self.metrics,
             self.backbone,
             self.backbone.with_name("backbone.pth.md"),
+            self.path / "replay.json",
             *self.checkpoints.glob("*.pt"),
         ):
             file.unlink(missing_ok=True)

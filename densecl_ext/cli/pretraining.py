@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import sys
 from typing import Any
@@ -54,6 +55,13 @@ from densecl_ext.train.recipes import dump_recipe, load_recipe, recipe_names
         help="measure STEPS steps (20) instead of training: a table of where the time goes, and a "
         "trace, in the folder profile inside --output; a run that is there stays as it is",
     ),
+    Option(
+        ["--replay"],
+        metavar="FILE",
+        type=Word("FILE"),
+        help="take the last steps of a run that became NaN or infinite (its replay.json) again, "
+        "and tell which step, images and weights it was; writes nothing",
+    ),
     *options_of(PretrainConfig),
 )
 def pretrain(
@@ -62,6 +70,7 @@ def pretrain(
     overwrite: bool,
     dry_run: bool,
     profile: str | None,
+    replay: str | None,
     **options: Any,
 ) -> int:
     """Trains, or profiles, or tells what it would do."""
@@ -69,17 +78,18 @@ def pretrain(
         raise ValueError("--profile neither resumes nor replaces a run, and needs no --dry-run")
     if resume not in (None, "run", "auto"):
         raise ValueError(f"--resume: expected nothing or auto, got {resume!r}")
+    if replay is not None:
+        if resume is not None or overwrite or dry_run or profile is not None or recipe:
+            raise ValueError("--replay takes a run's own options, and others beside it, alone")
+        return _replay(replay, given(options))
     config = pretrain_config(recipe, resume, options)
     if dry_run:
         return _dry_run(config)
     if profile is not None:
         return _profile(config, profile)
-    from densecl_ext.train.supervise import found_launcher, share_batch, supervise, this_command
-
-    devices = 1 if config.devices == "auto" else int(config.devices)
-    if devices * config.num_nodes > 1 and not found_launcher().launcher:
-        share_batch(config.batch_size, devices * config.num_nodes, config.accumulate)
-        return supervise(this_command(), devices, config.num_nodes)
+    code = _supervised(config)
+    if code is not None:
+        return code
 
     from densecl_ext.train import pretrain
     from densecl_ext.train.progress import ConsoleProgress
@@ -134,12 +144,48 @@ def pretrain_config(
     return PretrainConfig(**values)
 
 
+def _supervised(config: PretrainConfig, *, check: bool = True) -> int | None:
+    """Starts the run's processes where several are wanted and nobody has; else None."""
+    from densecl_ext.train.supervise import found_launcher, share_batch, supervise, this_command
+
+    devices = 1 if config.devices == "auto" else int(config.devices)
+    if devices * config.num_nodes == 1 or found_launcher().launcher:
+        return None
+    if check:
+        share_batch(config.batch_size, devices * config.num_nodes, config.accumulate)
+    return supervise(this_command(), devices, config.num_nodes)
+
+
+def _replay(path: str, options: dict[str, Any]) -> int:
+    from densecl_ext.train import replay
+    from densecl_ext.train.progress import ConsoleProgress
+
+    code = _supervised(PretrainConfig(**options), check=False)
+    if code is not None:
+        return code
+    found = replay(path, options, progress=ConsoleProgress())
+    if not found.first:
+        return 0
+    if found.finite:
+        print(f"all finite up to step {found.step}: it does not happen here, or with these options")
+        return 0
+    wrong = [name for name, value in found.losses.items() if not math.isfinite(value)]
+    print(f"step {found.step}: not finite: {', '.join(wrong + found.weights[:10]) or 'a loss'}")
+    if len(found.weights) > 10:
+        print(f"  and {len(found.weights) - 10} more weights")
+    print("its images:", *found.images, sep="\n  ")
+    return 0
+
+
 def _dry_run(config: PretrainConfig) -> int:
     from densecl_ext.train.machine import pick_device
     from densecl_ext.train.run import build_run
+    from densecl_ext.train.supervise import share_batch
 
     if not config.data:
         raise ValueError("pretrain: data must name a folder of images, got nothing (--data DIR)")
+    devices = 1 if config.devices == "auto" else int(config.devices)
+    share_batch(config.batch_size, devices * config.num_nodes, config.accumulate)
     run = build_run(config, pick_device(config.device))
     run.loader.close()
     print(dump_recipe(run.config), end="")
@@ -155,6 +201,8 @@ def _profile(config: PretrainConfig, text: str) -> int:
         steps = int(text)
     except ValueError:
         raise ValueError(f"--profile: expected a number of steps, got {text!r}") from None
+    if config.devices not in ("auto", 1) or config.num_nodes > 1:
+        raise ValueError("--profile measures one process; leave --devices and --num-nodes out")
     from densecl_ext.train.profile import profile
 
     result = profile(

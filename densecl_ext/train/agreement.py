@@ -40,19 +40,21 @@ class Agreement:
         """This rank cannot go on; it takes part until the others know."""
         self._error = error
 
-    def before_step(self, writer: CheckpointWriter) -> None:
+    def before_step(self, writer: CheckpointWriter | None = None) -> None:
         """Tells this rank's note with the step to come, now and then with the queues' checksum.
 
         Args:
             writer: a checkpoint that it could not write is this rank's failure.
         """
-        if self._ranks.world == 1:
-            writer.check()
-            return
         try:
-            writer.check()
+            if writer is not None:
+                writer.check()
         except Exception as error:
+            if self._ranks.world == 1:
+                raise
             self.fail(error)
+        if self._ranks.world == 1:
+            return
         checksum = None
         if self._run.step % self._run.config.log_every == 0:
             model = self._run.model

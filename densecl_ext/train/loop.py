@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -17,8 +17,9 @@ from densecl_ext.backbones.timm import TIMM
 from densecl_ext.checkpoints import export_backbone
 from densecl_ext.checkpoints.run_folder import RunFolder
 from densecl_ext.checkpoints.writer import CheckpointWriter
-from densecl_ext.data import TwoViews, ViewLoader
-from densecl_ext.train.agreement import Agreement, blank
+from densecl_ext.data import ViewLoader
+from densecl_ext.train.agreement import Agreement
+from densecl_ext.train.batches import batches
 from densecl_ext.train.config import PretrainConfig, merge_resumed
 from densecl_ext.train.launch import launch
 from densecl_ext.train.machine import set_up
@@ -26,6 +27,7 @@ from densecl_ext.train.metrics import build_loggers
 from densecl_ext.train.probing import Probing, probe_due
 from densecl_ext.train.progress import Progress
 from densecl_ext.train.recipes import dump_recipe
+from densecl_ext.train.replaying import Seen, write_replay
 from densecl_ext.train.run import Run, build_run
 from densecl_ext.train.schedule import duration_in_steps
 from densecl_ext.train.signals import StopRequest
@@ -35,7 +37,13 @@ OWN_BACKBONE = "custom"
 
 
 class TrainingDiverged(RuntimeError):
-    """The loss or a weight became NaN or infinite; the last checkpoint is from before."""
+    """The loss or a weight became NaN or infinite; the last checkpoint is from before.
+
+    Attributes:
+        told: whether another process of the run says so, and this one need not.
+    """
+
+    told = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,9 +191,15 @@ def pretrain(
         save_every = duration_in_steps(config.checkpoint_every, run.steps_per_epoch) or total
         keep_every = config.keep_every * run.steps_per_epoch or total + 1
         memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+
+        def fails(step: int) -> TrainingDiverged:
+            writer.close()
+            return diverged(step, run, folder, write_replay(run, folder, seen, step))
+
         progress.message(describe(run))
         progress.start(step=run.step, total=last, batch_size=config.batch_size)
         rows: deque[Row] = deque()
+        seen = Seen(2 * config.log_every)
         in_flight = 1 if device.type == "cuda" else 0  # rows are read one log step later
         began = time.monotonic() if config.compile and run.step < last else None
         if began is not None:
@@ -206,6 +220,7 @@ def pretrain(
                 began = None
             run.step += 1
             run.window.add(output.scalars(), config.batch_size, waited)
+            seen.add(run.step, views.index)
             keep = run.step % keep_every == 0
             probe = probe_due(config, run.steps_per_epoch, run.step, last)
             saves = keep or probe or run.step % save_every == 0
@@ -213,17 +228,17 @@ def pretrain(
             if run.step % config.log_every == 0 or run.step == last:
                 rows.append(run.window.send(run.step, weights_finite(run.model)))
             while len(rows) > (0 if saves else in_flight):
-                log(rows.popleft(), run, folder, loggers, progress)
+                log(rows.popleft(), run, fails, loggers, progress)
             if saves:
-                require_finite(run, folder)
+                require_finite(run, fails)
                 name = f"epoch_{run.step // run.steps_per_epoch:04d}.pt" if keep else None
                 save(run, writer, keep=name, wait=probe)  # the best one gets another name
             if probe:
                 ranks.first_does(lambda: probing and probing(run, folder, loggers, progress))
             progress.update(run.step)
         while rows:
-            log(rows.popleft(), run, folder, loggers, progress)
-        require_finite(run, folder)
+            log(rows.popleft(), run, fails, loggers, progress)
+        require_finite(run, fails)
         save(run, writer, wait=True)
         for logger in loggers:
             logger.finalize("success")
@@ -254,49 +269,16 @@ POSITION = (
 STOPPING = "stopping after this step with a checkpoint; again to stop at once"
 
 
-def batches(
-    run: Run, last: int, stop: StopRequest, agreement: Agreement
-) -> Iterator[tuple[TwoViews, float]]:
-    """The batches that remain of all epochs, up to step `last` or a request to stop.
-
-    Beside each the seconds that it was waited for. Counts `run.epoch`; the consumer counts
-    `run.step`. Of several ranks one whose loader fails goes on with what it has, until the others
-    know and `agreement` raises.
-    """
-    views = None
-    while run.epoch < run.config.epochs:
-        run.loader.set_epoch(run.epoch)  # the current epoch's number keeps a loaded position
-        remaining = iter(run.loader)
-        while run.step < last and not stop.agreed:
-            began = time.monotonic()
-            try:
-                # torch's DataLoader draws from the global generator whenever an iteration begins,
-                # which in a resumed run is not where it was in the interrupted one.
-                with torch.random.fork_rng(devices=[]):
-                    found = next(remaining, None)
-            except Exception as error:
-                if run.ranks.world > 1:
-                    agreement.fail(error)
-                    while True:
-                        yield views or blank(run.config, run.ranks), 0.0
-                if not (stop.requested and isinstance(error, RuntimeError)):
-                    raise
-                return  # the signal that asks us to stop has also ended the loader's workers
-            if found is None:
-                break
-            views = found
-            yield views, time.monotonic() - began
-        else:
-            return
-        run.epoch += 1
-
-
 def log(
-    row: Row, run: Run, folder: RunFolder, loggers: Sequence[Logger], progress: Progress
+    row: Row,
+    run: Run,
+    fails: Callable[[int], TrainingDiverged],
+    loggers: Sequence[Logger],
+    progress: Progress,
 ) -> None:
     """Writes a row that has arrived; raises as `require_finite`."""
     if not row.finite():
-        raise diverged(row.step, run, folder)
+        raise fails(row.step)
     run.metrics = {
         "epoch": row.step / run.steps_per_epoch,
         **row.means(),
@@ -310,20 +292,23 @@ def log(
         progress.message(POSITION)
 
 
-def require_finite(run: Run, folder: RunFolder) -> None:
+def require_finite(run: Run, fails: Callable[[int], TrainingDiverged]) -> None:
     """Raises TrainingDiverged if a loss since the last log row, or a weight, is not finite."""
     finite = run.window.finite() and bool(weights_finite(run.model))
     if not all(run.ranks.gather(finite)):
-        raise diverged(run.step, run, folder)
+        raise fails(run.step)
 
 
-def diverged(step: int, run: Run, folder: RunFolder) -> TrainingDiverged:
-    """The error, with what to do about it."""
-    return TrainingDiverged(
+def diverged(step: int, run: Run, folder: RunFolder, replay: Path) -> TrainingDiverged:
+    """The error, with what to do about it; of several ranks the first one tells it."""
+    error = TrainingDiverged(
         "pretrain: the loss or a weight became NaN or infinite at or before step "
         f"{step}; {folder.last} is from before that. Go on from it with a lower rate "
-        f"(--resume --lr X, it was {run.config.lr:g}) or with --precision fp32"
+        f"(--resume --lr X, it was {run.config.lr:g}) or with --precision fp32. Which step, images "
+        f"and weights: densecl pretrain --replay {replay}"
     )
+    error.told = not run.ranks.first
+    return error
 
 
 def write_backbone(run: Run, folder: RunFolder, progress: Progress) -> Path | None:
