@@ -248,7 +248,7 @@ def test_ten_kills_change_nothing(data: str, tmp_path: Path) -> None:
     """Random ranks at random moments; the end has the bits of an undisturbed run."""
     photos = os.environ.get("DENSECL_TEST_PHOTOS", data)
     rest = [*TINY, "--devices", "2", "--data", photos, "--resume", "auto", "--max-steps", "60"]
-    rest += ["--epochs", "100"]
+    rest += ["--epochs", "100", "--loader", "torchvision", "--workers", "0"]  # reads what it needs
     whole = start(["--output", str(tmp_path / "whole"), *rest], tmp_path / "log")
     assert whole.wait(300) == 0
     draw, output, log = random.Random(0), tmp_path / "run", tmp_path / "log"

@@ -74,6 +74,12 @@ class PretrainResult:
     first: bool = True
 
 
+def require_data(config: PretrainConfig, loader: ViewLoader | None) -> None:
+    """Raises ValueError where there are no images to train on."""
+    if loader is None and not config.data:
+        raise ValueError("pretrain: data must name a folder of images, got nothing (--data DIR)")
+
+
 def save(
     run: Run, writer: CheckpointWriter, *, keep: str | None = None, wait: bool = False
 ) -> None:
@@ -128,8 +134,6 @@ def pretrain(
         RuntimeError: the device is not there, or another process trains in the folder.
     """
     progress = progress or Progress()
-    if loader is None and not config.data:
-        raise ValueError("pretrain: data must name a folder of images, got nothing (--data DIR)")
     if backbone is not None:
         config = dataclasses.replace(config, backbone=OWN_BACKBONE, weights="none")
     ranks = launch(
@@ -146,10 +150,12 @@ def pretrain(
     folder = RunFolder(config.output)
     with contextlib.ExitStack() as cleanup:
         cleanup.enter_context(ranks.together())
+        ranks.all_do(lambda: require_data(config, loader))
         cleanup.callback(folder.release)
         checkpoint = ranks.first_does(lambda: folder.prepare(resume=resume, overwrite=overwrite))
         if checkpoint is not None:
-            config, changed = merge_resumed(config, PretrainConfig.of_run(checkpoint["config"]))
+            asked, stored = config, PretrainConfig.of_run(checkpoint["config"])
+            config, changed = ranks.all_do(lambda: merge_resumed(asked, stored))
             if changed:
                 progress.message(f"resuming with another {', '.join(changed)}")
         stop = StopRequest(lambda: progress.message(STOPPING), alone=ranks.world == 1)
