@@ -11,7 +11,7 @@ from torch import Tensor
 from densecl_ext.checkpoints.writer import CheckpointWriter
 from densecl_ext.data import TwoViews
 from densecl_ext.nn.distributed import CHECKED, CHECKSUM, FAILED, STOP, KeyExchange, queue_checksum
-from densecl_ext.train.launch import RankFailed, Ranks
+from densecl_ext.train.launch import RankFailed, Ranks, own
 from densecl_ext.train.run import Run
 from densecl_ext.train.signals import StopRequest
 
@@ -88,7 +88,7 @@ class Agreement:
         failed = notes[:, FAILED].nonzero().flatten().tolist()
         if failed:
             if self._error is not None and failed[0] == self._ranks.rank:
-                raise self._error
+                raise own(self._error)
             raise RankFailed(f"rank {failed[0]} failed")
         if bool(notes[:, CHECKED].all()):
             other = (notes[:, CHECKSUM] != notes[0, CHECKSUM]).nonzero().flatten().tolist()

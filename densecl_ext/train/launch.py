@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 _Result = TypeVar("_Result")
 
 
+_OWN = "of_this_rank"  # marks an error that is no lost connection to another
+
+
 class RankFailed(RuntimeError):
     """Another process of the run failed.
 
@@ -86,7 +89,7 @@ class Ranks:
         sent = [(result, None if error is None else str(error))]
         dist.broadcast_object_list(sent, src=0, device=_cpu_or(self.device))
         if error is not None:
-            raise error
+            raise own(error)
         if sent[0][1] is not None:
             raise RankFailed(f"rank 0 failed: {sent[0][1]}")
         return sent[0][0]  # type: ignore[return-value]
@@ -109,7 +112,7 @@ class Ranks:
         if not failed:
             return result  # type: ignore[return-value]
         if self.rank == failed[0] and error is not None:
-            raise error
+            raise own(error)
         raise RankFailed(f"rank {failed[0]} failed: {errors[failed[0]]}")
 
     def gather(self, value: _Result) -> list[_Result]:
@@ -127,8 +130,8 @@ class Ranks:
             yield
         except RankFailed:
             raise
-        except (dist.DistError, RuntimeError) as error:
-            if self.world == 1 or not _is_lost(error):
+        except RuntimeError as error:  # DistError is one
+            if self.world == 1 or hasattr(error, _OWN) or not _is_lost(error):
                 raise
             raise RankFailed(
                 f"pretrain: rank {self.rank} of {self.world} has lost another process, which ended "
@@ -144,6 +147,12 @@ class Ranks:
             return store.add("densecl/lost", 1) == 1
         except Exception:  # the store lived in the process that is gone
             return True
+
+
+def own(error: Exception) -> Exception:
+    """Marks an error of this rank's own doing, which the others know of."""
+    setattr(error, _OWN, True)
+    return error
 
 
 def launch(
