@@ -293,17 +293,6 @@ def test_several_folders(data: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         torch.set_num_threads(threads)
 
 
-def test_torchrun_is_told_clearly(data: Path, tmp_path: Path) -> None:
-    """Two processes, as torchrun starts them; neither says that another one is training."""
-    pytest.importorskip("lightning")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    words = ["-m", "densecl_ext", "pretrain", "--data", data, "--output", tmp_path / "run", *TINY]
-    result = subprocess.run([*launch, *words], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode != 0
-    assert "started as one of 2 processes (WORLD_SIZE)" in result.stderr
-    assert "another process is training" not in result.stderr
-
-
 def test_from_photographs_to_torchvision(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

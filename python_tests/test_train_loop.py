@@ -375,7 +375,7 @@ def test_a_launcher_is_told_so_and_not_that_the_folder_is_taken(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(RuntimeError, match="one of 2 processes .WORLD_SIZE.*without torchrun"):
+    with pytest.raises(RuntimeError, match="one of 2 processes .WORLD_SIZE.*with torchrun"):
         runs.tiny_run(runs.tiny_config(data, tmp_path))
     assert not list(tmp_path.iterdir())
 

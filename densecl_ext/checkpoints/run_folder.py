@@ -48,11 +48,12 @@ class RunFolder:
         """Whether a run has begun here."""
         return any(p.exists() for p in (self.config, self.metrics, self.last, self.previous))
 
-    def prepare(self, *, resume: bool, overwrite: bool) -> dict[str, Any] | None:
+    def prepare(self, *, resume: bool | str, overwrite: bool) -> dict[str, Any] | None:
         """Makes the folder ready and proves that it can be written.
 
         Args:
-            resume: go on with the run that is here.
+            resume: go on with the run that is here; "auto" if there is a checkpoint of one, and
+                else start, whatever a run that was killed before its first one has left.
             overwrite: a run may be here; `clear` removes it.
 
         Returns:
@@ -67,6 +68,8 @@ class RunFolder:
         """
         if resume and overwrite:
             raise ValueError("pretrain: resume and overwrite exclude each other")
+        if resume == "auto" and not self.resumable():
+            resume, overwrite = False, True
         if resume:
             self._require_last()
             self._take_lock()
@@ -94,6 +97,7 @@ class RunFolder:
             self.metrics,
             self.backbone,
             self.backbone.with_name("backbone.pth.md"),
+            self.path / "replay.json",
             *self.checkpoints.glob("*.pt"),
         ):
             file.unlink(missing_ok=True)
@@ -156,8 +160,12 @@ class RunFolder:
                 f"need {needed / 1e6:.0f} MB beside the newest"
             )
 
+    def resumable(self) -> bool:
+        """Whether there is a checkpoint to go on from, whole or not."""
+        return self.last.is_file() or self.previous.is_file()
+
     def _require_last(self) -> None:
-        if not (self.last.is_file() or self.previous.is_file()):
+        if not self.resumable():
             raise FileNotFoundError(
                 f"pretrain: nothing to resume in {self.path}: {self.last} does not exist; start "
                 "without --resume"

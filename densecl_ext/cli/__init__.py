@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except (ValueError, TypeError, RuntimeError, OSError, ImportError) as error:
             if "--debug" in words:
                 traceback.print_exc()
-            else:
+            elif not getattr(error, "told", False):  # by another process of the run
                 _say(f"{command}: error: {one_line(error)}")
             return EXIT_ERROR
 

@@ -102,6 +102,7 @@ class EpochLoader(ABC):
     Attributes:
         files: The images; a `TwoViews.index` counts in them.
         skipped: Files that turned out unreadable so far, and why.
+        batch_size: Images in a batch of all ranks together; `own_size` of them are this rank's.
     """
 
     backend: str
@@ -119,8 +120,17 @@ class EpochLoader(ABC):
         channels_last: bool = False,
         dtype: torch.dtype = torch.float32,
         reading: Reading = DEFAULT,
+        rank: int = 0,
+        ranks: int = 1,
+        parts: int = 1,
     ) -> None:
+        if batch_size % (ranks * parts) or (ranks * parts > 1 and not drop_last):
+            raise ValueError(
+                f"build_loader: {ranks} ranks and {parts} parts need whole batches that they can "
+                f"share equally, got batch_size {batch_size} and drop_last={drop_last}"
+            )
         self.files = files
+        self.rank, self.ranks, self.parts = rank, ranks, parts
         self.skipped: dict[Path, str] = {}
         self.reading = reading
         self._narrow = False
@@ -135,6 +145,11 @@ class EpochLoader(ABC):
         self.epoch = 0
         self._position = 0
         self._first = 0
+
+    @property
+    def own_size(self) -> int:
+        """This rank's images of a batch."""
+        return self.batch_size // self.ranks
 
     @property
     def num_images(self) -> int:
@@ -224,7 +239,13 @@ class EpochLoader(ABC):
         """File indices of each remaining batch, made when asked for: there may be millions."""
         order = epoch_order(self.seed, epoch, len(self.files))
         starts = range(first * self.batch_size, len(self) * self.batch_size, self.batch_size)
-        return (order[start : start + self.batch_size].tolist() for start in starts)
+        return (self._own(order[start : start + self.batch_size]).tolist() for start in starts)
+
+    def _own(self, batch: np.ndarray) -> np.ndarray:
+        """This rank's images of a batch: of each of its parts the rank's share."""
+        if self.ranks * self.parts == 1:
+            return batch
+        return batch.reshape(self.parts, self.ranks, -1)[:, self.rank].reshape(-1)
 
     def _skip(self, index: int, reason: str) -> None:
         """Count a file out, and say so once."""

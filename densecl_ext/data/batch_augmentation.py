@@ -7,7 +7,6 @@ Gaussian where Pillow approximates one by three box filters.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -90,6 +89,9 @@ def blur(pixels: Tensor, sigmas: Tensor) -> Tensor:
 def gaussian(pixels: Tensor, sigmas: Tensor) -> Tensor:
     """Blur each view by its own Gaussian; edges are repeated outwards.
 
+    A view's result does not depend on those beside it: each kernel ends where its own width says,
+    and what it is divided by adds up in order.
+
     Args:
         pixels: (n, C, S, S), float.
         sigmas: (n, 1, 1, 1), standard deviations in pixels, on the CPU.
@@ -98,10 +100,15 @@ def gaussian(pixels: Tensor, sigmas: Tensor) -> Tensor:
         (n, C, S, S).
     """
     size = pixels.shape[-1]
-    radius = max(1, math.ceil(_RADIUS * float(sigmas.max())))
+    radii = (_RADIUS * sigmas).ceil().clamp(min=1)  # (n, 1, 1, 1)
+    radius = int(radii.max())
     offsets = torch.arange(radius + 1, dtype=torch.float32).reshape(-1, 1, 1, 1, 1)
     kernels = torch.exp(-0.5 * (offsets / sigmas.clamp(min=1e-3)) ** 2)
-    kernels = kernels / (2 * kernels.sum(dim=0) - 1)
+    kernels = kernels * (offsets <= radii)  # (radius + 1, n, 1, 1, 1)
+    total = kernels[0].clone()
+    for kernel in kernels[1:]:
+        total += 2 * kernel
+    kernels = kernels / total
     kernels = kernels.to(pixels.device, non_blocking=True)
     for axis, padding in ((2, (0, 0, radius, radius)), (3, (radius, radius, 0, 0))):
         padded = F.pad(pixels, padding, mode="replicate")

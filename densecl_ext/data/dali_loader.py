@@ -113,7 +113,7 @@ class DaliLoader(EpochLoader):
 
     def _build(self) -> Any:
         pipeline = two_view_pipeline(
-            batch_size=self.batch_size,
+            batch_size=self.own_size,
             prefetch_queue_depth=1,
             size=self.size,
             augmentation=self.augmentation,

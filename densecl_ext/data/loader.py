@@ -52,6 +52,9 @@ def build_loader(
     channels: int | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    rank: int = 0,
+    ranks: int = 1,
+    parts: int = 1,
 ) -> ViewLoader:
     """Two augmented views of every image under a folder, shuffled anew in every epoch.
 
@@ -105,9 +108,13 @@ def build_loader(
         mean: Mean of each channel after scaling to [0, 1], in place of `augmentation`'s. None, with
             `channels`, measures it over some images; `loader.augmentation` then has it.
         std: Deviation of each channel, likewise.
+        rank: Which of the processes that share every batch this is, from 0 on. Order, views and
+            batches do not depend on it, nor on how many there are.
+        ranks: How many share a batch, equally. The views of all ranks, in order, are the batch.
+        parts: Parts that the batch is taken in (gradient accumulation): the ranks share each.
 
     Returns:
-        The loader.
+        The loader; `batch_size` counts the images of all ranks.
 
     Raises:
         ValueError: A value is out of range, the folder holds no readable image, or fewer images
@@ -194,6 +201,9 @@ def build_loader(
         "channels_last": channels_last,
         "dtype": dtype,
         "reading": reading,
+        "rank": rank,
+        "ranks": ranks,
+        "parts": parts,
     }
     if backend == "memory":
         from densecl_ext.data.memory_loader import MemoryLoader

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from threading import Thread
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -193,8 +195,20 @@ def _collate(samples: list[_Sample]) -> _Batch:
 
 
 def _leave_interrupts_to_the_main_process(_: int) -> None:
-    # Ctrl-C reaches every process of the terminal, and the trainer still wants its last batch.
+    # Ctrl-C reaches every process of the terminal, and a scheduler's signal every process of the
+    # job; the trainer still wants its last batch.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        Thread(target=_end_when_the_parent_asks, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_when_the_parent_asks(parent: int) -> None:
+    """SIGTERM of the main process, which then waits, ends a worker; that of others does not."""
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 class _Requests:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase, _NormBase
@@ -153,12 +154,47 @@ def split_batch_norms(module: ModuleT, groups: int) -> ModuleT:
     """
     if groups < 1:
         raise ValueError(f"split_batch_norms: groups must be at least 1, got {groups}")
+
+    def twin(layer: _BatchNorm) -> SplitBatchNorm:
+        return SplitBatchNorm(
+            layer.num_features,
+            groups,
+            layer.eps,
+            layer.momentum,
+            layer.affine,
+            layer.track_running_stats,
+        )
+
+    hint = (
+        "split; use key_bn_groups=1 (which leaks batch statistics) or a backbone with "
+        "nn.BatchNorm2d layers"
+    )
+    return replace_batch_norms(module, twin, hint)
+
+
+def replace_batch_norms(
+    module: ModuleT, twin_of: Callable[[_BatchNorm], _NormBase], hint: str
+) -> ModuleT:
+    """Replace every batch norm inside ``module``, in place; a layer that is shared stays shared.
+
+    Args:
+        module: a module with batch norms, or none.
+        twin_of: makes the layer for another; its parameters, buffers and mode are then taken over.
+        hint: ends the error: what a batch norm of its own kind cannot be, and the way out.
+
+    Returns:
+        ``module`` itself, or its replacement where it is a batch norm.
+
+    Raises:
+        ValueError: a batch-norm class with a forward of its own, which a replacement would lose.
+    """
     replaced: dict[nn.Module, nn.Module] = {}
 
     def convert(layer: nn.Module, name: str) -> nn.Module:
         if isinstance(layer, _BatchNorm):
             if layer not in replaced:
-                replaced[layer] = _split_twin(layer, groups, name)
+                _require_plain(layer, name, hint)
+                replaced[layer] = _taken_over(layer, twin_of(layer))
             return replaced[layer]
         for child_name, child in layer.named_children():
             twin = convert(child, f"{name}.{child_name}" if name else child_name)
@@ -195,6 +231,75 @@ def shuffled_forward(module: Callable[..., tuple], images: Tensor, **kwargs: Any
     return make(ordered)
 
 
+def exchanged_forward(module: Callable[..., tuple], images: Tensor, **kwargs: Any) -> tuple:
+    """Run ``module`` on images that the processes have exchanged at random: MoCo's Shuffle-BN.
+
+    A process normalises keys over other images than its queries, and gets the outputs of its own
+    images back, in their order. Every image travels once, and so do its outputs (all-to-all), not
+    as in MoCo every image to every process. The permutation comes from the CPU's global generator,
+    which must be in the same state on all processes.
+
+    Args:
+        module: called as ``module(images, **kwargs)``; returns a (named) tuple of tensors whose
+            first dimension is the batch, or None.
+        images: (N, ...), N equal on all processes.
+        **kwargs: handed to ``module``.
+
+    Returns:
+        The tuple: row i belongs to ``images[i]``.
+    """
+    route = ShuffleRoute(images.shape[0])
+    outputs = module(route.send(images), **kwargs)
+    returned = [None if output is None else route.send_back(output) for output in outputs]
+    make = getattr(type(outputs), "_make", tuple)  # a named tuple stays one
+    return make(returned)
+
+
+class ShuffleRoute:
+    """Which images every process gives to, and gets from, every other one.
+
+    Args:
+        rows: N, images of this process, equal on all.
+    """
+
+    def __init__(self, rows: int) -> None:
+        ranks, rank = dist.get_world_size(), dist.get_rank()
+        order = torch.randperm(ranks * rows)  # image at every place
+        places = order.argsort()  # place of every image
+        own = places[rank * rows : (rank + 1) * rows]
+        self._give = own.argsort()  # own images, by the process and the place they go to
+        self._given = torch.bincount(own // rows, minlength=ranks).tolist()
+        sources = order[rank * rows : (rank + 1) * rows] // rows
+        # What comes lies by the process it comes from, then by place.
+        self._got = torch.bincount(sources, minlength=ranks).tolist()
+        self._arrive = sources.argsort(stable=True)
+
+    def send(self, images: Tensor) -> Tensor:
+        """Own images (N, ...) go out, the shuffled ones (N, ...) come in, in order of place."""
+        came = _all_to_all(_rows(images, self._give), self._given, self._got)
+        return _rows(came, self._arrive.argsort())
+
+    def send_back(self, outputs: Tensor) -> Tensor:
+        """Outputs (N, ...) of the shuffled images go home, those of the own come in, in order."""
+        came = _all_to_all(_rows(outputs, self._arrive), self._got, self._given)
+        return _rows(came, self._give.argsort())
+
+
+def _rows(tensor: Tensor, index: Tensor) -> Tensor:
+    if tensor.is_cuda:  # from other memory the copy would make the host wait
+        index = index.pin_memory().to(tensor.device, non_blocking=True)
+    return tensor[index]
+
+
+def _all_to_all(rows: Tensor, given: list[int], got: list[int]) -> Tensor:
+    if rows.dim() == 4 and rows.is_contiguous(memory_format=torch.channels_last):
+        return _all_to_all(rows.permute(0, 2, 3, 1), given, got).permute(0, 3, 1, 2)
+    rows = rows.contiguous()
+    came = torch.empty_like(rows)
+    dist.all_to_all_single(came, rows, got, given)
+    return came
+
+
 def _channels_last(x: Tensor) -> torch.memory_format:
     return {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim(), torch.contiguous_format)
 
@@ -204,22 +309,16 @@ def _repeated(values: Tensor | None, groups: int) -> list[Tensor | None]:
     return [None] * groups if values is None else list(values.repeat(groups, 1).unbind())
 
 
-def _split_twin(layer: _BatchNorm, groups: int, name: str) -> SplitBatchNorm:
+def _require_plain(layer: _BatchNorm, name: str, hint: str) -> None:
     own_forward = type(layer).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
     if own_forward or isinstance(layer, _LazyNormBase):
         raise ValueError(
             f"split_batch_norms: layer {name!r} is a {type(layer).__name__}, which is not a plain "
-            "batch norm and cannot be split; use key_bn_groups=1 (which leaks batch statistics) or "
-            "a backbone with nn.BatchNorm2d layers"
+            f"batch norm and cannot be {hint}"
         )
-    twin = SplitBatchNorm(
-        layer.num_features,
-        groups,
-        layer.eps,
-        layer.momentum,
-        layer.affine,
-        layer.track_running_stats,
-    )
+
+
+def _taken_over(layer: _BatchNorm, twin: _NormBase) -> nn.Module:
     twin.weight, twin.bias = layer.weight, layer.bias
     twin.running_mean, twin.running_var = layer.running_mean, layer.running_var
     twin.num_batches_tracked = layer.num_batches_tracked

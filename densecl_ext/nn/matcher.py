@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from densecl_ext.nn.distributed import own_rows
 from densecl_ext.nn.matching import (
     MATCHINGS,
     ROW_WEIGHTS,
@@ -107,7 +108,8 @@ class Matcher:
             assert truth is not None
             match = truth
         elif self.matching == "random":
-            match = random_match(query.grid.shape[0], *sizes, device=query.grid.device)
+            device = query.grid.device
+            match = own_rows(lambda n: random_match(n, *sizes, device=device), query.grid.shape[0])
         elif self.matching == "dense":
             match = feature_match(query.grid, key.grid, mutual=self.mutual)
         else:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from densecl_ext.backbones import build_backbone, feature_channels
-from densecl_ext.nn.batchnorm import shuffled_forward
-from densecl_ext.nn.distributed import gather_keys
+from densecl_ext.nn.batchnorm import exchanged_forward, shuffled_forward
+from densecl_ext.nn.distributed import gather_keys, own_rows, world_size
 from densecl_ext.nn.health import match_metrics, position_metrics, vector_metrics
 from densecl_ext.nn.losses import DenseCLLoss, DenseCLTerms
 from densecl_ext.nn.matcher import Matched, Matcher
@@ -17,8 +18,10 @@ from densecl_ext.nn.momentum import MomentumEncoder
 from densecl_ext.nn.necks import DenseCLNeck, NeckOutput, Predictor
 from densecl_ext.nn.phases import phase
 from densecl_ext.nn.queue import KeyQueue
+from densecl_ext.nn.syncnorm import sync_batch_norms
 
 DENSE_NEGATIVES = ("pooled", "position")
+KEY_BN = ("split", "shuffle", "sync")
 
 
 class DenseCLOutput(NamedTuple):
@@ -66,9 +69,10 @@ class DenseCL(nn.Module):
     ``loss_lambda=0`` is MoCo v2, exactly: the dense head is frozen and not run, the dense queue
     stays as it is. ``loss_lambda=1`` without warm-up leaves out the global branch in the same way.
 
-    Under ``torch.distributed`` every process enqueues the keys of all of them, so that the queues
-    stay equal; wrap the model with ``broadcast_buffers=False`` (the queues are large) and build it
-    from the same seed on every rank.
+    Initialise ``torch.distributed`` before the model is built. Every process enqueues the keys of
+    all of them, so that the queues stay equal; wrap the model with ``broadcast_buffers=False`` (the
+    queues are large) and build it from the same seed on every rank. The global generators must be
+    in the same state on all: what is drawn for an image does not depend on who has it.
 
     Metrics (0-d, float32, on the model's device, no gradient; of the first direction where the loss
     is symmetric):
@@ -128,9 +132,13 @@ class DenseCL(nn.Module):
             It is still computed and its queue filled.
         queue_dtype: dtype of the stored keys and of the loss's arithmetic.
         queue_init: ``"empty"`` or ``"random"`` (the paper's), see :class:`KeyQueue`.
-        key_bn_groups: groups of the batch that the key encoder's batch norms normalise apart, so
-            that keys do not share statistics with their queries
-            (:mod:`densecl_ext.nn.batchnorm`); 8 imitates the paper's 8 GPUs. 1 is plain batch norm,
+        key_bn: how batch norm keeps from telling which key belongs to which query
+            (:mod:`densecl_ext.nn.batchnorm`). ``"split"``: the key encoder normalises groups of
+            this process's batch apart, in random order; nothing is sent. ``"shuffle"``: as the
+            paper does, processes exchange the key images, and their outputs, at random; alone it
+            is ``"split"``. ``"sync"``: both encoders normalise over the batch of all processes
+            (which tells a little), so that results do not depend on their number.
+        key_bn_groups: groups of ``"split"``; 8 imitates the paper's 8 GPUs. 1 is plain batch norm,
             which leaks on a single process.
         backbone_channels: C, where it cannot be found out.
 
@@ -177,6 +185,7 @@ class DenseCL(nn.Module):
         lambda_warmup_steps: int = 0,
         queue_dtype: torch.dtype = torch.float32,
         queue_init: str = "empty",
+        key_bn: str = "split",
         key_bn_groups: int = 8,
         backbone_channels: int | None = None,
     ) -> None:
@@ -187,6 +196,8 @@ class DenseCL(nn.Module):
                 f"DenseCL: dense_negatives must be one of {DENSE_NEGATIVES}, got "
                 f"{dense_negatives!r}"
             )
+        if key_bn not in KEY_BN:
+            raise ValueError(f"DenseCL: key_bn must be one of {KEY_BN}, got {key_bn!r}")
         for name, count, least in (
             ("lambda_warmup_steps", lambda_warmup_steps, 0),
             ("key_bn_groups", key_bn_groups, 1),
@@ -201,21 +212,27 @@ class DenseCL(nn.Module):
         self.positions_per_image = positions_per_image
         self.symmetric = symmetric
         self.lambda_warmup_steps = lambda_warmup_steps
-        self.key_bn_groups = key_bn_groups
+        self.key_bn = key_bn
+        exchanged = key_bn == "shuffle" and world_size() > 1
+        self.key_bn_groups = 1 if exchanged or key_bn == "sync" else key_bn_groups
         self.with_dense = loss_lambda > 0.0
         self.with_global = loss_lambda < 1.0 or lambda_warmup_steps > 0
 
         self.backbone = build_backbone(backbone) if isinstance(backbone, str) else backbone
         channels = backbone_channels or feature_channels(self.backbone)
         self.neck = DenseCLNeck(channels, hidden_dim, dim, grid_size)
+        if key_bn == "sync" and world_size() > 1:
+            self.backbone = sync_batch_norms(self.backbone)
         self.momentum_encoder = MomentumEncoder(
-            Encoder(self.backbone, self.neck), momentum, bn_groups=key_bn_groups
+            Encoder(self.backbone, self.neck), momentum, bn_groups=self.key_bn_groups
         )
         self.predictor = None
         if predictor_dim is not None:
             self.predictor = Predictor(
                 dim, predictor_dim, with_global=self.with_global, with_dense=self.with_dense
             )
+            if key_bn == "sync" and world_size() > 1:
+                sync_batch_norms(self.predictor)
         # A head without a loss must not look trainable: weight decay would shrink it, and
         # DistributedDataParallel would wait for its gradient.
         self.neck.global_head.requires_grad_(self.with_global)
@@ -223,6 +240,8 @@ class DenseCL(nn.Module):
         self.global_queue = KeyQueue(queue_length, dim, queue_dtype, init=queue_init)
         self.dense_queue = KeyQueue(queue_length, dim, queue_dtype, init=queue_init)
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        self.gather: Callable[[Tensor], Tensor] = gather_keys
+        self._pending: list[Tensor] = []  # keys of the step's parts so far
 
     @property
     def loss_lambda(self) -> float:
@@ -236,8 +255,13 @@ class DenseCL(nn.Module):
         *,
         crop_q: Tensor | None = None,
         crop_k: Tensor | None = None,
+        part: int = 0,
+        parts: int = 1,
     ) -> DenseCLOutput:
-        """One step on two views of the same images.
+        """One step on two views of the same images, or one part of it.
+
+        A step in several parts (gradient accumulation) moves the key encoder in its first part, and
+        in its last enqueues the keys of all parts at once, in the order of the whole batch.
 
         Args:
             view_q: (N, 3, H, W), normalised images for the query encoder.
@@ -245,13 +269,16 @@ class DenseCL(nn.Module):
             crop_q: (N, 5), crop box and flip of each query view
                 (:func:`densecl_ext.nn.matching.geometric_match`); needed by matching "geometric".
             crop_k: (N, 5) of each key view.
+            part: which part of the step this is, from 0 on; parts come in order.
+            parts: of how many, all of N images.
         """
         self._check(view_q, view_k, crop_q, crop_k)
         loss_lambda = self._current_lambda()
-        if self.training:
+        if self.training and part == 0:
+            self._pending = []
             with phase("momentum"):
                 self.momentum_encoder.update_({"backbone": self.backbone, "neck": self.neck})
-        metrics = self._queue_metrics(loss_lambda, view_q)
+        metrics = self._queue_metrics(loss_lambda, view_q.shape[0] * parts * world_size())
         terms, key = self._direction(view_q, view_k, crop_q, crop_k, loss_lambda, metrics)
         keys = [key]
         if self.symmetric:
@@ -260,9 +287,10 @@ class DenseCL(nn.Module):
             keys.append(key)
         if self.training:
             with phase("enqueue"):
-                for key in keys:
-                    self._enqueue_(key)
-                self.step.add_(1)
+                self._pending.append(torch.cat([self._new_keys(key) for key in keys], dim=1))
+                if part == parts - 1:
+                    self._enqueue_(len(keys))
+                    self.step.add_(1)
         return DenseCLOutput(*terms, metrics)
 
     def _direction(
@@ -329,6 +357,8 @@ class DenseCL(nn.Module):
 
     def _key(self, view_k: Tensor) -> NeckOutput:
         heads = {"with_global": self.with_global, "with_dense": self.with_dense}
+        if self.training and self.key_bn == "shuffle" and world_size() > 1:
+            return exchanged_forward(self.momentum_encoder, view_k, **heads)  # type: ignore
         if self.training and self.key_bn_groups > 1:
             return shuffled_forward(self.momentum_encoder, view_k, **heads)  # type: ignore
         return self.momentum_encoder(view_k, **heads)
@@ -340,33 +370,44 @@ class DenseCL(nn.Module):
         if self.dense_negatives == "pooled":
             return positions.mean(dim=2).unsqueeze(1)
         images, dim, count = positions.shape
-        drawn = torch.randint(count, (images, 1, self.positions_per_image), device=grid.device)
+        shape = 1, self.positions_per_image
+        drawn = own_rows(lambda n: torch.randint(count, (n, *shape), device=grid.device), images)
         return positions.gather(2, drawn.expand(-1, dim, -1)).transpose(1, 2)
 
     @torch.no_grad()
-    def _enqueue_(self, key: NeckOutput) -> None:
-        """Put the keys of all processes into the queues: one vector and n dense keys per image."""
-        parts = []
+    def _new_keys(self, key: NeckOutput) -> Tensor:
+        """What the queues get of each image: (N, P, D), the vector first, then the dense keys."""
+        found = []
         if key.vector is not None:
-            parts.append(key.vector.float().unsqueeze(1))  # (N, 1, D)
+            found.append(key.vector.float().unsqueeze(1))  # (N, 1, D)
         if key.grid is not None:
-            parts.append(self._negatives(key.grid))  # (N, n, D)
-        keys = gather_keys(torch.cat(parts, dim=1))  # one collective
-        if key.vector is not None:
-            self.global_queue.enqueue_(keys[:, 0])
-            keys = keys[:, 1:]
-        if key.grid is not None:
-            self.dense_queue.enqueue_(keys.flatten(0, 1))
+            found.append(self._negatives(key.grid))  # (N, n, D)
+        return torch.cat(found, dim=1)
 
-    def _queue_metrics(self, loss_lambda: float | Tensor, views: Tensor) -> dict[str, Tensor]:
+    @torch.no_grad()
+    def _enqueue_(self, directions: int) -> None:
+        """Put the step's keys of all processes into the queues, in the order of its batch."""
+        parts, ranks = len(self._pending), world_size()
+        keys = self.gather(torch.cat(self._pending))  # (R * parts * N, directions * P, D)
+        self._pending = []
+        if ranks > 1 and parts > 1:  # every part of the batch is shared by all ranks
+            keys = keys.unflatten(0, (ranks, parts, -1)).transpose(0, 1).flatten(0, 2)
+        for key in keys.chunk(directions, dim=1):
+            if self.with_global:
+                self.global_queue.enqueue_(key[:, 0])
+                key = key[:, 1:]
+            if self.with_dense:
+                self.dense_queue.enqueue_(key.flatten(0, 1))
+
+    def _queue_metrics(self, loss_lambda: float | Tensor, images: int) -> dict[str, Tensor]:
         queue = self.global_queue if self.with_global else self.dense_queue
-        per_step = views.shape[0] * (2 if self.symmetric else 1)
+        per_step = images * (2 if self.symmetric else 1)
         if not self.with_global and self.dense_negatives == "position":
             per_step *= self.positions_per_image
         weight = (
             loss_lambda
             if isinstance(loss_lambda, Tensor)
-            else torch.full((), loss_lambda, device=views.device)
+            else torch.full((), loss_lambda, device=self.step.device)
         )
         held = queue.filled.float()
         return {

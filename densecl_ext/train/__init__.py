@@ -13,23 +13,27 @@ if TYPE_CHECKING:
     from densecl_ext.train.config import PretrainConfig
     from densecl_ext.train.loop import PretrainResult, TrainingDiverged, pretrain
     from densecl_ext.train.recipes import load_recipe, recipe_names
+    from densecl_ext.train.replaying import Replayed, replay
     from densecl_ext.train.step import StepOutput, TrainingStep
 
 __all__ = [
     "PretrainConfig",
     "PretrainResult",
+    "Replayed",
     "StepOutput",
     "TrainingDiverged",
     "TrainingStep",
     "load_recipe",
     "pretrain",
     "recipe_names",
+    "replay",
 ]
 
 _MODULES = {
     "config": ("PretrainConfig",),
     "loop": ("PretrainResult", "TrainingDiverged", "pretrain"),
     "recipes": ("load_recipe", "recipe_names"),
+    "replaying": ("Replayed", "replay"),
     "step": ("StepOutput", "TrainingStep"),
 }
 

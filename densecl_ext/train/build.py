@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -14,21 +15,34 @@ from torch import nn
 from densecl_ext.backbones import build_backbone, feature_grid
 from densecl_ext.backbones.build import load_weights
 from densecl_ext.checkpoints import read_backbone
-from densecl_ext.data import ViewLoader, build_loader
+from densecl_ext.data import LeftOutWarning, ViewLoader, build_loader
+from densecl_ext.data.loader import available_cores
 from densecl_ext.nn.model import DenseCL
 from densecl_ext.train.config import PretrainConfig
+from densecl_ext.train.launch import Ranks
 from densecl_ext.train.schedule import duration_in_steps
+from densecl_ext.train.supervise import share_batch
 
 
-def open_loader(config: PretrainConfig, device: torch.device) -> ViewLoader:
+def open_loader(config: PretrainConfig, ranks: Ranks) -> ViewLoader:
     """The two-view loader of a configuration; raises ValueError for a folder it cannot use."""
+    workers = None if config.workers == "auto" else int(config.workers)
+    if workers is None and ranks.on_machine > 1:
+        workers = min(8, max(1, available_cores() // ranks.on_machine))
+    with warnings.catch_warnings():
+        if not ranks.first:
+            warnings.simplefilter("ignore", LeftOutWarning)  # rank 0 has the same to say
+        return _open_loader(config, ranks, workers)
+
+
+def _open_loader(config: PretrainConfig, ranks: Ranks, workers: int | None) -> ViewLoader:
     return build_loader(
         config.data,
         batch_size=config.batch_size,
         size=config.image_size,
         backend=config.loader,
-        device=device,
-        workers=None if config.workers == "auto" else int(config.workers),
+        device=ranks.device,
+        workers=workers,
         seed=config.seed,
         crop_scale=(config.smallest_crop, 1.0),
         drop_last=True,
@@ -41,6 +55,9 @@ def open_loader(config: PretrainConfig, device: torch.device) -> ViewLoader:
         channels=None if config.channels == "rgb" else int(config.channels),
         mean=None if config.pixel_mean == "auto" else numbers(config.pixel_mean),
         std=None if config.pixel_std == "auto" else numbers(config.pixel_std),
+        rank=ranks.rank,
+        ranks=ranks.world,
+        parts=config.accumulate,
     )
 
 
@@ -109,21 +126,30 @@ def starting_backbone(config: PretrainConfig) -> nn.Module:
     return backbone
 
 
-def check_batch(config: PretrainConfig, backbone: nn.Module) -> None:
+def check_batch(config: PretrainConfig, backbone: nn.Module, world: int) -> None:
     """Raises ValueError for one image a batch where batch norm would see one value a channel."""
+    seen = share_batch(config.batch_size, world, config.accumulate)
     norms = any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in backbone.modules())
-    if config.batch_size > 1 or not norms:
+    if seen > 1 or not norms:
         return
     stride = feature_grid(backbone).stride
     if config.image_size <= stride:
+        shared = f" for {world} processes x {config.accumulate} parts"
         raise ValueError(
-            f"pretrain: batch_size 1 at image_size {config.image_size} leaves batch norm one value "
+            f"pretrain: batch_size {config.batch_size}{shared if config.batch_size > 1 else ''} at "
+            f"image_size {config.image_size} leaves batch norm one value "
             f"a channel (the backbone's stride is {stride}), and it needs two: raise either"
         )
 
 
-def build_model(config: PretrainConfig, backbone: nn.Module, steps_per_epoch: int) -> DenseCL:
+def build_model(
+    config: PretrainConfig, backbone: nn.Module, steps_per_epoch: int, world: int = 1
+) -> DenseCL:
     """The model of a resolved configuration, around a backbone, on the CPU."""
+    # With one group a process would normalise keys over the very images of its queries.
+    groups = config.key_bn_groups
+    if world > 1 and groups > 1:
+        groups = max(2, round(groups / world))
     model = DenseCL(
         backbone,
         dim=config.dim,
@@ -147,7 +173,8 @@ def build_model(config: PretrainConfig, backbone: nn.Module, steps_per_epoch: in
         lambda_warmup_steps=duration_in_steps(config.lambda_warmup, steps_per_epoch),
         queue_dtype=torch.bfloat16 if config.queue_dtype == "bf16" else torch.float32,
         queue_init=config.queue_init,
-        key_bn_groups=config.key_bn_groups,
+        key_bn=config.key_bn,
+        key_bn_groups=groups,
     )
     if config.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -213,9 +213,18 @@ class PretrainConfig:
         "constant, as in the paper, or along a cosine up to 1 at the end of the run",
         group="model",
     )
+    key_bn: Literal["split", "shuffle", "sync"] = option(
+        "split",
+        "what keeps batch norm from telling which key belongs to which query; split: the key "
+        "encoder normalises groups of a process's batch apart, nothing is sent; shuffle: processes "
+        "exchange the key images, as in the paper; sync: both encoders normalise over the batch of "
+        "all processes, so that results do not depend on their number",
+        group="model",
+    )
     key_bn_groups: Positive = option(
         8,
-        "groups of the key batch that are normalised apart (1 GPU's stand-in for Shuffle-BN)",
+        "groups of the batch of all processes for key_bn split; a process has its share of them, "
+        "and two at least",
         group="model",
     )
     temperature: PositiveFloat = option(0.2, "temperature of both losses", group="model")
@@ -229,7 +238,14 @@ class PretrainConfig:
 
     # --- optimisation
     epochs: Positive = option(200, "passes over the images", group="optimisation")
-    batch_size: Positive = option(256, "images a step", group="optimisation")
+    batch_size: Positive = option(
+        256, "images a step, of all processes together", group="optimisation"
+    )
+    accumulate: Positive = option(
+        1,
+        "take the batch in this many parts, for one that does not fit; batch norm sees a part",
+        group="optimisation",
+    )
     base_lr: PositiveFloat = option(
         0.3,
         "learning rate at batch 256; the rate used is base_lr * batch_size / 256",
@@ -276,6 +292,25 @@ class PretrainConfig:
         group="machine",
         may_change=True,
         metavar="auto|cpu|cuda[:N]",
+    )
+    devices: Auto | Positive = option(
+        "auto",
+        "processes on this machine, each with its own GPU or a share of the CPU's cores; auto: 1, "
+        "or as many as torchrun or srun has started",
+        group="machine",
+        may_change=True,
+    )
+    num_nodes: Positive = option(
+        1,
+        "machines; with --devices each needs MASTER_ADDR, MASTER_PORT and NODE_RANK",
+        group="machine",
+        may_change=True,
+    )
+    timeout: Positive = option(
+        1800,
+        "seconds after which a process that does not answer counts as lost",
+        group="machine",
+        may_change=True,
     )
     precision: Literal["auto", "fp32", "bf16"] = option(
         "auto",
@@ -420,6 +455,10 @@ class PretrainConfig:
 BEFORE = {"dense_negatives": "pooled"}
 
 
+# Options whose "auto" asks this machine, whatever the machine before had.
+MACHINE = ("device", "devices", "workers", "threads")
+
+
 def absolute(folders: str | list[str]) -> str | list[str]:
     """The folders' absolute paths; no folder stays none."""
     if isinstance(folders, list):
@@ -452,7 +491,7 @@ def merge_resumed(
         asked, had = getattr(config, name), getattr(stored, name)
         if name == "data":  # relative to where this process is, or not given with a loader
             asked, had = absolute(asked or had), absolute(had)
-        if asked == had or (asked == "auto" and name not in ("device", "workers", "threads")):
+        if asked == had or (asked == "auto" and name not in MACHINE):
             continue
         if not schema["may_change"]:
             raise ValueError(

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -16,14 +16,18 @@ from torch import nn
 from densecl_ext.backbones.timm import TIMM
 from densecl_ext.checkpoints import export_backbone
 from densecl_ext.checkpoints.run_folder import RunFolder
-from densecl_ext.data import TwoViews, ViewLoader
+from densecl_ext.checkpoints.writer import CheckpointWriter
+from densecl_ext.data import ViewLoader
+from densecl_ext.train.agreement import Agreement
+from densecl_ext.train.batches import batches
 from densecl_ext.train.config import PretrainConfig, merge_resumed
 from densecl_ext.train.launch import launch
-from densecl_ext.train.machine import pick_device, set_up
+from densecl_ext.train.machine import set_up
 from densecl_ext.train.metrics import build_loggers
-from densecl_ext.train.probing import Probing
+from densecl_ext.train.probing import Probing, probe_due
 from densecl_ext.train.progress import Progress
 from densecl_ext.train.recipes import dump_recipe
+from densecl_ext.train.replaying import Seen, write_replay
 from densecl_ext.train.run import Run, build_run
 from densecl_ext.train.schedule import duration_in_steps
 from densecl_ext.train.signals import StopRequest
@@ -33,7 +37,13 @@ OWN_BACKBONE = "custom"
 
 
 class TrainingDiverged(RuntimeError):
-    """The loss or a weight became NaN or infinite; the last checkpoint is from before."""
+    """The loss or a weight became NaN or infinite; the last checkpoint is from before.
+
+    Attributes:
+        told: whether another process of the run says so, and this one need not.
+    """
+
+    told = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +60,7 @@ class PretrainResult:
         skipped: files that did not decode, and why.
         backbone: OUT/backbone.pth, the finished run's backbone as its library loads it; None where
             the run has not finished, or that library has no such network.
+        first: whether this is the only process of the run, or its rank 0, which tells of it.
     """
 
     output: Path
@@ -60,12 +71,30 @@ class PretrainResult:
     metrics: dict[str, float]
     skipped: dict[Path, str]
     backbone: Path | None = None
+    first: bool = True
+
+
+def require_data(config: PretrainConfig, loader: ViewLoader | None) -> None:
+    """Raises ValueError where there are no images to train on."""
+    if loader is None and not config.data:
+        raise ValueError("pretrain: data must name a folder of images, got nothing (--data DIR)")
+
+
+def save(
+    run: Run, writer: CheckpointWriter, *, keep: str | None = None, wait: bool = False
+) -> None:
+    """Rank 0 writes a checkpoint, behind the steps; with `wait`, all go on when it is there."""
+    state = run.state_dict()  # all ranks give their part
+    if run.ranks.first:
+        writer.save(state, keep=keep)
+    if wait:
+        run.ranks.first_does(writer.wait)
 
 
 def pretrain(
     config: PretrainConfig,
     *,
-    resume: bool = False,
+    resume: bool | str = False,
     overwrite: bool = False,
     backbone: nn.Module | None = None,
     loader: ViewLoader | None = None,
@@ -84,7 +113,8 @@ def pretrain(
 
     Args:
         config: what to do.
-        resume: go on with the run in `config.output`.
+        resume: go on with the run in `config.output`; "auto" does so if there is one, and else
+            starts it.
         overwrite: replace the run in `config.output`.
         backbone: a network of your own, (N, 3, H, W) -> (N, C, h, w), instead of
             `config.backbone` and `config.weights`. To resume, pass the same network.
@@ -104,59 +134,87 @@ def pretrain(
         RuntimeError: the device is not there, or another process trains in the folder.
     """
     progress = progress or Progress()
-    if loader is None and not config.data:
-        raise ValueError("pretrain: data must name a folder of images, got nothing (--data DIR)")
     if backbone is not None:
         config = dataclasses.replace(config, backbone=OWN_BACKBONE, weights="none")
-    device = pick_device(config.device)
-    launch(device)
+    ranks = launch(
+        config.device,
+        devices=config.devices,
+        num_nodes=config.num_nodes,
+        timeout=config.timeout,
+        batch_size=config.batch_size,
+        accumulate=config.accumulate,
+    )
+    device = ranks.device
+    progress = progress if ranks.first else Progress()
     set_up(device, config.threads)
     folder = RunFolder(config.output)
     with contextlib.ExitStack() as cleanup:
+        cleanup.enter_context(ranks.together())
+        ranks.all_do(lambda: require_data(config, loader))
         cleanup.callback(folder.release)
-        checkpoint = folder.prepare(resume=resume, overwrite=overwrite)
+        checkpoint = ranks.first_does(lambda: folder.prepare(resume=resume, overwrite=overwrite))
         if checkpoint is not None:
-            config, changed = merge_resumed(config, PretrainConfig.of_run(checkpoint["config"]))
+            asked, stored = config, PretrainConfig.of_run(checkpoint["config"])
+            config, changed = ranks.all_do(lambda: merge_resumed(asked, stored))
             if changed:
                 progress.message(f"resuming with another {', '.join(changed)}")
-        stop = cleanup.enter_context(StopRequest(lambda: progress.message(STOPPING)))
+        stop = StopRequest(lambda: progress.message(STOPPING), alone=ranks.world == 1)
+        cleanup.enter_context(stop)
         cleanup.callback(progress.close)
 
-        run = build_run(config, device, backbone=backbone, loader=loader)
+        run = ranks.all_do(
+            lambda: build_run(config, device, backbone=backbone, loader=loader, ranks=ranks)
+        )
         if loader is None:
             cleanup.callback(run.loader.close)
         config = run.config
-        if checkpoint is None:
-            folder.clear()  # not earlier: an error above would have cost the run that is replaced
-        else:
-            run.load_state_dict(checkpoint)
-        loggers = build_loggers(config, folder, checkpoint["step"] if checkpoint else None)
+        if checkpoint is not None:
+            ranks.all_do(lambda: run.load_state_dict(checkpoint))
+        ranks.all_do(lambda: run.training_step.average(ranks.wrap))
+        agreement = Agreement(run, ranks, stop)
 
-        probing = None
-        if config.probe != "none":
-            probing = Probing(config, folder, run.steps_per_epoch)
+        loggers: list[Logger] = []
+        probing: Probing | None = None
 
+        def begin() -> None:
+            nonlocal loggers, probing
+            if checkpoint is None:
+                folder.clear()  # not earlier: an error above would have cost the replaced run
+            loggers = build_loggers(config, folder, checkpoint["step"] if checkpoint else None)
+            if config.probe != "none":
+                probing = Probing(config, folder)
+            folder.write_config(dump_recipe(config))
+
+        ranks.first_does(begin)
         # The first checkpoint, before the first step, shows that the disk takes one.
-        folder.write_config(dump_recipe(config))
-        folder.save(run.state_dict())
-        folder.require_space()
+        writer = CheckpointWriter(folder)
+        cleanup.callback(writer.close)
+        save(run, writer, wait=True)
+        ranks.first_does(folder.require_space)
 
         total = run.total_steps
         last = total if config.max_steps == "none" else min(total, int(config.max_steps))
         save_every = duration_in_steps(config.checkpoint_every, run.steps_per_epoch) or total
         keep_every = config.keep_every * run.steps_per_epoch or total + 1
         memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+
+        def fails(step: int) -> TrainingDiverged:
+            writer.close()
+            return diverged(step, run, folder, write_replay(run, folder, seen, step))
+
         progress.message(describe(run))
         progress.start(step=run.step, total=last, batch_size=config.batch_size)
         rows: deque[Row] = deque()
+        seen = Seen(2 * config.log_every)
         in_flight = 1 if device.type == "cuda" else 0  # rows are read one log step later
         began = time.monotonic() if config.compile and run.step < last else None
         if began is not None:
             progress.message("compiling both encoders: the first step takes a minute or more")
-        for views in batches(run, last, stop):
+        for views, waited in batches(run, last, stop, agreement):
             run.training_step.schedule(
                 lr=run.learning_rate(run.step), key_momentum=run.key_momentum(run.step)
             )
+            agreement.before_step(writer)
             output = run.training_step(
                 views.view_q.contiguous(memory_format=memory_format),
                 views.view_k.contiguous(memory_format=memory_format),
@@ -167,26 +225,27 @@ def pretrain(
                 progress.message(f"compiled after {time.monotonic() - began:.0f} s")
                 began = None
             run.step += 1
-            run.window.add(output.scalars(), config.batch_size)
+            run.window.add(output.scalars(), config.batch_size, waited)
+            seen.add(run.step, views.index)
             keep = run.step % keep_every == 0
-            probe = probing is not None and probing.due(run.step, last)
-            save = keep or probe or run.step % save_every == 0
+            probe = probe_due(config, run.steps_per_epoch, run.step, last)
+            saves = keep or probe or run.step % save_every == 0
+            agreement.after_step(all_arrived=saves or run.step == last)
             if run.step % config.log_every == 0 or run.step == last:
                 rows.append(run.window.send(run.step, weights_finite(run.model)))
-            while len(rows) > (0 if save else in_flight):
-                log(rows.popleft(), run, folder, loggers, progress)
-            if save:
-                require_finite(run, folder)
-                folder.save(run.state_dict())
-            if probing is not None and probe:
-                probing(run, folder, loggers, progress)
-            if keep:
-                folder.keep(f"epoch_{run.step // run.steps_per_epoch:04d}.pt")
+            while len(rows) > (0 if saves else in_flight):
+                log(rows.popleft(), run, fails, loggers, progress)
+            if saves:
+                require_finite(run, fails)
+                name = f"epoch_{run.step // run.steps_per_epoch:04d}.pt" if keep else None
+                save(run, writer, keep=name, wait=probe)  # the best one gets another name
+            if probe:
+                ranks.first_does(lambda: probing and probing(run, folder, loggers, progress))
             progress.update(run.step)
         while rows:
-            log(rows.popleft(), run, folder, loggers, progress)
-        require_finite(run, folder)
-        folder.save(run.state_dict())
+            log(rows.popleft(), run, fails, loggers, progress)
+        require_finite(run, fails)
+        save(run, writer, wait=True)
         for logger in loggers:
             logger.finalize("success")
         return PretrainResult(
@@ -194,10 +253,17 @@ def pretrain(
             checkpoint=folder.last,
             step=run.step,
             total_steps=total,
-            interrupted=stop.requested and run.step < last,
+            interrupted=stop.agreed and run.step < last,
             metrics=run.metrics,
-            skipped=dict(run.loader.skipped),
-            backbone=write_backbone(run, folder, progress) if run.step == total else None,
+            skipped={
+                path: why
+                for part in ranks.gather(dict(run.loader.skipped))
+                for path, why in part.items()
+            },
+            backbone=ranks.first_does(
+                lambda: write_backbone(run, folder, progress) if run.step == total else None
+            ),
+            first=ranks.first,
         )
 
 
@@ -209,38 +275,16 @@ POSITION = (
 STOPPING = "stopping after this step with a checkpoint; again to stop at once"
 
 
-def batches(run: Run, last: int, stop: StopRequest) -> Iterator[TwoViews]:
-    """The batches that remain of all epochs, up to step `last` or a request to stop.
-
-    Counts `run.epoch`; the consumer counts `run.step`.
-    """
-    while run.epoch < run.config.epochs:
-        run.loader.set_epoch(run.epoch)  # the current epoch's number keeps a loaded position
-        remaining = iter(run.loader)
-        while run.step < last and not stop.requested:
-            try:
-                # torch's DataLoader draws from the global generator whenever an iteration begins,
-                # which in a resumed run is not where it was in the interrupted one.
-                with torch.random.fork_rng(devices=[]):
-                    views = next(remaining, None)
-            except RuntimeError:
-                if not stop.requested:
-                    raise
-                return  # the signal that asks us to stop has also ended the loader's workers
-            if views is None:
-                break
-            yield views
-        else:
-            return
-        run.epoch += 1
-
-
 def log(
-    row: Row, run: Run, folder: RunFolder, loggers: Sequence[Logger], progress: Progress
+    row: Row,
+    run: Run,
+    fails: Callable[[int], TrainingDiverged],
+    loggers: Sequence[Logger],
+    progress: Progress,
 ) -> None:
     """Writes a row that has arrived; raises as `require_finite`."""
     if not row.finite():
-        raise diverged(row.step, run, folder)
+        raise fails(row.step)
     run.metrics = {
         "epoch": row.step / run.steps_per_epoch,
         **row.means(),
@@ -254,19 +298,23 @@ def log(
         progress.message(POSITION)
 
 
-def require_finite(run: Run, folder: RunFolder) -> None:
+def require_finite(run: Run, fails: Callable[[int], TrainingDiverged]) -> None:
     """Raises TrainingDiverged if a loss since the last log row, or a weight, is not finite."""
-    if not (run.window.finite() and bool(weights_finite(run.model))):
-        raise diverged(run.step, run, folder)
+    finite = run.window.finite() and bool(weights_finite(run.model))
+    if not all(run.ranks.gather(finite)):
+        raise fails(run.step)
 
 
-def diverged(step: int, run: Run, folder: RunFolder) -> TrainingDiverged:
-    """The error, with what to do about it."""
-    return TrainingDiverged(
+def diverged(step: int, run: Run, folder: RunFolder, replay: Path) -> TrainingDiverged:
+    """The error, with what to do about it; of several ranks the first one tells it."""
+    error = TrainingDiverged(
         "pretrain: the loss or a weight became NaN or infinite at or before step "
         f"{step}; {folder.last} is from before that. Go on from it with a lower rate "
-        f"(--resume --lr X, it was {run.config.lr:g}) or with --precision fp32"
+        f"(--resume --lr X, it was {run.config.lr:g}) or with --precision fp32. Which step, images "
+        f"and weights: densecl pretrain --replay {replay}"
     )
+    error.told = not run.ranks.first
+    return error
 
 
 def write_backbone(run: Run, folder: RunFolder, progress: Progress) -> Path | None:
@@ -304,12 +352,16 @@ def describe(run: Run) -> str:
     config, loader = run.config, run.loader
     weights = sum(p.numel() for p in run.model.backbone.parameters()) / 1e6
     begin = f"resuming at step {run.step} of" if run.step else "training for"
+    where = f"{run.device}" if run.ranks.world == 1 else f"{run.ranks.world} x {run.device.type}"
+    shared = [f"{run.ranks.world} processes"] * (run.ranks.world > 1)
+    shared += [f"{config.accumulate} parts"] * (config.accumulate > 1)
+    each = f" ({' x '.join(shared)})" if shared else ""
     return "\n".join(
         [
             f"{begin} {run.total_steps} steps ({config.epochs} epochs of {len(loader)}) on "
-            f"{run.device}, {config.precision}, {torch.get_num_threads()} threads",
+            f"{where}, {config.precision}, {torch.get_num_threads()} threads",
             f"  data: {loader.num_images} images through {loader.backend}, views of "
-            f"{config.image_size} px, batch {config.batch_size}",
+            f"{config.image_size} px, batch {config.batch_size}{each}",
             *described_values(config),
             f"  model: {config.backbone} ({weights:.1f} million weights), matching "
             f"{config.matching}, lambda {config.loss_lambda:g}, queue {config.queue_length} "

@@ -7,14 +7,16 @@ from typing import Any
 import torch
 
 
-def pick_device(name: str) -> torch.device:
+def pick_device(name: str, *, local_rank: int = 0, on_machine: int = 1) -> torch.device:
     """Turns the option `device` into a device.
 
     Args:
         name: "auto" (the first GPU if there is one, else the CPU), "cpu", "cuda" or "cuda:N".
+        local_rank: of the run's processes on this machine, which this is; each has its own GPU.
+        on_machine: how many there are.
 
     Raises:
-        ValueError: not the name of such a device.
+        ValueError: not the name of such a device, or of one GPU for several processes.
         RuntimeError: a GPU is asked for that is not there.
     """
     if name == "auto":
@@ -27,13 +29,17 @@ def pick_device(name: str) -> torch.device:
         raise ValueError(f"pretrain: device must be auto, cpu, cuda or cuda:N, got {name!r}")
     if device.type == "cpu":
         return torch.device("cpu")
-    device = torch.device("cuda", device.index or 0)
+    if on_machine > 1 and device.index is not None:
+        raise ValueError(
+            f"pretrain: device {name!r} is one GPU, for {on_machine} processes on this machine; "
+            "say cuda, and CUDA_VISIBLE_DEVICES to choose among them"
+        )
+    device = torch.device("cuda", local_rank if on_machine > 1 else device.index or 0)
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device.index >= count:
         raise RuntimeError(
-            f"pretrain: device {name!r} is not available: torch {torch.__version__} sees {count} "
-            "GPUs; "
-            "`densecl info` tells why"
+            f"pretrain: device {str(device) if on_machine > 1 else name!r} is not available: torch "
+            f"{torch.__version__} sees {count} GPUs; `densecl info` tells why"
         )
     return device
 

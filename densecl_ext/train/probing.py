@@ -9,6 +9,7 @@ import csv
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from lightning.fabric.loggers.logger import Logger
 
 from densecl_ext.checkpoints.run_folder import RunFolder
@@ -28,15 +29,14 @@ class Probing:
     checkpoint is kept as checkpoints/best.pt.
 
     Args:
-        config: resolved; ``probe`` and ``probe_every``.
+        config: resolved; ``probe``.
         folder: of the run; an earlier best is read from its metrics.csv.
-        steps_per_epoch: of the run.
 
     Raises:
         ValueError: the probe's folder does not fit.
     """
 
-    def __init__(self, config: PretrainConfig, folder: RunFolder, steps_per_epoch: int) -> None:
+    def __init__(self, config: PretrainConfig, folder: RunFolder) -> None:
         from densecl_ext.evaluate.probe import Probe, ProbeOptions
 
         data = Path(config.probe)
@@ -51,19 +51,16 @@ class Probing:
             )
             self.headline = "correspondence/exact"
         self.probe = Probe(options)
-        self.every = duration_in_steps(config.probe_every, steps_per_epoch)
         self.best = best_of(folder.metrics, self.headline)
-
-    def due(self, step: int, total: int) -> bool:
-        """Whether to measure after this step."""
-        return step == total or (self.every > 0 and step % self.every == 0)
 
     def __call__(
         self, run: Run, folder: RunFolder, loggers: Sequence[Logger], progress: Progress
     ) -> None:
         """Measure, log, and keep the newest checkpoint if it is the best so far."""
         head = run.model.neck.dense_head if run.model.with_dense else None
-        found = self.probe.run(run.model.backbone, head)
+        # What it draws must not show in the run, whose ranks all have equal generators.
+        with torch.random.fork_rng(devices=[run.device] if run.device.type == "cuda" else []):
+            found = self.probe.run(run.model.backbone, head)
         for logger in loggers:
             logger.log_metrics(found, run.step)
         value = found[self.headline]
@@ -73,6 +70,13 @@ class Probing:
             folder.keep(BEST)
         told = ", ".join(f"{name} {number:.3f}" for name, number in found.items() if "/" in name)
         progress.message(f"probe at step {run.step}: {told}{' (best so far)' if better else ''}")
+
+
+def probe_due(config: PretrainConfig, steps_per_epoch: int, step: int, last: int) -> bool:
+    """Whether to measure after this step."""
+    every = duration_in_steps(config.probe_every, steps_per_epoch)
+    due = step == last or (every > 0 and step % every == 0)
+    return due and config.probe != "none"
 
 
 def best_of(metrics: Path, headline: str) -> float | None:

@@ -25,6 +25,7 @@ from densecl_ext.train.build import (
     starting_backbone,
 )
 from densecl_ext.train.config import PretrainConfig
+from densecl_ext.train.launch import Ranks
 from densecl_ext.train.machine import has_native_bf16
 from densecl_ext.train.schedule import cosine_lr, cosine_momentum, duration_in_steps
 from densecl_ext.train.step import TrainingStep
@@ -49,6 +50,7 @@ class Run:
         epoch: the current one, 0-based.
         step: steps done.
         metrics: the last log row.
+        ranks: the processes that share it; all of them call `state_dict` together.
         told_of_position: whether the warning of the position shortcut was given; no part of a
             checkpoint, so that a resumed run may give it again.
     """
@@ -60,6 +62,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     training_step: TrainingStep
     window: Window
+    ranks: Ranks
     epoch: int = 0
     step: int = 0
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -91,7 +94,11 @@ class Run:
     def new_step(self, *, cuda_graph: bool) -> TrainingStep:
         """Another `TrainingStep` of the same parts; encoders that are compiled stay so."""
         return TrainingStep(
-            self.model, self.optimizer, precision=self.config.precision, cuda_graph=cuda_graph
+            self.model,
+            self.optimizer,
+            precision=self.config.precision,
+            cuda_graph=cuda_graph,
+            accumulate=self.config.accumulate,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -110,7 +117,7 @@ class Run:
             "optimizer": optimizer,
             "loader": self.loader.state_dict(),
             "window": self.window.state_dict(),
-            "rng": rng_state(),
+            "rng": rng_state(self.device),
         }
 
     def load_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
@@ -134,7 +141,7 @@ class Run:
             getattr(self, part).load_state_dict(checkpoint[part])
         for group, values in zip(self.optimizer.param_groups, own, strict=True):
             group.update(values)
-        set_rng_state(checkpoint["rng"])
+        set_rng_state(checkpoint["rng"], self.device)
 
 
 def build_run(
@@ -143,6 +150,7 @@ def build_run(
     *,
     backbone: nn.Module | None = None,
     loader: ViewLoader | None = None,
+    ranks: Ranks | None = None,
 ) -> Run:
     """Builds a run before its first step. Seeds the global generators.
 
@@ -152,6 +160,7 @@ def build_run(
         backbone: a network of your own, see `pretrain`.
         loader: a loader of your own, see `pretrain`. One that is opened here is closed when
             building fails, else by the caller.
+        ranks: the processes that share the run; None for this one alone.
 
     Raises:
         ValueError: an option does not fit the data or the device.
@@ -164,12 +173,22 @@ def build_run(
             f"pretrain: probe needs channels rgb, got channels {config.channels}: evaluation reads "
             "RGB images alone"
         )
+    ranks = Ranks(device) if ranks is None else ranks
+    if config.cuda_graph and ranks.world > 1:
+        raise ValueError(
+            f"pretrain: cuda_graph is for one GPU, the run has {ranks.world}; leave it out"
+        )
     own = loader is None
+    if getattr(loader, "ranks", 1) != ranks.world and not own:
+        raise ValueError(
+            f"pretrain: the run has {ranks.world} processes, and the loader hands every batch out "
+            "whole; build it with build_loader(rank=, ranks=), or give it an attribute `ranks`"
+        )
     batch = getattr(loader, "batch_size", config.batch_size)
     if batch != config.batch_size:
         raise ValueError(f"pretrain: batch_size is {config.batch_size}, the loader's is {batch}")
     # Data first: the number of images decides what "auto" means.
-    loader = open_loader(config, device) if loader is None else loader
+    loader = open_loader(config, ranks) if loader is None else loader
     try:
         config = config.resolved(
             images=loader.num_images,
@@ -179,8 +198,8 @@ def build_run(
         )
         seed_everything(config.seed)
         backbone = starting_backbone(config) if backbone is None else backbone
-        check_batch(config, backbone)
-        model = build_model(config, backbone, len(loader)).to(device).train()
+        check_batch(config, backbone, ranks.world)
+        model = build_model(config, backbone, len(loader), ranks.world).to(device).train()
         optimizer = build_optimizer(config, model)
         training_step = TrainingStep(
             model,
@@ -188,12 +207,13 @@ def build_run(
             precision=config.precision,
             cuda_graph=config.cuda_graph,
             compile=config.compile,
+            accumulate=config.accumulate,
         )
     except BaseException:
         if own:
             loader.close()
         raise
-    return Run(config, device, loader, model, optimizer, training_step, Window(device))
+    return Run(config, device, loader, model, optimizer, training_step, Window(device), ranks)
 
 
 def data_identity(loader: ViewLoader) -> dict[str, Any]:
@@ -222,23 +242,25 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def rng_state() -> dict[str, Any]:
-    """State of all global generators, as tensors and plain values."""
+def rng_state(device: torch.device) -> dict[str, Any]:
+    """State of all global generators, of GPUs the run's own, as tensors and plain values."""
     numpy_state: Any = np.random.get_state()
     kind, keys, position, has_gauss, gauss = numpy_state
     return {
         "python": random.getstate(),
         "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": [torch.cuda.get_rng_state(device)] if device.type == "cuda" else [],
     }
 
 
-def set_rng_state(state: Mapping[str, Any]) -> None:
-    """Puts all global generators back; those of GPUs only where their number is the same."""
+def set_rng_state(state: Mapping[str, Any], device: torch.device) -> None:
+    """Puts all global generators back; that of a GPU where the run was on one."""
     kind, keys, position, has_gauss, gauss = state["numpy"]
     random.setstate(state["python"])
     np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
     torch.set_rng_state(state["torch"])
-    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if device.type == "cuda" and state["cuda"]:
+        of_gpus = state["cuda"]  # one, or as versions before had it all that were there
+        index = min(device.index or 0, len(of_gpus) - 1)
+        torch.cuda.set_rng_state(of_gpus[index], device)

@@ -9,9 +9,13 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
 
 class StopRequest:
-    """Turns the first Ctrl-C (SIGINT) or SIGTERM into a flag; a second one interrupts at once.
+    """Turns Ctrl-C (SIGINT), SIGTERM and SIGUSR1 into a flag; Ctrl-C after one interrupts at once.
+
+    SIGUSR1 is what SLURM is commonly told to send before a job's time is up.
 
     Use as a context manager around the run; it restores the handlers it found. Outside the main
     thread, where Python allows no handlers, it does nothing.
@@ -22,20 +26,38 @@ class StopRequest:
 
     Attributes:
         requested: whether to stop after the current step.
+        agreed: whether all processes of the run are to; alone it is the same.
     """
 
-    def __init__(self, notify: Callable[[], None] = lambda: None) -> None:
-        """Args: notify: called when a stop is first requested."""
+    def __init__(self, notify: Callable[[], None] = lambda: None, *, alone: bool = True) -> None:
+        """Makes the flag.
+
+        Args:
+            notify: called when a stop is first requested.
+            alone: no other process has to agree.
+        """
         self.requested = False
+        self._alone, self._agreed = alone, False
         self._notify = notify
         self._owner = os.getpid()
         self._previous: dict[int, Any] = {}
+
+    @property
+    def agreed(self) -> bool:
+        """Whether to stop now."""
+        return self.requested if self._alone else self._agreed
+
+    def agree(self) -> None:
+        """Called when all processes know of the request."""
+        self._agreed = True
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._owner:
             return
         if self.requested:
-            raise KeyboardInterrupt
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            return
         self.requested = True
         # torch's handler for dead workers raises wherever the main thread happens to be.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -44,7 +66,7 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         """Installs the handlers."""
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in STOPPING:
                 self._previous[number] = signal.signal(number, self._handle)
             self._previous[signal.SIGCHLD] = signal.getsignal(signal.SIGCHLD)
         return self

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from densecl_ext.nn.model import DenseCL
 from densecl_ext.nn.phases import phase
@@ -61,9 +62,14 @@ class TrainingStep:
             optimizer must read its learning rate on the device: ``torch.optim.SGD(...,
             fused=True)``, or another one with ``capturable=True``.
         compile: compile both encoders with torch.compile, in place; takes a while at first.
+        accumulate: take every batch in this many parts, one after the other, whose gradients add up
+            to those of their mean loss. The key encoder moves, keys enter the queues and the
+            optimizer steps once. Batch norm sees a part, and a part's dense loss is the mean over
+            its own matched positions.
 
     Raises:
-        ValueError: an unknown precision, or an optimizer that a graph cannot hold.
+        ValueError: an unknown precision, an optimizer that a graph cannot hold, or `accumulate`
+            below 1.
         RuntimeError: ``cuda_graph`` with a model that is not on a GPU.
 
     Example:
@@ -86,7 +92,10 @@ class TrainingStep:
         precision: str = "fp32",
         cuda_graph: bool = False,
         compile: bool = False,
+        accumulate: int = 1,
     ) -> None:
+        if accumulate < 1:
+            raise ValueError(f"TrainingStep: accumulate must be at least 1, got {accumulate}")
         if precision not in PRECISIONS:
             raise ValueError(
                 f"TrainingStep: precision must be one of {PRECISIONS}, got {precision!r}"
@@ -94,6 +103,8 @@ class TrainingStep:
         self.model = model
         self.optimizer = optimizer
         self.precision = precision
+        self.accumulate = accumulate
+        self._forward: torch.nn.Module = model  # or what averages its gradients over processes
         self.device = next(model.parameters()).device
         self._graph = CapturedStep(self._run, self.device) if cuda_graph else None
         if self.device.type == "cuda":
@@ -162,17 +173,49 @@ class TrainingStep:
     def _run(
         self, view_q: Tensor, view_k: Tensor, crop_q: Tensor | None, crop_k: Tensor | None
     ) -> StepOutput:
-        bf16 = self.precision == "bf16"
-        with torch.autocast(self.device.type, torch.bfloat16) if bf16 else nullcontext():
-            output = self.model(view_q, view_k, crop_q=crop_q, crop_k=crop_k)
-        with phase("backward"):
-            output.loss.backward()
+        parts = self.accumulate
+        if view_q.shape[0] % parts:
+            raise ValueError(
+                f"TrainingStep: {view_q.shape[0]} images cannot be taken in {parts} equal parts"
+            )
+        inputs = (view_q, view_k, crop_q, crop_k)
+        pieces = [[None] * parts if x is None else x.chunk(parts) for x in inputs]
+        outputs = [self._part(part, *piece) for part, piece in enumerate(zip(*pieces, strict=True))]
         with phase("optimizer"):
-            metrics = output.metrics | {"gradient_norm": self._gradient_norm()}
+            norm = self._gradient_norm()
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
+        output = outputs[0] if parts == 1 else _mean(outputs)
+        return output._replace(metrics=output.metrics | {"gradient_norm": norm})
+
+    def _part(
+        self,
+        part: int,
+        view_q: Tensor,
+        view_k: Tensor,
+        crop_q: Tensor | None,
+        crop_k: Tensor | None,
+    ) -> StepOutput:
+        """Forward and backward of one part; gradients travel with the last."""
+        crops = {"crop_q": crop_q, "crop_k": crop_k}
+        last = part == self.accumulate - 1
+        waits = not last and isinstance(self._forward, DistributedDataParallel)
+        bf16 = self.precision == "bf16"
+        with self._forward.no_sync() if waits else nullcontext():  # type: ignore[operator]
+            with torch.autocast(self.device.type, torch.bfloat16) if bf16 else nullcontext():
+                output = self._forward(view_q, view_k, **crops, part=part, parts=self.accumulate)
+            with phase("backward"):
+                (output.loss / self.accumulate).backward()
         loss, loss_global, loss_dense = (term.detach() for term in output[:3])
-        return StepOutput(loss, loss_global, loss_dense, metrics)
+        return StepOutput(loss, loss_global, loss_dense, output.metrics)
+
+    def average(self, wrap: Callable[[torch.nn.Module], torch.nn.Module]) -> None:
+        """Average gradients over processes from now on.
+
+        Args:
+            wrap: puts the model into ``DistributedDataParallel``.
+        """
+        self._forward = wrap(self.model)
 
     @torch.no_grad()
     def _gradient_norm(self) -> Tensor:
@@ -267,6 +310,14 @@ class CapturedStep:
             if buffer is not None and given is not None:
                 buffer.copy_(given, non_blocking=True)
         return self._inputs
+
+
+def _mean(outputs: list[StepOutput]) -> StepOutput:
+    """Losses and metrics, each the mean over a step's parts."""
+    scalars = [output.scalars() for output in outputs]
+    means = {name: torch.stack([s[name] for s in scalars]).mean(dim=0) for name in scalars[0]}
+    losses = means.pop("loss"), means.pop("loss_global"), means.pop("loss_dense")
+    return StepOutput(*losses, means)
 
 
 def _form(tensor: Tensor | None) -> str:

@@ -8,7 +8,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+
+from densecl_ext.nn.distributed import world_size
 
 
 class Row:
@@ -27,6 +30,7 @@ class Row:
         count: int,
         images: int,
         started: Any,
+        waited: float,
     ) -> None:
         """Sends the values; on the CPU they are there already.
 
@@ -38,10 +42,12 @@ class Row:
             count: steps in the window.
             images: images in the window.
             started: when it began, from `clock`.
+            waited: seconds of it in which the host waited for images.
         """
         self.step = step
         self._names = list(names)
         self._count, self._images, self._started = count, images, started
+        self._waited = waited
         values = torch.cat([sums, finite.float().reshape(1)])
         if sums.device.type == "cuda":
             self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
@@ -57,7 +63,7 @@ class Row:
         return bool(weights) and all(map(math.isfinite, losses))
 
     def means(self) -> dict[str, float]:
-        """The means and `images_per_second`. Waits for the copy."""
+        """The means, `images_per_second` and `data_seconds` a step. Waits for the copy."""
         *sums, _ = self._fetched()
         means = {name: s / self._count for name, s in zip(self._names, sums, strict=True)}
         if isinstance(self._started, float):
@@ -65,6 +71,7 @@ class Row:
         else:  # by the device's clock: the host is ahead of it
             seconds = self._started.elapsed_time(self.ended) / 1e3
         means["images_per_second"] = self._images / max(seconds, 1e-9)
+        means["data_seconds"] = self._waited / self._count
         return means
 
     def _fetched(self) -> list[float]:
@@ -77,7 +84,8 @@ class Window:
     """Sums of the metrics since the last log row.
 
     Sums stay on the device, so that adding never waits for the GPU. They are part of a run's
-    state: a resumed run logs the same means as an uninterrupted one.
+    state: a resumed run logs the same means as an uninterrupted one. Under torch.distributed rows
+    hold the means over all processes, and `send`, `finite` and `state_dict` are called by all.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -90,14 +98,16 @@ class Window:
         self._names: list[str] = []
         self._sums: Tensor | None = None  # (len(names),) float32
         self._images = 0
+        self._waited = 0.0
         self._started = now
 
-    def add(self, values: Mapping[str, Tensor], images: int) -> None:
+    def add(self, values: Mapping[str, Tensor], images: int, waited: float = 0.0) -> None:
         """Adds one step.
 
         Args:
             values: name -> 0-d tensor on the device, the same names in every step.
             images: images in the step's batch.
+            waited: seconds in which the host waited for it.
 
         Raises:
             ValueError: other names than before.
@@ -114,12 +124,13 @@ class Window:
             self._sums = self._sums + vector
         self.count += 1
         self._images += images
+        self._waited += waited
 
     def finite(self) -> bool:
         """Whether no loss since the last row was NaN or infinite. Waits for the device."""
         if self._sums is None:
             return True
-        sums = zip(self._names, self._sums.tolist(), strict=True)
+        sums = zip(self._names, _mean_over_ranks(self._sums).tolist(), strict=True)
         return all(math.isfinite(value) for name, value in sums if _is_loss(name))
 
     def send(self, step: int, weights_finite: Tensor) -> Row:
@@ -133,27 +144,46 @@ class Window:
         row = Row(
             step,
             self._names,
-            self._sums,
+            _mean_over_ranks(self._sums),
             weights_finite,
             self.count,
             self._images,
             self._started,
+            self._waited,
         )
         self._reset(row.ended)
         return row
 
     def state_dict(self) -> dict[str, Any]:
-        """Sums and count; not the clock."""
-        sums = [] if self._sums is None else self._sums.cpu().unbind()
-        named = zip(self._names, sums, strict=True)
+        """Sums and count, of several processes one behind the other; not the clock."""
+        sums = self._sums
+        if sums is not None and world_size() > 1:
+            of_ranks = sums.new_empty(world_size() * sums.numel())
+            dist.all_gather_into_tensor(of_ranks, sums)
+            sums = of_ranks.view(world_size(), -1).T  # (len(names), ranks)
+        columns = [] if sums is None else sums.cpu().unbind()
+        named = zip(self._names, columns, strict=True)
         return {"count": self.count, "sums": {name: value.clone() for name, value in named}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a saved window."""
+        """Goes on from a saved window; where the number of processes differs, from its mean."""
         self.count = state["count"]
         self._names = list(state["sums"])
-        values = list(state["sums"].values())
-        self._sums = torch.stack(values).to(self._device) if values else None
+        if not self._names:
+            self._sums = None
+            return
+        values = torch.stack([value.reshape(-1) for value in state["sums"].values()])
+        same = values.shape[1] == world_size()
+        rank = dist.get_rank() if same and world_size() > 1 else 0
+        self._sums = (values[:, rank] if same else values.mean(dim=1)).to(self._device)
+
+
+def _mean_over_ranks(sums: Tensor) -> Tensor:
+    if world_size() == 1:
+        return sums
+    mean = sums / world_size()
+    dist.all_reduce(mean)
+    return mean
 
 
 def weights_finite(model: nn.Module) -> Tensor:
