@@ -119,7 +119,6 @@ void warp_collective(std::uint32_t mask, Lane& mine, const char* what, Where whe
 bool block_barrier(int id, int threads, bool wait, const char* what, Where where,
                    bool predicate = false);
 
-
 // griddepcontrol: waits for the previous launch's end and sees what it wrote; lets the next start.
 void wait_for_previous(Where where);
 void let_next_start();
