@@ -17,6 +17,7 @@ from data_images import scene  # noqa: E402
 
 from densecl_ext.train import PretrainConfig  # noqa: E402
 from densecl_ext.train.build import open_loader  # noqa: E402
+from densecl_ext.train.launch import Ranks
 from densecl_ext.train.run import data_identity, same_images  # noqa: E402
 
 
@@ -58,7 +59,7 @@ def test_replaced_contents_are_another_data_set(started, tmp_path):
 
 def test_identities_of_older_checkpoints_are_compared_by_their_own_rule(started):
     config = runs.tiny_config(started, started.parent / "other")
-    with open_loader(config, torch.device("cpu")) as loader:
+    with open_loader(config, Ranks(torch.device("cpu"))) as loader:
         names = "\n".join(path.name for path in loader.files)
         older = {"images": 16, "names": hashlib.sha256(names.encode()).hexdigest()}
         assert same_images(older, loader) and same_images(data_identity(loader), loader)
@@ -76,7 +77,7 @@ def test_options_reach_the_loader(started):
         value_range="-1,4095.5",
         smallest_crop=0.4,
     )
-    with open_loader(config, torch.device("cpu")) as loader:
+    with open_loader(config, Ranks(torch.device("cpu"))) as loader:
         assert loader.backend == "memory" and loader.cache_size == 33
         assert loader.reading.max_pixels == 5_000
         assert loader.reading.value_range == (-1.0, 4095.5)
