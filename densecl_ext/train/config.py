@@ -103,7 +103,7 @@ class PretrainConfig:
     reduced_jpeg: bool = option(
         False,
         "with loader torchvision, decode JPEG files at 1/2, 1/4 or 1/8 of their size where no crop "
-        "must then be enlarged: several times as fast for photographs of many pixels",
+        "must then be enlarged: twice as fast and more for photographs of many pixels",
         group="data",
     )
     max_pixels: Positive = option(
