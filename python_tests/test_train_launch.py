@@ -118,6 +118,7 @@ def under_slurm() -> tuple[str, int, int]:
     from densecl_ext.train.launch import launch
 
     ranks = launch("cpu", timeout=60)
+    ranks.gather(0)  # neither ends while the other is still on its way
     return type(ranks.fabric._connector.cluster_environment).__name__, ranks.rank, ranks.world
 
 
