@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,12 +74,18 @@ def good(results: list[Any]) -> list[PretrainResult]:
     return results
 
 
+@pytest.fixture(scope="module")
+def whole(data: str, tmp_path_factory: pytest.TempPathFactory) -> list[PretrainResult]:
+    """An uninterrupted run of two ranks."""
+    folder = tmp_path_factory.mktemp("whole")
+    return good(run_ranks(2, folder / "meeting", run, data, str(folder / "run"), {}, {}))
+
+
 @pytest.mark.parametrize("number", ["SIGTERM", "SIGINT", "SIGUSR1"])
 def test_a_signal_to_one_rank_stops_all_and_the_same_ranks_go_on_with_the_same_bits(
-    number: str, data: str, tmp_path: Path
+    number: str, whole: list[PretrainResult], data: str, tmp_path: Path
 ) -> None:
     """A signal after a step's keys have gone out is told with the next one's."""
-    whole = good(run_ranks(2, tmp_path / "a", run, data, str(tmp_path / "whole"), {}, {}))
     output, resume = str(tmp_path / "part"), {"resume": "auto"}
     part = good(run_ranks(2, tmp_path / "b", run, data, output, {}, resume, (1, 3, number)))
     assert [(r.step, r.interrupted, r.first) for r in part] == [(4, True, True), (4, True, False)]
@@ -178,7 +185,7 @@ OPTIONS = """
 TINY = OPTIONS.split()
 
 
-def start(words: list[str], log: Path) -> subprocess.Popen[bytes]:
+def started_by(words: list[str], log: Path) -> subprocess.Popen[bytes]:
     with log.open("wb") as file:
         return subprocess.Popen(
             [sys.executable, "-m", "densecl_ext", "pretrain", *words],
@@ -189,10 +196,10 @@ def start(words: list[str], log: Path) -> subprocess.Popen[bytes]:
         )
 
 
-def until(true: Any, what: str, seconds: float = 120) -> None:
+def until(true: Any, log: Path, seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not true():
-        assert time.monotonic() < end, what
+        assert time.monotonic() < end, log.read_text()
         time.sleep(0.05)
 
 
@@ -215,13 +222,32 @@ def logged(output: Path) -> int:
     return len(metrics.read_text().splitlines()) if metrics.exists() else 0
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_killed_and_stopped_from_outside(data: str, tmp_path: Path) -> None:
-    output, log = tmp_path / "run", tmp_path / "log"
+@pytest.fixture
+def start() -> Iterator[Callable[[list[str], Path], subprocess.Popen[bytes]]]:
+    """Starts a command that does not outlive the test."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def begin(words: list[str], log: Path) -> subprocess.Popen[bytes]:
+        started.append(started_by(words, log))
+        return started[-1]
+
+    yield begin
+    for process in started:
+        if process.poll() is None:
+            process.terminate()  # which it passes on
+            process.wait(60)
+
+
+def forever(data: str, output: Path) -> list[str]:
     words = ["--data", data, "--output", str(output), *TINY, "--devices", "2", "--epochs", "3000"]
-    words += ["--resume", "auto"]
-    process = start(words, log)
-    until(lambda: logged(output) > 3, log.read_text())
+    return [*words, "--resume", "auto"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_others_end_when_one_is_killed(data: str, tmp_path: Path, start: Any) -> None:
+    output, log = tmp_path / "run", tmp_path / "log"
+    process = start(forever(data, output), log)
+    until(lambda: logged(output) > 3, log)
     ranks = children(process.pid)
     assert len(ranks) == 2
     os.kill(ranks[1], signal.SIGKILL)
@@ -229,22 +255,31 @@ def test_killed_and_stopped_from_outside(data: str, tmp_path: Path) -> None:
     told = [line for line in log.read_text().splitlines() if "SIGKILL" in line or "error" in line]
     assert len(told) == 1 and f"rank 1 (process {ranks[1]}) was ended by SIGKILL" in told[0]
     assert all(map(gone, ranks))
-    step = load_checkpoint(output / "checkpoints" / "last.pt")["step"]
-    assert step % 5 == 0
+    assert load_checkpoint(output / "checkpoints" / "last.pt")["step"] % 5 == 0
 
-    process = start(words, log)  # the same line goes on
-    until(lambda: f"resuming at step {step} of" in log.read_text(), log.read_text())
-    before = logged(output)
-    until(lambda: logged(output) > before + 2, log.read_text())
-    os.kill(process.pid, signal.SIGTERM)
-    assert process.wait(60) == 130
-    assert "go on with:" in log.read_text()
-    assert load_checkpoint(output / "checkpoints" / "last.pt")["step"] > step
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_same_line_stops_and_goes_on(
+    number: signal.Signals, data: str, tmp_path: Path, start: Any
+) -> None:
+    output, log, step = tmp_path / "run", tmp_path / "log", 0
+    for _ in range(2):
+        before = logged(output)
+        process = start(forever(data, output), log)
+        until(lambda: logged(output) > before + 2, log)  # noqa: B023
+        assert not step or f"resuming at step {step} of" in log.read_text()
+        process.send_signal(number)
+        assert process.wait(60) == 130
+        assert "go on with:" in log.read_text()
+        reached = load_checkpoint(output / "checkpoints" / "last.pt")["step"]
+        assert reached > step
+        step = reached
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_ten_kills_change_nothing(data: str, tmp_path: Path) -> None:
+def test_ten_kills_change_nothing(data: str, tmp_path: Path, start: Any) -> None:
     """Random ranks at random moments; the end has the bits of an undisturbed run."""
     photos = os.environ.get("DENSECL_TEST_PHOTOS", data)
     rest = [*TINY, "--devices", "2", "--data", photos, "--resume", "auto", "--max-steps", "60"]
@@ -258,7 +293,7 @@ def test_ten_kills_change_nothing(data: str, tmp_path: Path) -> None:
         if kills < 10:
             at = draw.randrange(1, 4)
             before = logged(output)
-            until(lambda: logged(output) > before + at or process.poll() is not None, "no rows")  # noqa: B023
+            until(lambda: logged(output) > before + at or process.poll() is not None, log)  # noqa: B023
             time.sleep(draw.uniform(0, 0.2))
             ranks = children(process.pid)
             if process.poll() is None and len(ranks) == 2:

@@ -135,7 +135,7 @@ def compiled(key_bn: str) -> float:
     return float((graph - eager).abs().max() / eager.abs().max())
 
 
-@pytest.mark.parametrize("key_bn", ["split", "sync"])
+@pytest.mark.parametrize("key_bn", [pytest.param("split", marks=pytest.mark.slow), "sync"])
 def test_a_step_with_other_ranks_compiles_in_one_graph(key_bn: str, tmp_path: Path) -> None:
     for error in run_ranks(2, tmp_path, compiled, key_bn):
         assert error < 1e-5

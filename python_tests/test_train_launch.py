@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,7 @@ from rank_processes import run_ranks
 
 from densecl_ext.train.supervise import Start, found_launcher, share_batch, started, supervise
 
+ROOT = Path(__file__).resolve().parent.parent
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}
 SLURM = {"SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODES": "2", "SLURM_LOCALID": "3"}
 POD = {"WORLD_SIZE": "3", "RANK": "1", "MASTER_ADDR": "host", "MASTER_PORT": "1"}
@@ -96,6 +100,26 @@ def test_none_outlives_one_that_ends_badly(
         alive = {int(word) for word in children.read_text().split()}
         for pid in alive:
             assert "LOCAL_RANK=" not in Path(f"/proc/{pid}/environ").read_text()
+
+
+OBEDIENT = """
+import os, signal, sys, time
+signal.signal(signal.SIGUSR1, lambda *_: sys.exit(130))
+open(sys.argv[1] + os.environ["LOCAL_RANK"], "w").close()
+time.sleep(60)
+"""
+
+
+def test_a_signal_is_passed_on_and_the_code_says_resume(tmp_path: Path) -> None:
+    """To a supervisor of three in a process of its own, as signals need its main thread."""
+    program = "import sys; from densecl_ext.train.supervise import supervise; "
+    program += f"sys.exit(supervise([sys.executable, '-c', {OBEDIENT!r}, sys.argv[1]], 3, 1))"
+    process = subprocess.Popen([sys.executable, "-c", program, f"{tmp_path}/"], cwd=ROOT)
+    end = time.monotonic() + 60
+    while len(list(tmp_path.iterdir())) < 3 and time.monotonic() < end:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(60) == 130
 
 
 def under_slurm() -> tuple[str, int, int]:
