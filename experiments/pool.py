@@ -79,7 +79,7 @@ class Pool:
     ) -> None:
         self.results, self.failed, self.finished = results, 0, 0
         self.materials, self.setting, self.target = materials, setting, target
-        begun = self._begun = time.monotonic() if begun is None else begun
+        begun = time.monotonic() if begun is None else begun
         self.deadline = float("inf") if seconds is None else begun + seconds
         self._speed: dict[tuple[Any, ...], tuple[float, float]] = {}
         self._busy: dict[Connection, Run | None] = {}  # None: not ready yet
@@ -101,10 +101,6 @@ class Pool:
         theirs.close()
         self._workers[ours] = worker
         self._busy[ours] = None
-
-    def elapsed(self) -> float:
-        """Seconds since the beginning."""
-        return time.monotonic() - self._begun
 
     def run(self, jobs: Iterator[Run]) -> None:
         """Work on the runs, in their order. A job may ask for `drain` before it is handed out."""

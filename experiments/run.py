@@ -105,8 +105,6 @@ def jobs(entries: list[argparse.Namespace], pool: Pool | None = None) -> Iterato
                 rates = [rate]
             else:
                 rates, chosen = entry.lr or [ARMS[arm][2]], "{}"
-            if entry.until is not None and pool is not None and pool.elapsed() > entry.until:
-                break
             for lr, own in itertools.product(rates, entry.options):
                 run = Run(
                     entry.study, set_name, arm, seed, steps, lr, entry.split,
@@ -139,7 +137,6 @@ def parsed(arguments: list[str] | None) -> tuple[argparse.Namespace, list[argpar
     add("--batch", type=int, default=64)
     add("--select", type=Path, help="lines of a tuning: its best rate and options for each arm")
     add("--rate-of", type=Path, help="lines of a tuning: its best rate for the arm's own options")
-    add("--until", type=float, help="of a plan's entry: seconds after which it starts no run")
     add("--plan", type=Path)
     add("--device", default="cpu", help="cpu or cuda")
     add("--no-graph", action="store_true", help="on a GPU, launch every kernel of every step")

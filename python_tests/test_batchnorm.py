@@ -7,9 +7,12 @@ import pytest
 import torch
 from tiny_models import TinyBackbone
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from densecl_ext import _native
 from densecl_ext.nn.batchnorm import SplitBatchNorm, shuffled_forward, split_batch_norms
+from densecl_ext.ops._split_batch_norm import takes
 
 KINDS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 
@@ -242,6 +245,20 @@ def test_without_a_gradient_as_with_one_on_a_gpu(
         torch.testing.assert_close(got, expected.detach(), atol=unit, rtol=unit)
         torch.testing.assert_close(other.running_mean, one.running_mean, atol=1e-6, rtol=1e-5)
         torch.testing.assert_close(other.running_var, one.running_var, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.skipif(_native.missing_cuda is not None, reason="no CUDA kernels in this build")
+@pytest.mark.parametrize("shape", [(16, 8, 7, 7), (16, 8), (16, 8, 3, 7, 7)])
+def test_shapes_alone_go_through_the_kernels(shape: tuple[int, ...]) -> None:
+    """As tracing a key encoder on a GPU does, where there is none."""
+    layouts = {4: torch.channels_last, 5: torch.channels_last_3d}
+    with FakeTensorMode(), torch.no_grad(), torch.device("cuda"):
+        x = torch.empty(shape, dtype=torch.bfloat16)
+        x = x.contiguous(memory_format=layouts.get(len(shape), torch.contiguous_format))
+        layer = SplitBatchNorm(8, groups=4)
+        assert takes(x, layer.weight, layer.bias, layer.running_mean, layer.running_var)
+        got = layer(x)
+    assert got.shape == x.shape and got.stride() == x.stride() and got.dtype == x.dtype
 
 
 @pytest.mark.gpu

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
@@ -14,7 +15,12 @@ import torch
 
 from densecl_ext.checkpoints import load_checkpoint, read_backbone, save_checkpoint
 from densecl_ext.checkpoints.runs import previous_of, read_newest, resolve_checkpoint
-from densecl_ext.checkpoints.storage import TEMPORARY_PREFIX, atomic_file, remove_leftovers
+from densecl_ext.checkpoints.storage import (
+    TEMPORARY_PREFIX,
+    atomic_file,
+    remove_leftovers,
+    torch_save,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -176,16 +182,36 @@ except KeyboardInterrupt:
             process.wait(timeout=delay + 0.01)
         except subprocess.TimeoutExpired:
             os.kill(process.pid, signal.SIGINT)
-        for _ in range(10):  # one that falls into a finalizer is ignored by Python
-            try:
-                process.wait(timeout=6)
-                break
-            except subprocess.TimeoutExpired:
-                os.kill(process.pid, signal.SIGINT)
-        assert process.wait(timeout=6) == 130
+        assert process.wait(timeout=60) == 130
         process.stdout.close()
         assert load_checkpoint(file)
         assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_the_error_of_a_write_is_told_and_nothing_is_written_after_it(error: BaseException) -> None:
+    """torch's writer would write on, in the end from a destructor, where no error may be raised."""
+    content = {str(i): torch.zeros(100) for i in range(20)}
+    torch_save(content, whole := FlakyFile(0, error))
+    assert whole.writes > 20
+    for failing in range(1, whole.writes + 1):
+        with pytest.raises(type(error)) as caught:
+            torch_save(content, flaky := FlakyFile(failing, error))
+        assert caught.value is error and flaky.writes == failing
+
+
+class FlakyFile(io.BytesIO):
+    """A file of which one write, the n-th from 1 on, raises, and all after it."""
+
+    def __init__(self, failing: int, error: BaseException) -> None:
+        super().__init__()
+        self.failing, self.error, self.writes = failing, error, 0
+
+    def write(self, data: Any) -> int:
+        self.writes += 1
+        if 0 < self.failing <= self.writes:
+            raise self.error
+        return super().write(data)
 
 
 def test_a_run_goes_on_from_the_one_before(tmp_path: Path) -> None:

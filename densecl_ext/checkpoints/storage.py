@@ -87,6 +87,47 @@ def atomic_file(
         os.close(folder)
 
 
+def torch_save(content: Any, file: IO[bytes]) -> None:
+    """`torch.save` into an open file, safe against what fails or interrupts it.
+
+    torch's writer goes on writing from its destructor, when the file may be closed already: an
+    exception there ends the process (std::terminate), and a Ctrl-C that falls there is lost.
+
+    Raises:
+        BaseException: the first that a write raised, KeyboardInterrupt among them.
+    """
+    sink = _Sink(file)
+    try:
+        torch.save(content, sink)  # type: ignore[arg-type]  # it writes and flushes alone
+    finally:
+        sink.close()
+    if sink.error is not None:
+        raise sink.error
+
+
+class _Sink:
+    """A file to which a write never raises: after the first error, and once closed, bytes go."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file: IO[bytes] | None = file
+        self.error: BaseException | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            if self._file is not None and self.error is None:
+                self._file.write(data)
+        except BaseException as error:
+            self.error = error
+        return len(data)
+
+    def flush(self) -> None:
+        """atomic_file does that."""
+
+    def close(self) -> None:
+        """From here on nothing reaches the file."""
+        self._file = None
+
+
 def require_regular(path: str | os.PathLike[str]) -> Path:
     """The file that `path` means, links followed.
 
@@ -141,7 +182,7 @@ def save_checkpoint(
         raise TypeError(f"save_checkpoint: {path}: {error}") from None
     try:
         with atomic_file(path, verify=verify) as file:
-            torch.save(signed, file)
+            torch_save(signed, file)
     except Exception as error:
         kept = "the previous one is intact" if path.exists() else "nothing was written"
         raise OSError(f"save_checkpoint: could not write {path} ({error}); {kept}") from error

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from densecl_ext.checkpoints.formats import find_tensors
 from densecl_ext.checkpoints.provenance import model_card, stamped, to_text
-from densecl_ext.checkpoints.storage import atomic_file, load_file, require_regular
+from densecl_ext.checkpoints.storage import atomic_file, load_file, require_regular, torch_save
 
 CARD = "# Model card"
 
@@ -71,7 +71,7 @@ def write_weights(
         if output.suffix == ".safetensors":
             file.write(data)
         else:
-            torch.save(content, file)
+            torch_save(content, file)
 
     def verify(temporary: Path) -> None:
         require_equal(temporary, output, plain)

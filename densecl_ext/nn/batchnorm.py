@@ -69,7 +69,7 @@ class SplitBatchNorm(_NormBase):
             return F.batch_norm(
                 x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
             )
-        factor = self._average_factor() if self.training else 0.0
+        factor = average_factor(self) if self.training else 0.0
         samples = x.shape[0]
         groups = max(1, min(self.groups, samples // 2))
         if groups == 1:
@@ -127,13 +127,15 @@ class SplitBatchNorm(_NormBase):
         """Settings for ``print(layer)``."""
         return f"{super().extra_repr()}, groups={self.groups}"
 
-    def _average_factor(self) -> float:
-        if self.num_batches_tracked is None:
-            return 0.0 if self.momentum is None else self.momentum
-        self.num_batches_tracked.add_(1)
-        if self.momentum is None:
-            return 1.0 / float(self.num_batches_tracked)
-        return self.momentum
+
+def average_factor(layer: _NormBase) -> float:
+    """Counts a batch; the weight of its statistics in the running ones, as in torch's layers."""
+    if layer.num_batches_tracked is None:
+        return 0.0 if layer.momentum is None else layer.momentum
+    layer.num_batches_tracked.add_(1)
+    if layer.momentum is None:
+        return 1.0 / float(layer.num_batches_tracked)
+    return layer.momentum
 
 
 def split_batch_norms(module: ModuleT, groups: int) -> ModuleT:

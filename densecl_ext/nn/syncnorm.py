@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.modules._functions import SyncBatchNorm as _on_gpu
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from densecl_ext.nn.batchnorm import ModuleT, replace_batch_norms
+from densecl_ext.nn.batchnorm import ModuleT, average_factor, replace_batch_norms
 from densecl_ext.nn.distributed import world_size
 
 
@@ -30,7 +30,7 @@ class SyncBatchNorm(_BatchNorm):
         """Normalise x (N, C, ...)."""
         if not self.training or world_size() == 1:
             return super().forward(x)
-        factor = self._average_factor()
+        factor = average_factor(self)
         if x.is_cuda:
             group = dist.group.WORLD
             buffers = self.running_mean, self.running_var
@@ -48,12 +48,6 @@ class SyncBatchNorm(_BatchNorm):
     def _check_input_dim(self, x: Tensor) -> None:
         if x.dim() < 2:
             raise ValueError(f"SyncBatchNorm: input must be (N, C, ...), got {tuple(x.shape)}")
-
-    def _average_factor(self) -> float:
-        if self.num_batches_tracked is None:
-            return 0.0 if self.momentum is None else self.momentum
-        self.num_batches_tracked.add_(1)
-        return 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
 
 
 class _Normalise(torch.autograd.Function):

@@ -32,11 +32,6 @@ def takes(x: Tensor, *vectors: Tensor | None) -> bool:
     )
 
 
-@torch.library.register_fake("densecl_ext::_split_batch_norm")
-def _fake(x: Tensor, out: Tensor, *arguments: object) -> None:
-    return None
-
-
 def split_batch_norm(
     x: Tensor,
     weight: Tensor | None,

@@ -20,6 +20,8 @@ from densecl_ext.train.supervise import SUPERVISED, Start, share_batch, started
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
+    from densecl_ext.train.config import PretrainConfig
+
 _Result = TypeVar("_Result")
 
 
@@ -216,6 +218,18 @@ def launch(
     with _quiet():
         fabric.launch()
     return Ranks(picked, fabric.global_rank, fabric.world_size, start.on_machine, fabric)
+
+
+def join(config: PretrainConfig) -> Ranks:
+    """`launch` with a run's options."""
+    return launch(
+        config.device,
+        devices=config.devices,
+        num_nodes=config.num_nodes,
+        timeout=config.timeout,
+        batch_size=config.batch_size,
+        accumulate=config.accumulate,
+    )
 
 
 def _environment(start: Start) -> Any:

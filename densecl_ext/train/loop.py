@@ -21,7 +21,7 @@ from densecl_ext.data import ViewLoader
 from densecl_ext.train.agreement import Agreement
 from densecl_ext.train.batches import batches
 from densecl_ext.train.config import PretrainConfig, merge_resumed
-from densecl_ext.train.launch import launch
+from densecl_ext.train.launch import join
 from densecl_ext.train.machine import set_up
 from densecl_ext.train.metrics import build_loggers
 from densecl_ext.train.probing import Probing, probe_due
@@ -136,14 +136,7 @@ def pretrain(
     progress = progress or Progress()
     if backbone is not None:
         config = dataclasses.replace(config, backbone=OWN_BACKBONE, weights="none")
-    ranks = launch(
-        config.device,
-        devices=config.devices,
-        num_nodes=config.num_nodes,
-        timeout=config.timeout,
-        batch_size=config.batch_size,
-        accumulate=config.accumulate,
-    )
+    ranks = join(config)
     device = ranks.device
     progress = progress if ranks.first else Progress()
     set_up(device, config.threads)

@@ -23,7 +23,7 @@ from densecl_ext.data import ViewLoader
 from densecl_ext.train.agreement import Agreement
 from densecl_ext.train.batches import batches
 from densecl_ext.train.config import PretrainConfig, merge_resumed
-from densecl_ext.train.launch import launch
+from densecl_ext.train.launch import join
 from densecl_ext.train.machine import set_up
 from densecl_ext.train.progress import Progress
 from densecl_ext.train.run import Run, build_run
@@ -131,14 +131,7 @@ def replay(
     checkpoint = load_checkpoint(where)
     stored = PretrainConfig.of_run(checkpoint["config"])
     config, _ = merge_resumed(PretrainConfig(**(stored.to_mapping() | dict(options or {}))), stored)
-    ranks = launch(
-        config.device,
-        devices=config.devices,
-        num_nodes=config.num_nodes,
-        timeout=config.timeout,
-        batch_size=config.batch_size,
-        accumulate=config.accumulate,
-    )
+    ranks = join(config)
     progress = progress if ranks.first else Progress()
     set_up(ranks.device, config.threads)
     with ranks.together(), StopRequest(alone=ranks.world == 1) as stop:
