@@ -1,11 +1,12 @@
 // Batch norm over groups of the batch in two launches: sums, then the normalised tensor.
 //
-// torch normalises a group a call: 424 calls for a ResNet-50's 53 layers and 8 groups. Here the groups are one dimension of the grid. A
-// block takes a chunk of a group's rows and 64 channels: 16 threads side by side hold four channels
-// each, so that a warp reads 128 bytes of a row (16-bit types), and four rows of a thread are under
-// way at once. Sums are of differences to the group's first row, lest the variance of far values
-// cancel; a block's parts join in shared memory and the chunks' in the second launch, in double
-// precision and in their order, so that bits repeat. Cost: x is read twice, y is written.
+// torch normalises a group a call: 424 calls for a ResNet-50's 53 layers and 8 groups. Here the
+// groups are one dimension of the grid. A block takes a chunk of a group's rows and 64 channels: 16
+// threads side by side hold four channels each, so that a warp reads 128 bytes of a row (16-bit
+// types), and four rows of a thread are under way at once. Sums are of differences to the group's
+// first row, lest the variance of far values cancel; a block's parts join in shared memory and the
+// chunks' in the second launch, in double precision and in their order, so that bits repeat. Cost:
+// x is read twice, y is written.
 #include "densecl/cuda/split_batch_norm.h"
 
 #include <algorithm>
