@@ -124,9 +124,9 @@ class Pool:
                 pipe.send(run)
         self.drain()
 
-    def drain(self) -> None:
-        """Wait for the runs at work."""
-        while any(run is not None for run in self._busy.values()):
+    def drain(self, study: str | None = None) -> None:
+        """Wait for the runs at work; of one study alone where it is given."""
+        while any(run and study in (None, run.study) for run in self._busy.values()):
             if time.monotonic() > self.deadline + GRACE:
                 return
             self._receive()
@@ -191,4 +191,4 @@ class Pool:
 
 
 def _kind(run: Run) -> tuple[Any, ...]:
-    return run.arm, run.backbone, run.output_stride, run.size, run.batch
+    return run.arm, run.backbone, run.output_stride, run.size, run.batch, run.truncate, run.also

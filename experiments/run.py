@@ -26,7 +26,7 @@ from typing import Any
 from experiments.data import prepared
 from experiments.methods import ARMS
 from experiments.pool import Pool, Setting
-from experiments.training import Materials, Run
+from experiments.training import ALSO, Materials, Run
 
 RESULTS = Path(__file__).resolve().parent / "results"
 # An arm that was not tuned itself takes the settings of the arm that it varies.
@@ -93,8 +93,10 @@ def jobs(entries: list[argparse.Namespace], pool: Pool | None = None) -> Iterato
         given |= {Run(**line["run"]).key for line in lines(entry.results / f"{entry.study}.jsonl")}
         tuned, plain = None, entry.rate_of is not None
         source = entry.rate_of or entry.select
+        for study in filter(None, (source.stem if source else "", entry.start.partition("-")[0])):
+            if pool is not None:
+                pool.drain(study)
         if source and pool is not None:
-            pool.drain()
             tuned = lines(source)
         every = itertools.product(entry.seeds, entry.steps, entry.sets, entry.arms)
         for seed, steps, set_name, arm in every:
@@ -110,6 +112,7 @@ def jobs(entries: list[argparse.Namespace], pool: Pool | None = None) -> Iterato
                     entry.study, set_name, arm, seed, steps, lr, entry.split,
                     "{}" if arm == "random" else merged(chosen, own),
                     entry.backbone, entry.output_stride, entry.size, entry.batch,
+                    not entry.dilate, entry.start, " ".join(sorted(entry.also)),
                 )  # fmt: skip
                 if run.key not in given:
                     given.add(run.key)
@@ -135,6 +138,9 @@ def parsed(arguments: list[str] | None) -> tuple[argparse.Namespace, list[argpar
     add("--output-stride", type=int, default=8)
     add("--size", type=int, default=64)
     add("--batch", type=int, default=64)
+    add("--dilate", action="store_true", help="keep all stages at the output stride")
+    add("--start", default="", help="STUDY-SET-ARM-STEPS whose weights of the same seed to go on from")
+    add("--also", nargs="+", default=[], choices=ALSO, help="protocols to measure besides")
     add("--select", type=Path, help="lines of a tuning: its best rate and options for each arm")
     add("--rate-of", type=Path, help="lines of a tuning: its best rate for the arm's own options")
     add("--plan", type=Path)
@@ -164,7 +170,8 @@ def main(arguments: list[str] | None = None) -> int:
     given.results.mkdir(parents=True, exist_ok=True)
     cache.mkdir(parents=True, exist_ok=True)
     expected = list(jobs(entries))
-    root = prepared(given.data_root.resolve(), cache, {run.set for run in expected})
+    sets = {(run.set, run.size) for run in expected}
+    root = prepared(given.data_root.resolve(), cache, sets)
     setting = Setting(given.device, given.threads, not given.no_graph)
     with tempfile.TemporaryDirectory(dir=cache) as folder:
         share = functools.partial(Materials, root, cache, Path(folder))

@@ -9,7 +9,7 @@ import json
 import math
 import pickle
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,23 @@ from densecl_ext import MomentumEncoder
 from densecl_ext.backbones import build_backbone
 from densecl_ext.data import TwoViews, build_loader
 from densecl_ext.data.memory_loader import MemoryLoader
+from densecl_ext.evaluate.classification import ClassifiedImages, KnnOptions, knn
+from densecl_ext.evaluate.coco import BoxedImages
 from densecl_ext.evaluate.correspondence import CorrespondenceOptions, Views, correspondence
 from densecl_ext.evaluate.dense import DenseData, evaluate_dense
+from densecl_ext.evaluate.detection import DetectionOptions, detection, load_detection
+from densecl_ext.evaluate.finetune import FinetuneOptions, finetune
 from densecl_ext.evaluate.incontext import InContext, InContextOptions
 from densecl_ext.evaluate.segmentation import Linear, SegmentationOptions
 from densecl_ext.train.schedule import cosine_lr
 from densecl_ext.train.step import CapturedStep, StepOutput
-from experiments.data import PAIRS, STORED, STREET, correspondence_folder, pretraining_folders
+from experiments.data import (
+    PAIRS,
+    STREET,
+    correspondence_folder,
+    pretraining_folders,
+    stored,
+)
 from experiments.methods import ARMS
 from experiments.views import Stream, moved
 
@@ -49,11 +59,24 @@ class Run:
     output_stride: int = 8
     size: int = 64
     batch: int = 64
+    truncate: bool = True  # end the network where it reaches the stride, instead of dilating
+    start: str = ""  # weights that it starts from: study-set-arm-steps of a run of the same seed
+    also: str = ""  # protocols that are measured beside the cheap ones, see ALSO
 
     @property
     def key(self) -> str:
         values = dataclasses.asdict(self) | {"options": json.loads(self.options)}
         return json.dumps(values, sort_keys=True)
+
+    @property
+    def weights(self) -> str:
+        """Under which name its weights are kept."""
+        return f"{self.study}-{self.set}-{self.arm}-{self.steps}-seed{self.seed}.pt"
+
+    @property
+    def start_weights(self) -> str:
+        """The name of those that it starts from."""
+        return f"{self.start}-seed{self.seed}.pt"
 
 
 class Materials:
@@ -61,7 +84,7 @@ class Materials:
 
     Args:
         root: the data, see experiments.data.
-        cache: where CamVid's windows are.
+        cache: where CamVid's windows are, and the weights of finished runs.
         folder: holds what was made.
         workers: threads that decode.
     """
@@ -78,6 +101,11 @@ class Materials:
             self.images(run)
         for split in {run.split for run in runs}:
             self.street(split)
+        also = {name for run in runs for name in run.also.split()}
+        if "detection" in also:
+            self.boxes()
+        if "knn" in also:
+            self.labelled()
 
     def _made(self, name: str, make: Any) -> Any:
         path = self.folder / f"{name}.pickle"
@@ -92,9 +120,10 @@ class Materials:
 
         def make() -> Any:
             return build_loader(
-                pretraining_folders(run.set, self.root, self.cache), batch_size=run.batch,
+                pretraining_folders(run.set, self.root, self.cache, run.size),
+                batch_size=run.batch,
                 size=run.size, backend="memory", channels_last=True, workers=self.workers,
-                cache_size=max(STORED, run.size),
+                cache_size=stored(run.size),
             )  # fmt: skip
 
         return self._made(f"images-{run.set}-{run.size}-{run.batch}", make)
@@ -128,6 +157,20 @@ class Materials:
         return data, [Linear(linear), InContext(InContextOptions(**shared))]
 
     @functools.cache  # noqa: B019
+    def boxes(self) -> tuple[DetectionOptions, tuple[BoxedImages, BoxedImages]]:
+        """The raccoons."""
+        options = DetectionOptions(
+            data=str(self.root / "detect"), train_split="raccoon_train", val_split="raccoon_val"
+        )
+        return options, self._made("boxes", lambda: load_detection(options))
+
+    @functools.cache  # noqa: B019
+    def labelled(self) -> tuple[KnnOptions, ClassifiedImages]:
+        """Caltech-101, leave-one-out."""
+        options = KnnOptions(data=str(self.root / "caltech101"), recalibrate=184)
+        return options, self._made("labelled", lambda: ClassifiedImages.load(options))
+
+    @functools.cache  # noqa: B019
     def pairs(self) -> tuple[CorrespondenceOptions, Views]:
         """Two crops each of 128 photographs."""
         folder = correspondence_folder(self.root)
@@ -153,7 +196,7 @@ def network(run: Run) -> nn.Module:
     """By default ResNet-18 up to its second stage: 128 channels, 0.7 million weights."""
     padding = "reflect" if run.arm.endswith("_reflect") else "zeros"
     return build_backbone(
-        run.backbone, output_stride=run.output_stride, truncate=True, padding=padding
+        run.backbone, output_stride=run.output_stride, truncate=run.truncate, padding=padding
     )
 
 
@@ -209,6 +252,9 @@ def pretrain(
     """The backbone, the dense head where there is one, and what the training said."""
     torch.manual_seed(run.seed)
     backbone = network(run)
+    if run.start:
+        path = materials.cache / run.start_weights
+        backbone.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     if run.arm == "random":
         return backbone.to(device), None, {}
     method, options, _ = ARMS[run.arm]
@@ -229,11 +275,43 @@ def pretrain(
     return backbone, getattr(arm, "dense_head", None), said
 
 
+def finetuned(
+    backbone: nn.Module, materials: Materials, split: str, labelled: int
+) -> dict[str, float]:
+    """An FCN head and the whole network trained on so many of CamVid's images; 0 takes all."""
+    options = FinetuneOptions(
+        data=str(materials.root / "camvid"), val_split=split, size=STREET, labelled=labelled
+    )
+    report = finetune(backbone, options, data=materials.street(split)[0])
+    return {f"finetune{labelled or ''}": 100 * report.value}
+
+
+def detected(backbone: nn.Module, materials: Materials, split: str) -> dict[str, float]:
+    """Faster R-CNN trained and measured on the raccoons."""
+    options, data = materials.boxes()
+    numbers = detection(backbone, options, data=data).numbers
+    return {name: 100 * numbers[name] for name in ("ap", "ap50")}
+
+
+def neighbours(backbone: nn.Module, materials: Materials, split: str) -> dict[str, float]:
+    """Nearest neighbours on Caltech-101, mean over the classes."""
+    options, data = materials.labelled()
+    return {"knn": 100 * knn(backbone, options, data=data).numbers["mean_class_accuracy"]}
+
+
+ALSO: dict[str, Callable[[nn.Module, Materials, str], dict[str, float]]] = {
+    "finetune": functools.partial(finetuned, labelled=0),
+    "finetune46": functools.partial(finetuned, labelled=46),
+    "detection": detected,
+    "knn": neighbours,
+}
+
+
 def measure(
-    backbone: nn.Module, dense_head: nn.Module | None, materials: Materials, split: str
+    backbone: nn.Module, dense_head: nn.Module | None, materials: Materials, run: Run
 ) -> dict[str, Any]:
-    """Linear and in-context segmentation, and correspondence, of a frozen backbone."""
-    data, protocols = materials.street(split)
+    """Linear and in-context segmentation, correspondence, and what the run asks for."""
+    data, protocols = materials.street(run.split)
     options, views = materials.pairs()
     backbone.eval()
     numbers: dict[str, Any] = {}
@@ -241,6 +319,13 @@ def measure(
         numbers[name] = round(100 * report.value, 3)
     report = correspondence(backbone, options, dense_head=dense_head, views=views)
     numbers |= {name: round(value, 4) for name, value in report.numbers.items()}
+    for name in run.also.split():
+        try:
+            found = ALSO[name](backbone, materials, run.split)
+        except ValueError as error:  # the protocol's own training diverged
+            print(f"{run.key}: {error}", flush=True)
+        else:
+            numbers |= {metric: round(value, 3) for metric, value in found.items()}
     return numbers
 
 
@@ -250,8 +335,10 @@ def perform(
     """Train and measure; the line of results."""
     begun = time.perf_counter()
     backbone, dense_head, said = pretrain(run, materials, device, graph=graph)
+    if run.steps:
+        torch.save(backbone.state_dict(), materials.cache / run.weights)
     gc.collect()  # a captured step and its memory, held in cycles
-    numbers = measure(backbone, dense_head, materials, run.split)
+    numbers = measure(backbone, dense_head, materials, run)
     said["seconds"] = round(time.perf_counter() - begun, 1)
     said["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     return {"run": dataclasses.asdict(run), "numbers": numbers, "training": said}

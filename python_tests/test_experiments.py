@@ -42,6 +42,17 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         mask = Image.fromarray(rng.integers(0, 3, (360, 480), dtype=np.uint8))
         (root / "camvid/masks").mkdir(exist_ok=True)
         mask.save(root / f"camvid/masks/s{index}.png")
+    labels = "".join(f"c{index}.jpg,{'cup' if index % 2 else 'crab'}\n" for index in range(8))
+    (root / "caltech101/labels.csv").write_text("file,label\n" + labels)
+    (root / "detect").mkdir()
+    for split in ("train", "val"):
+        picture(root / f"detect/images/{split}.jpg", 60, 40)
+        truth = {
+            "images": [{"id": 1, "file_name": f"{split}.jpg", "width": 60, "height": 40}],
+            "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [5, 5, 30, 20]}],
+            "categories": [{"id": 1, "name": "raccoon"}],
+        }
+        (root / f"detect/raccoon_{split}.json").write_text(json.dumps(truth))
     (root / "camvid/classes.txt").write_text("road\nsky\ncar\n")
     (root / "camvid/splits").mkdir()
     for split, of in (("train", range(4)), ("val", range(4, 6)), ("test", range(6, 8))):
@@ -60,7 +71,7 @@ def packed(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_pack_holds_what_the_experiments_read(root: Path, packed: Path, tmp_path: Path) -> None:
-    unpacked = data.prepared(packed, tmp_path, {"photos", "camvid"})
+    unpacked = data.prepared(packed, tmp_path, {("photos", 64), ("camvid", 64)})
     assert data.prepared(packed, tmp_path, set()) == unpacked  # once
     photos, windows = (
         data.pretraining_folders(n, unpacked, tmp_path) for n in ("photos", "camvid")
@@ -78,6 +89,9 @@ def test_pack_holds_what_the_experiments_read(root: Path, packed: Path, tmp_path
     assert np.abs(close - image.permute(1, 2, 0).numpy()).mean() < 3
     whole = data.correspondence_folder(unpacked) / "p3.jpg"
     assert whole.read_bytes() == (root / "photos/images/p3.jpg").read_bytes()
+    materials = Materials(unpacked, tmp_path, tmp_path)
+    assert [len(part) for part in materials.boxes()[1]] == [1, 1]
+    assert materials.labelled()[1].class_names == ("crab", "cup")
 
 
 def test_many_draws_are_the_loaders_own() -> None:
@@ -165,6 +179,8 @@ def test_pool_runs_a_plan_selects_survives_a_failure_and_resumes(
          "options": [{"loss_lambda": 1}]},
         {**tiny, "study": "b", "arms": ["ours"], "select": "a.jsonl", "split": "test",
          "sets": ["photos", "camvid"]},
+        {**tiny, "study": "c", "arms": ["ours"], "start": "b-photos-ours-2", "also": ["knn"],
+         "lr": [0.0]},
     ]  # fmt: skip
     results = tmp_path / "results"
     arguments = ["--data-root", str(packed), "--cache", str(tmp_path / "cache"), "--results",
@@ -173,9 +189,10 @@ def test_pool_runs_a_plan_selects_survives_a_failure_and_resumes(
     assert not run.lines(results / "a.jsonl")
     assert run.main(arguments) == 1
     said = capfd.readouterr().out
-    assert "6 runs finished, 1 failed" in said
+    assert "7 runs finished, 1 failed" in said
     assert "DenseCL" in said and "loss_lambda must lie in [0, 1], got 7" in said
-    a, b = (run.lines(results / f"{study}.jsonl") for study in "ab")
+    a, b, (c,) = (run.lines(results / f"{study}.jsonl") for study in "abc")
+    assert 0 <= c["numbers"]["knn"] <= 100
     assert [(r["run"]["arm"], r["run"]["steps"]) for r in a].count(("random", 0)) == 1
     rate = run.best(a, "photos", "ours", plain=True)[0]
     assert [r["run"]["lr"] for r in a if r["run"]["options"] == '{"loss_lambda": 1}'] == [rate]
