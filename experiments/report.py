@@ -3,6 +3,8 @@
     python -m experiments.report                # prints the tables
     python -m experiments.report --write        # and puts them between docs/evidence.md's marks
 
+A mark names the studies whose lines its tables are made of.
+
 A table has one row an arm: mean over the seeds, and the paired difference to the baseline, seed by
 seed, with its 95 % interval by Student's t.
 """
@@ -27,14 +29,17 @@ from experiments.training import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, FIGURE = ROOT / "docs" / "evidence.md", ROOT / "docs" / "images" / "evidence.png"
-FIGURE_OF = "tuned"
-METRICS = {
-    "segmentation": "linear mIoU",
-    "incontext": "in-context mIoU",
-    "exact": "correspondence",
-    "position_share": "position share",
+FIGURE_OF = "tuned long"  # of the page's marks
+METRICS = {  # name in the lines: title, digits
+    "segmentation": ("linear mIoU", 1),
+    "incontext": ("in-context mIoU", 1),
+    "exact": ("correspondence", 3),
+    "finetune46": ("fine-tuned mIoU, 46 labelled", 1),
+    "finetune": ("fine-tuned mIoU, 367", 1),
+    "ap": ("raccoons AP", 1),
+    "knn": ("Caltech-101 k-NN", 1),
+    "position_share": ("position share", 2),
 }
-DECIMALS = {"segmentation": 1, "incontext": 1, "exact": 3, "position_share": 2}
 BASELINE = "mocov2"
 NAMES = {
     "random": "random weights",
@@ -56,72 +61,106 @@ Group = tuple[str, str, int, str]  # split, set, steps, network where it is not 
 
 def groups(found: Iterable[dict[str, Any]]) -> dict[Group, Rows]:
     """Lines that may be compared; an arm with settings of its own is a row of its own."""
-    grouped: dict[Group, Rows] = defaultdict(lambda: defaultdict(dict))
+    grouped: dict[Group, list[tuple[Run, dict[str, Any]]]] = defaultdict(list)
     without: dict[tuple[str, str, str], dict[int, dict[str, Any]]] = defaultdict(dict)
     for line in found:
         run = Run(**line["run"])
-        settings = json.loads(run.options)
-        label = run.arm
-        if settings:
-            label += " " + ", ".join(f"{k}={v}" for k, v in settings.items())
         if run.arm == "random":
             without[run.split, run.set, network(run)][run.seed] = line
-            continue
-        if run.lr != ARMS[run.arm][2]:
-            label += f" lr={run.lr:g}"
-        grouped[run.split, run.set, run.steps, network(run)][label][run.seed] = line
-    for (split, name, _, of), rows in grouped.items():
+        else:
+            grouped[run.split, run.set, run.steps, network(run)].append((run, line))
+    out: dict[Group, Rows] = {}
+    for (split, name, steps, of), members in sorted(grouped.items(), key=lambda item: item[0]):
+        options = [json.loads(run.options) for run, _ in members]
+        shared = {k: v for k, v in options[0].items() if all(o.get(k) == v for o in options)}
+        rows: Rows = defaultdict(dict)
+        for (run, line), own in zip(members, options, strict=True):
+            settings = [f"{k}={v}" for k, v in own.items() if k not in shared]
+            if run.lr != ARMS[run.arm][2]:
+                settings.append(f"lr={run.lr:g}")
+            rows[" ".join([run.arm, ", ".join(settings)]).strip()][run.seed] = line
         if without[split, name, of]:
             rows["random"] = without[split, name, of]
-    return dict(sorted(grouped.items()))
+        told = [of] if of else []
+        told += [f"{k}={v}" for k, v in shared.items()]
+        out[split, name, steps, ", ".join(told)] = rows
+    return out
 
 
 def network(run: Run) -> str:
-    """What differs from the usual network and views, as text."""
+    """What differs from the usual network, views and start, as text."""
+    words = {
+        "backbone": run.backbone,
+        "truncate": "all stages",
+        "output_stride": f"stride {run.output_stride}",
+        "size": f"{run.size} pixels",
+        "batch": f"batch {run.batch}",
+        "start": f"from {run.start}",
+    }
     usual = {field.name: field.default for field in dataclasses.fields(Run)}
-    names = {"backbone": "", "output_stride": "stride ", "size": "pixels ", "batch": "batch "}
-    values = {name: getattr(run, name) for name in names}
-    return ", ".join(f"{names[n]}{v}" for n, v in values.items() if v != usual[n])
+    return ", ".join(word for name, word in words.items() if getattr(run, name) != usual[name])
 
 
-def baseline_of(rows: Rows) -> str:
-    """The baseline's row: of several, that of most seeds, the arm's own settings before others."""
-    own = [label for label in rows if label.partition(" ")[0] == BASELINE]
-    return max(own, key=lambda label: (len(rows[label]), label == BASELINE), default="")
+def row_of(rows: Rows, arm: str) -> str:
+    """An arm's row: of several, that of most seeds, the arm's own settings before others."""
+    own = [label for label in rows if label.partition(" ")[0] == arm]
+    return max(own, key=lambda label: (len(rows[label]), label == arm), default="")
 
 
-def table(rows: Rows) -> str:
-    """One group as Markdown."""
-    baseline = baseline_of(rows)
-    head = ["arm", "seeds", *METRICS.values()]
+def table(rows: Rows, against: str = BASELINE) -> str:
+    """One group as Markdown; differences are to the arm `against`."""
+    baseline = row_of(rows, against)
+    every = [line["numbers"] for by_seed in rows.values() for line in by_seed.values()]
+    metrics = [metric for metric in METRICS if any(metric in numbers for numbers in every)]
+    head = ["arm", "seeds", *(METRICS[metric][0] for metric in metrics)]
     out = [" | ".join(head), " | ".join("---" for _ in head)]
     order = sorted(rows, key=lambda arm: (arm != "random", -mean_of(rows[arm], "segmentation")))
     for arm in order:
         name, _, rest = arm.partition(" ")
         cells = [NAMES.get(name, name) + (f" ({rest})" if rest else ""), str(len(rows[arm]))]
-        for metric in METRICS:
-            digits = DECIMALS[metric]
+        for metric in metrics:
+            digits = METRICS[metric][1]
             cell = f"{mean_of(rows[arm], metric):.{digits}f}"
             common = sorted(rows[arm].keys() & rows.get(baseline, {}).keys())
             if arm != baseline and metric != "position_share" and common:
-                differences = [
-                    value(rows[arm][seed], metric) - value(rows[baseline][seed], metric)
-                    for seed in common
-                ]
-                mean, half = interval(differences)
-                if math.isfinite(half):
-                    low, high = mean - half, mean + half
-                    cell += f" ({mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}])"
-                else:
-                    cell += f" ({mean:+.{digits}f})"
+                cell += f" ({difference(rows[arm], rows[baseline], metric, digits)})"
             cells.append(cell)
         out.append(" | ".join(cells))
     return "\n".join(f"| {line} |" for line in out)
 
 
+def difference(
+    one: dict[int, dict[str, Any]], other: dict[int, dict[str, Any]], metric: str, digits: int
+) -> str:
+    """Mean of one - other over their common seeds, and its 95 % interval."""
+    common = sorted(one.keys() & other.keys())
+    mean, half = interval([value(one[s], metric) - value(other[s], metric) for s in common])
+    if not math.isfinite(half):
+        return f"{mean:+.{digits}f}"
+    low, high = mean - half, mean + half
+    return f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+
+
+def ahead(found: dict[Group, Rows], against: str) -> list[str]:
+    """Ours after some steps beside the baseline after more, one line a pair of lengths."""
+    out = []
+    for (split, name, steps, of), rows in found.items():
+        longer = [key for key in found if key[:2] == (split, name) and key[3] == of]
+        for key in (key for key in longer if key[2] > steps):
+            one, other = rows.get(row_of(rows, "ours")), found[key].get(row_of(found[key], against))
+            if one and other:
+                told = [
+                    f"{difference(one, other, metric, 1)} {METRICS[metric][0]}"
+                    for metric in ("segmentation", "incontext")
+                ]
+                who = f"ours after {steps:,} steps - {NAMES[against]} after {key[2]:,}"
+                out.append(f"- {name}, {who}: {', '.join(told)}")
+    return [*out, ""] if out else []
+
+
 def value(line: dict[str, Any], metric: str) -> float:
-    """A number of a line."""
-    return float(line["numbers"][metric])
+    """A number of a line; NaN where it was not measured."""
+    return float(line["numbers"].get(metric, math.nan))
 
 
 def mean_of(lines_by_seed: dict[int, dict[str, Any]], metric: str) -> float:
@@ -130,42 +169,51 @@ def mean_of(lines_by_seed: dict[int, dict[str, Any]], metric: str) -> float:
 
 
 def draw(found: dict[Group, Rows], png: Path) -> None:
-    """Linear mIoU and correspondence of the arms: a dot a seed, a line at their mean."""
+    """Linear and in-context mIoU over the number of steps: a dot a seed, a line at the means."""
     from matplotlib.figure import Figure
 
-    shown = [arm for arm in ("random", "densecl_paper", "mocov2", "vicregl", "dino", "ours")]
-    # label by arm; of several settings, the one of most seeds
-    labels = {
-        key: {
-            label.partition(" ")[0]: label
-            for label in sorted(rows, key=lambda label: len(rows[label]))
-        }
-        for key, rows in found.items()
+    usual = [key for key in found if not key[3]]
+    sets = [name for name in ("camvid", "photos") if any(key[1] == name for key in usual)]
+    titles = {
+        "photos": "pre-trained on photographs",
+        "camvid": "pre-trained on CamVid's own frames, no labels",
     }
-    sets = [key for key in found if len(found[key].get(labels[key].get("ours", ""), {})) > 1]
-    if not sets:
-        return  # one seed shows nothing
-    figure = Figure(figsize=(3.3 * len(sets), 5.6), dpi=110, layout="constrained")
-    axes = figure.subplots(2, len(sets), squeeze=False, sharey="row")
-    for column, key in enumerate(sets):
-        rows = found[key]
-        arms = [arm for arm in shown if arm in labels[key]]
-        for row, metric in enumerate(("segmentation", "exact")):
+    lines_of = {"ours": "#0072b2", "mocov2": "#8a8f98"}
+    points = {"vicregl": "v", "dino": "s", "densecl_paper": "x"}
+    figure = Figure(figsize=(4.6 * len(sets), 6.4), dpi=110, layout="constrained")
+    axes = figure.subplots(2, len(sets), squeeze=False, sharey="row", sharex=True)
+    for column, name in enumerate(sets):
+        groups_of = {key[2]: found[key] for key in usual if key[1] == name}
+        for row, metric in enumerate(("segmentation", "incontext")):
             ax = axes[row][column]
-            for place, arm in enumerate(arms):
-                seen = [value(line, metric) for line in rows[labels[key][arm]].values()]
-                colour = "#0072b2" if arm == "ours" else "#8a8f98"
-                ax.scatter([place] * len(seen), seen, s=22, color=colour, zorder=3)
-                ax.hlines(fmean(seen), place - 0.3, place + 0.3, color=colour, linewidth=2)
-            ax.set_xticks(range(len(arms)), [NAMES[arm].replace(" as ", "\nas ") for arm in arms])
-            ax.tick_params(axis="x", labelsize=8)
-            ax.set_ylabel(
-                {"segmentation": "CamVid, linear mIoU", "exact": "correspondence"}[metric]
-            )
+            for arm, colour in lines_of.items():
+                means = {}
+                for steps, rows in sorted(groups_of.items()):
+                    seen = [value(one, metric) for one in rows.get(row_of(rows, arm), {}).values()]
+                    if seen:
+                        means[steps] = fmean(seen)
+                        ax.scatter([steps] * len(seen), seen, s=18, color=colour, alpha=0.6)
+                ax.plot(means.keys(), means.values(), color=colour, linewidth=2, label=NAMES[arm])
+            shortest = min(groups_of)
+            rows = groups_of[shortest]
+            for arm, marker in points.items():
+                if label := row_of(rows, arm):
+                    mean = mean_of(rows[label], metric)
+                    ax.scatter(
+                        shortest * 0.9, mean, marker=marker, color="#d55e00", label=NAMES[arm]
+                    )
+            if "random" in rows:
+                mean = mean_of(rows["random"], metric)
+                ax.axhline(mean, color="black", linewidth=1, linestyle=":", label=NAMES["random"])
+            ax.set_xscale("log")
+            ax.minorticks_off()
+            ax.set_xticks(sorted(groups_of), [f"{steps:,}" for steps in sorted(groups_of)])
+            ax.set_ylabel(f"CamVid test, {METRICS[metric][0]}" if column == 0 else "")
             ax.spines[["top", "right"]].set_visible(False)
             ax.grid(axis="y", color="#e5e7eb")
-        source = {"photos": "photographs", "camvid": "CamVid's own frames"}[key[1]]
-        axes[0][column].set_title(f"{source}\n{key[2]:,} steps", fontsize=10)
+        axes[0][column].set_title(titles[name], fontsize=10)
+        axes[1][column].set_xlabel("training steps of 64 images")
+    axes[0][0].legend(fontsize=8, frameon=False, loc="lower right", bbox_to_anchor=(1, 0.04))
     png.parent.mkdir(exist_ok=True)
     figure.savefig(png)
 
@@ -173,21 +221,25 @@ def draw(found: dict[Group, Rows], png: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments.report", description=__doc__)
     parser.add_argument("--write", action="store_true")
+    parser.add_argument("--against", default=BASELINE, choices=ARMS, help="instead of MoCo v2")
     given = parser.parse_args()
-    page = PAGE.read_text(encoding="utf-8") if PAGE.is_file() else ""
-    for path in sorted(RESULTS.glob("*.jsonl")):
-        study = path.stem
-        found = groups(lines(path))
-        text = []
+    page = PAGE.read_text(encoding="utf-8")
+
+    def filled(mark: re.Match[str]) -> str:
+        found = groups(
+            one for study in mark[1].split() for one in lines(RESULTS / f"{study}.jsonl")
+        )
+        text = [f"<!-- {mark[1]} -->", ""]
         for (split, name, steps, of), rows in found.items():
             title = f"{name}, {steps:,} steps, {of + ', ' if of else ''}CamVid {split}"
-            text += [f"**{title}**", "", table(rows), ""]
-        body = "\n".join(text)
-        print(f"== {study}\n\n{body}")
-        mark = rf"(<!-- {study} -->\n).*?(<!-- /{study} -->)"
-        page = re.sub(mark, lambda m, body=body: f"{m[1]}\n{body}\n{m[2]}", page, flags=re.DOTALL)
-        if study == FIGURE_OF and given.write:
+            text += [f"**{title}**", "", table(rows, given.against), ""]
+        text += ahead(found, given.against)
+        print("\n".join(text))
+        if mark[1] == FIGURE_OF and given.write:
             draw(found, FIGURE)
+        return "\n".join([*text, f"<!-- /{mark[1]} -->"])
+
+    page = re.sub(r"<!-- ([\w ]+) -->\n.*?<!-- /\1 -->", filled, page, flags=re.DOTALL)
     if given.write:
         PAGE.write_text(page, encoding="utf-8")
 

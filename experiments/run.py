@@ -139,7 +139,11 @@ def parsed(arguments: list[str] | None) -> tuple[argparse.Namespace, list[argpar
     add("--size", type=int, default=64)
     add("--batch", type=int, default=64)
     add("--dilate", action="store_true", help="keep all stages at the output stride")
-    add("--start", default="", help="STUDY-SET-ARM-STEPS whose weights of the same seed to go on from")
+    add(
+        "--start",
+        default="",
+        help="STUDY-SET-ARM-STEPS whose weights of the same seed to go on from",
+    )
     add("--also", nargs="+", default=[], choices=ALSO, help="protocols to measure besides")
     add("--select", type=Path, help="lines of a tuning: its best rate and options for each arm")
     add("--rate-of", type=Path, help="lines of a tuning: its best rate for the arm's own options")

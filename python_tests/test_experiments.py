@@ -259,4 +259,17 @@ def test_tables_pair_with_the_tuned_baseline() -> None:
     ]
     text = report.table(grouped["val", "photos", 4, ""])
     assert "ours | 3 | 23.0 (+2.0 [+2.0, +2.0])" in text
-    assert "MoCo v2 (temperature=0.1 lr=0.1) | 3 | 21.0 |" in text
+    assert "MoCo v2 (temperature=0.1, lr=0.1) | 3 | 21.0 |" in text
+    assert "ours | 3 | 23.0 |" in report.table(grouped["val", "photos", 4, ""], "ours")
+
+
+def test_tables_tell_shared_settings_once_and_what_was_measured() -> None:
+    options = '{"hidden_dim": 2048}'
+    found = [line(arm, 0, 0.2, 20, options=options) for arm in ("ours", "mocov2")]
+    found[0]["numbers"]["ap"] = 31.0
+    ((key, rows),) = report.groups(found).items()
+    assert key == ("val", "photos", 4, "hidden_dim=2048")
+    assert set(rows) == {"ours", "mocov2"}
+    text = report.table(rows)
+    assert "raccoons AP" in text and "k-NN" not in text
+    assert "| 31.0 (" in text and "| nan" in text
