@@ -23,7 +23,7 @@ from densecl_ext.backbones.build import load_weights  # noqa: E402
 from densecl_ext.checkpoints import export_backbone, load_backbone  # noqa: E402
 from densecl_ext.data import Augmentation, build_loader, find_images  # noqa: E402
 from densecl_ext.data.bands import decode_bands, read_bands, scaled  # noqa: E402
-from densecl_ext.data.images import Reading, encoded  # noqa: E402
+from densecl_ext.data.images import Reading, decode_rgb, encoded  # noqa: E402
 from densecl_ext.data.measuring import measure_channels, measure_range  # noqa: E402
 from densecl_ext.train import pretrain  # noqa: E402
 
@@ -130,11 +130,14 @@ def test_png_at_its_full_depth(mode, depth):
     header = struct.pack(">IIBBBBB", 11, 9, depth, colour, 0, 0, 0)
     data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
     data += chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-    if (mode, depth) == ("LA", 16):
-        with pytest.raises(ValueError, match="LA;16B cannot be read in full"):
-            bands(data)
-        return
     np.testing.assert_array_equal(bands(data, channels=count), values)
+    # As RGB, alpha is dropped and the range is what black and white are, at either depth.
+    top = 2**depth - 1
+    rgb = np.asarray(decode_rgb(data, Reading(value_range=(0, top / 2) if depth == 16 else None)))
+    colours = values[..., :1].repeat(3, axis=2) if mode in ("L", "LA") else values[..., :3]
+    scale = 255 / (top / 2 if depth == 16 else top)
+    expected = np.clip(colours.astype(np.float64) * scale + 0.5, 0, 255).astype(np.uint8)
+    np.testing.assert_array_equal(rgb, expected)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
