@@ -29,6 +29,7 @@ from densecl_ext.train import pretrain  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 RNG = np.random.default_rng(0)
+ONNX = ("onnx", "onnxscript", "onnxruntime")
 STILL = Augmentation(
     scale=(1.0, 1.0),
     ratio=(1.0, 1.0),
@@ -219,6 +220,17 @@ def test_the_range_of_rgb_images_is_measured_of_the_deep_ones_alone(tmp_path):
             assert float(view.max() - view.min()) > 1.5, "crushed to black"
     (tmp_path / "12bit.png").unlink()
     assert measure_range(find_images(tmp_path), Reading()) is None
+
+
+def test_a_measured_range_keeps_the_one_channel_of_large_values(tmp_path):
+    """Of 64 channels, 1 in 64 values: most of that channel would be cut were all taken together."""
+    values = RNG.integers(0, 1000, (40, 40, 64)).astype(np.uint16)
+    values[..., 7] = RNG.integers(20_000, 60_000, (40, 40))
+    np.save(tmp_path / "a.npy", values)
+    low, high = measure_range(find_images(tmp_path, arrays=True), Reading(channels=64))
+    assert low == 0 and 59_900 < high < 60_000
+    made = scaled(values, (low, high))
+    assert (made[..., 7] == 1).mean() < 3e-3
 
 
 def test_nan_and_infinity_do_not_count(tmp_path):
@@ -416,16 +428,28 @@ def test_it_resumes_to_the_same_bits(four, tmp_path):
         ("mmengine", "m.pth"),
         ("detectron2", "d.pkl"),
         ("huggingface", "hub"),
+        pytest.param("onnx", "o.onnx", marks=pytest.mark.slow),
     ],
 )
 def test_its_backbone_goes_out_with_four_channels(run, to, name, tmp_path):
-    if to in ("timm", "huggingface"):
-        pytest.importorskip("timm")
+    for module in {"timm": ["timm"], "huggingface": ["timm"], "onnx": ONNX}.get(to, []):
+        pytest.importorskip(module)
     made = export_backbone(run.output, tmp_path / name, to)
     assert made.in_channels == 4
     normalisation = made.provenance["normalisation"]
     assert len(normalisation["mean"]) == 4 and "4 channels" in normalisation["channels"]
-    if to != "huggingface":
+    if to == "onnx":
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(str(tmp_path / name))
+        (first,) = session.get_inputs()
+        assert first.shape[1] == 4
+        images = torch.rand(1, 4, 64, 64)
+        (features,) = session.run(None, {first.name: images.numpy()})
+        with torch.no_grad():
+            expected = load_backbone(run.output)(images)
+        torch.testing.assert_close(torch.from_numpy(features), expected, rtol=1e-3, atol=1e-3)
+    elif to != "huggingface":
         again = load_backbone(tmp_path / name)
         assert again.in_channels == 4
         images = torch.rand(1, 4, 64, 64)

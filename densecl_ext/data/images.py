@@ -167,7 +167,8 @@ def read_encoded(path: str | os.PathLike[str], reading: Reading = DEFAULT) -> En
             raise ValueError("the file is empty")
         _kind_of(head)
         require_size(status.st_size, reading)
-        return encoded(head + file.read(_limit(reading)))
+        # Room is made for as much as is asked for, which the limit of many channels would not get.
+        return encoded(head + file.read(min(_limit(reading), status.st_size)))
 
 
 def require_size(size: int, reading: Reading) -> None:
