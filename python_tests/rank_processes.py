@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing as mp
 import os
 import pickle
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ def _process(rank: int, world: int, port: int, folder: str, call: bytes) -> None
     function, arguments = pickle.loads(call)
     try:
         result = function(*arguments)
+    except SystemExit:  # a command, whose exit code the process takes
+        raise
     except BaseException as error:
         result = RuntimeError(f"rank {rank}: {type(error).__name__}: {error}")
         traceback.print_exc()
@@ -39,8 +42,11 @@ def _process(rank: int, world: int, port: int, folder: str, call: bytes) -> None
         pickle.dump(result, file)
 
 
-def run_ranks(world: int, folder: Path, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """What the function returned on every rank; an exception there comes as a RuntimeError."""
+@contextlib.contextmanager
+def started_ranks(
+    world: int, folder: Path, function: Callable[..., Any], *arguments: Any
+) -> Iterator[list[Any]]:
+    """The processes that call the function, started; none outlives the block."""
     path = os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = path
@@ -56,8 +62,7 @@ def run_ranks(world: int, folder: Path, function: Callable[..., Any], *arguments
     try:
         for process in processes:
             process.start()
-        for process in processes:
-            process.join(300)
+        yield processes
     finally:
         for process in processes:
             process.kill()
@@ -65,6 +70,13 @@ def run_ranks(world: int, folder: Path, function: Callable[..., Any], *arguments
             del os.environ["PYTHONPATH"]
         else:
             os.environ["PYTHONPATH"] = before
+
+
+def run_ranks(world: int, folder: Path, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """What the function returned on every rank; an exception there comes as a RuntimeError."""
+    with started_ranks(world, folder, function, *arguments) as processes:
+        for process in processes:
+            process.join(300)
     results = []
     for rank in range(world):
         with open(folder / f"rank{rank}.pickle", "rb") as file:

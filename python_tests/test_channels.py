@@ -23,12 +23,13 @@ from densecl_ext.backbones.build import load_weights  # noqa: E402
 from densecl_ext.checkpoints import export_backbone, load_backbone  # noqa: E402
 from densecl_ext.data import Augmentation, build_loader, find_images  # noqa: E402
 from densecl_ext.data.bands import decode_bands, read_bands, scaled  # noqa: E402
-from densecl_ext.data.images import Reading, encoded  # noqa: E402
+from densecl_ext.data.images import Reading, decode_rgb, encoded  # noqa: E402
 from densecl_ext.data.measuring import measure_channels, measure_range  # noqa: E402
 from densecl_ext.train import pretrain  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 RNG = np.random.default_rng(0)
+ONNX = ("onnx", "onnxscript", "onnxruntime")
 STILL = Augmentation(
     scale=(1.0, 1.0),
     ratio=(1.0, 1.0),
@@ -130,11 +131,14 @@ def test_png_at_its_full_depth(mode, depth):
     header = struct.pack(">IIBBBBB", 11, 9, depth, colour, 0, 0, 0)
     data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
     data += chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-    if (mode, depth) == ("LA", 16):
-        with pytest.raises(ValueError, match="LA;16B cannot be read in full"):
-            bands(data)
-        return
     np.testing.assert_array_equal(bands(data, channels=count), values)
+    # As RGB, alpha is dropped and the range is what black and white are, at either depth.
+    top = 2**depth - 1
+    rgb = np.asarray(decode_rgb(data, Reading(value_range=(0, top / 2) if depth == 16 else None)))
+    colours = values[..., :1].repeat(3, axis=2) if mode in ("L", "LA") else values[..., :3]
+    scale = 255 / (top / 2 if depth == 16 else top)
+    expected = np.clip(colours.astype(np.float64) * scale + 0.5, 0, 255).astype(np.uint8)
+    np.testing.assert_array_equal(rgb, expected)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -216,6 +220,17 @@ def test_the_range_of_rgb_images_is_measured_of_the_deep_ones_alone(tmp_path):
             assert float(view.max() - view.min()) > 1.5, "crushed to black"
     (tmp_path / "12bit.png").unlink()
     assert measure_range(find_images(tmp_path), Reading()) is None
+
+
+def test_a_measured_range_keeps_the_one_channel_of_large_values(tmp_path):
+    """Of 64 channels, 1 in 64 values: most of that channel would be cut were all taken together."""
+    values = RNG.integers(0, 1000, (40, 40, 64)).astype(np.uint16)
+    values[..., 7] = RNG.integers(20_000, 60_000, (40, 40))
+    np.save(tmp_path / "a.npy", values)
+    low, high = measure_range(find_images(tmp_path, arrays=True), Reading(channels=64))
+    assert low == 0 and 59_900 < high < 60_000
+    made = scaled(values, (low, high))
+    assert (made[..., 7] == 1).mean() < 3e-3
 
 
 def test_nan_and_infinity_do_not_count(tmp_path):
@@ -413,16 +428,28 @@ def test_it_resumes_to_the_same_bits(four, tmp_path):
         ("mmengine", "m.pth"),
         ("detectron2", "d.pkl"),
         ("huggingface", "hub"),
+        pytest.param("onnx", "o.onnx", marks=pytest.mark.slow),
     ],
 )
 def test_its_backbone_goes_out_with_four_channels(run, to, name, tmp_path):
-    if to in ("timm", "huggingface"):
-        pytest.importorskip("timm")
+    for module in {"timm": ["timm"], "huggingface": ["timm"], "onnx": ONNX}.get(to, []):
+        pytest.importorskip(module)
     made = export_backbone(run.output, tmp_path / name, to)
     assert made.in_channels == 4
     normalisation = made.provenance["normalisation"]
     assert len(normalisation["mean"]) == 4 and "4 channels" in normalisation["channels"]
-    if to != "huggingface":
+    if to == "onnx":
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(str(tmp_path / name))
+        (first,) = session.get_inputs()
+        assert first.shape[1] == 4
+        images = torch.rand(1, 4, 64, 64)
+        (features,) = session.run(None, {first.name: images.numpy()})
+        with torch.no_grad():
+            expected = load_backbone(run.output)(images)
+        torch.testing.assert_close(torch.from_numpy(features), expected, rtol=1e-3, atol=1e-3)
+    elif to != "huggingface":
         again = load_backbone(tmp_path / name)
         assert again.in_channels == 4
         images = torch.rand(1, 4, 64, 64)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from densecl_ext.checkpoints import import_backbone, load_checkpoint, read_backbone
+from densecl_ext.checkpoints import formats, import_backbone, load_checkpoint, read_backbone
 from densecl_ext.checkpoints.names import (
     from_detectron2,
     from_huggingface,
@@ -169,36 +169,33 @@ def wrapped(*wrappers: str) -> Callable[[Tensors], Any]:
     return form
 
 
-@pytest.mark.parametrize(
-    ("form", "name"),
-    [
-        (moco_v3, "MoCo v3"),
-        (simsiam, "SimSiam"),
-        (pixpro, "PixPro"),
-        (soco, "SoCo"),
-        (slotcon, "SlotCon"),
-        (vicregl, "VICRegL"),
-        (barlow_twins, "Barlow Twins / VICReg"),
-        (simclr, "SimCLR"),
-        (solo_learn, "solo-learn"),
-        (sequential("backbone."), "lightly"),
-        (sequential("query_encoder."), "lightly"),
-        (byol_mmselfsup, "BYOL (mmselfsup)"),
-        (byol_lucidrains, "BYOL"),
-        (byol_two_networks, "BYOL"),
-        (swav, "SwAV"),
-        (vissl, "VISSL"),
-        (dino, "DINO"),
-        (timm_averaged, "plain state dict"),
-        (hugging_face, "Hugging Face ResNet"),
-        (hugging_face_bare, "Hugging Face ResNet"),
-        (detectron2, "detectron2"),
-        (detector, "detectron2"),
-        (wrapped("module", "_orig_mod"), "MoCo"),
-        (wrapped("_orig_mod", "module"), "MoCo"),
-        (wrapped("_forward_module", "module", "_orig_mod"), "MoCo"),
-    ],
-)
+FORMS = [
+    (moco_v3, "MoCo v3"),
+    (simsiam, "SimSiam"),
+    (pixpro, "PixPro"),
+    (soco, "SoCo"),
+    (slotcon, "SlotCon"),
+    (vicregl, "VICRegL"),
+    (barlow_twins, "Barlow Twins / VICReg"),
+    (simclr, "SimCLR"),
+    (solo_learn, "solo-learn"),
+    (sequential("backbone."), "lightly"),
+    (byol_mmselfsup, "BYOL (mmselfsup)"),
+    (byol_lucidrains, "BYOL"),
+    (byol_two_networks, "BYOL"),
+    (swav, "SwAV"),
+    (vissl, "VISSL"),
+    (dino, "DINO"),
+    (timm_averaged, "plain state dict"),
+    (hugging_face, "Hugging Face ResNet"),
+    (detectron2, "detectron2"),
+    (detector, "detectron2"),
+    (wrapped("module", "_orig_mod"), "MoCo"),
+    (wrapped("_orig_mod", "module"), "MoCo"),
+]
+
+
+@pytest.mark.parametrize(("form", "name"), FORMS)
 def test_forms(form: Callable[[Tensors], Any], name: str, tmp_path: Path, tensors: Tensors) -> None:
     content = form(tensors)
     if form is detectron2:
@@ -210,6 +207,96 @@ def test_forms(form: Callable[[Tensors], Any], name: str, tmp_path: Path, tensor
     learnt = {key for key in tensors if "num_batches_tracked" not in key}
     assert learnt <= read.tensors.keys() <= tensors.keys()
     assert all(torch.equal(value, tensors[key]) for key, value in read.tensors.items())
+
+
+Form = Callable[[Tensors], Any]
+
+
+def prefixed(prefix: str, *beside: str) -> Form:
+    return lambda t: under(prefix, t) | head(*beside)
+
+
+def inside(container: str, form: Form = dict) -> Form:
+    return lambda t: {container: form(t), "epoch": 1}
+
+
+def run(t: Tensors) -> Any:
+    model = under("backbone.", t) | worse("momentum_encoder.module.backbone.", t)
+    return {"format": "densecl_ext", "version": 1, "model": model}
+
+
+def mm(t: Tensors) -> Any:
+    return {"meta": {}, "state_dict": under("backbone.", t) | head("neck.mlp.0.weight")}
+
+
+def dino_student(t: Tensors) -> Any:
+    return {"student": under("module.backbone.", t), "epoch": 3}
+
+
+def hugging_face_under(prefix: str) -> Form:
+    return lambda t: under(prefix, hugging_face_bare(t))
+
+
+def detectron2_backbone(t: Tensors) -> Any:
+    return {"model": {f"backbone.{to_detectron2(name)}": tensor for name, tensor in t.items()}}
+
+
+# What else the tables name; names alone are looked at, so no file is needed.
+OTHERS = [
+    (run, "densecl_ext run"),
+    (prefixed("encoder_q.", "encoder_q.dense_head.0.weight"), "DenseCL (CoinCheung)"),
+    (prefixed("online_network.encoder."), "BYOL"),
+    (prefixed("online_network.backbone."), "BYOL"),
+    (prefixed("online_encoder."), "BYOL"),
+    (prefixed("encoder."), "a model with an encoder"),
+    (prefixed("_feature_blocks."), "VISSL"),
+    (dino_student, "DINO"),
+    (mm, "OpenSelfSup / mmselfsup / mmpretrain"),
+    (prefixed("backbone."), "a model with a backbone"),
+    (prefixed("encoder_q.0."), "OpenSelfSup encoder"),
+    (sequential("query_encoder."), "lightly"),
+    (sequential("student_backbone."), "lightly"),
+    (sequential(""), "plain state dict"),
+    (hugging_face_bare, "Hugging Face ResNet"),
+    (hugging_face_under("backbone."), "Hugging Face ResNet"),
+    (inside("encoder", hugging_face_bare), "Hugging Face ResNet"),
+    (detectron2_backbone, "detectron2"),
+    (inside("model_ema"), "plain state dict"),
+    (inside("model_state_dict"), "plain state dict"),
+    (inside("network"), "plain state dict"),
+    (inside("net"), "plain state dict"),
+    (inside("backbone", prefixed("encoder.")), "a model with an encoder"),
+    (wrapped("_forward_module", "module", "_orig_mod"), "MoCo"),
+    (wrapped("_fsdp_wrapped_module", "_checkpoint_wrapped_module"), "MoCo"),
+    *((prefixed("", f"{part}0.weight"), "plain state dict") for part in (
+        "fc.", "head.", "heads.", "dense_head.", "projector.", "predictor.", "classifier.")),
+]  # fmt: skip
+
+
+def as_named(content: Any, name: str, tensors: Tensors) -> bool:
+    """Whether the backbone of a content is found, under the name of its form."""
+    try:
+        got, _, form = formats.extract_backbone(formats.find_tensors(content), content)
+    except ValueError:
+        return False
+    whole = {key for key in tensors if "num_batches" not in key} <= got.keys() <= tensors.keys()
+    return form == name and whole and all(torch.equal(got[key], tensors[key]) for key in got)
+
+
+def test_every_entry_of_the_tables_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is left out in turn: some project's file must no longer be read as what it is."""
+    with torch.device("meta"):
+        names = list(torchvision.models.resnet18().state_dict())[:-2]
+    small = {name: torch.full((1, 1, 1, 1), float(n)) for n, name in enumerate(names)}
+    contents = [(form(small), name) for form, name in FORMS + OTHERS]
+    assert all(as_named(*one, small) for one in contents)
+    for table in ("FORMS", "CONTAINERS", "WRAPPERS", "HEADS"):
+        whole = getattr(formats, table)
+        for entry in whole:
+            kept = type(whole)(other for other in whole if other is not entry)
+            monkeypatch.setattr(formats, table, kept)
+            assert not all(as_named(*one, small) for one in contents), f"{table}: {entry}"
+        monkeypatch.setattr(formats, table, whole)
 
 
 def test_what_no_table_knows(tmp_path: Path, tensors: Tensors) -> None:

@@ -101,24 +101,42 @@ def test_tied_tensors_stay_tied() -> None:
     assert copied["a"] is copied["b"][0] is copied["b"][1][0] is not one
 
 
+@pytest.mark.parametrize("reason", [(28, "No space left on device"), (30, "Read-only file system")])
 def test_a_disk_that_fills_up_ends_a_run_with_the_older_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    reason: tuple[int, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """By the command: one retry, one line that says why, exit code 2; and it goes on."""
     pytest.importorskip("lightning")
     import train_runs as runs
 
-    monkeypatch.setattr(writer, "RETRY_SECONDS", 0.01)
-    data = runs.image_folder(tmp_path / "images")
-    right, written = RunFolder.save, 0
+    from densecl_ext import cli
 
-    def save(self: RunFolder, content: dict[str, Any]) -> Path:
+    monkeypatch.setattr(writer, "RETRY_SECONDS", 0.01)
+    data, output = runs.image_folder(tmp_path / "images"), tmp_path / "run"
+    words = f"""pretrain --data {data} --output {output} --backbone resnet18 --output-stride 8
+        --truncate --image-size 32 --batch-size 8 --dim 8 --hidden-dim 8 --queue-length 16
+        --key-bn-groups 1 --device cpu --threads 1 --workers 0 --loader memory --no-tensorboard
+        --epochs 3 --checkpoint-every 1 --resume auto""".split()
+    right, written = torch.save, 0
+
+    def save(*arguments: Any) -> None:
         nonlocal written
         written += 1
         if written > 2:
-            raise OSError(28, "No space left on device")
-        return right(self, content)
+            raise OSError(*reason)
+        right(*arguments)
 
-    monkeypatch.setattr(RunFolder, "save", save)
-    with pytest.raises(OSError, match="No space left"):
-        runs.tiny_run(runs.tiny_config(data, tmp_path / "run", checkpoint_every=1))
-    assert load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")["step"] == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", save)
+        assert cli.main(words) == 2
+    told = capsys.readouterr().err
+    assert written == 4 and told.count("error:") == 1
+    assert reason[1] in told and "the previous one is intact" in told
+    assert load_checkpoint(output / "checkpoints" / "last.pt")["step"] == 1
+    assert [path.name for path in (output / "checkpoints").iterdir()].count("last.pt") == 1
+    assert not list(output.glob("**/.unfinished*"))
+    assert cli.main(words) == 0
+    assert "resuming at step 1 of 9" in capsys.readouterr().err

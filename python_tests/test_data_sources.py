@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import pickle
 import sys
 import tarfile
@@ -18,7 +19,7 @@ pytest.importorskip("PIL")
 
 from data_images import photo_folder  # noqa: E402
 
-from densecl_ext.data import build_loader, find_images, open_images  # noqa: E402
+from densecl_ext.data import build_loader, find_images, open_images, shards  # noqa: E402
 
 COUNT = 12
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -324,3 +325,31 @@ def test_a_run_on_shards_resumes_to_the_same_bits(photos, tmp_path):
     first, second = (torch.load(r.checkpoint, weights_only=False) for r in (whole, cut))
     runs.assert_same(first["model"], second["model"])
     assert np.isfinite(float(runs.rows(cut)[-1]["loss"]))
+
+
+def test_the_index_of_a_large_shard_is_kept(photos, tmp_path, monkeypatch):
+    monkeypatch.setenv("DENSECL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(shards, "_KEPT_FROM", 12)
+    members = [(f"{file.stem}.jpg", file.read_bytes()) for file in photos]
+    shard = tmp_path / "0.tar"
+    write_tar(shard, [*members, (".hidden.jpg", b"x"), ("a.json", b"{}")])
+    first = open_images(shard)
+    (index,) = (tmp_path / "cache").iterdir()
+
+    def never(*_, **__):
+        raise AssertionError("the shard was scanned again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tarfile, "open", never)
+        again = open_images(shard)
+    assert len(again) == COUNT and again == first and again.identity == first.identity
+    assert again.summary() == first.summary() != ""
+    assert again.encoded(3) == first.encoded(3)
+    index.write_bytes(index.read_bytes()[:200])
+    assert open_images(shard).identity == first.identity
+    # Other content of the same size, a moment later.
+    write_tar(shard, [*members[::-1], (".hidden.jpg", b"x"), ("a.json", b"{}")])
+    os.utime(shard, ns=(1, 1))
+    assert open_images(shard)[0].name == members[-1][0]
+    monkeypatch.setenv("DENSECL_CACHE", "/dev/null/nowhere")
+    assert open_images(shard)[0].name == members[-1][0]

@@ -22,7 +22,7 @@ if not dist.is_available():
     pytest.skip("torch was built without distributed", allow_module_level=True)
 
 import train_runs as runs
-from rank_processes import run_ranks
+from rank_processes import run_ranks, started_ranks
 
 from densecl_ext.checkpoints import load_checkpoint
 from densecl_ext.data import build_loader
@@ -74,45 +74,42 @@ def good(results: list[Any]) -> list[PretrainResult]:
     return results
 
 
-@pytest.fixture(scope="module")
-def whole(data: str, tmp_path_factory: pytest.TempPathFactory) -> list[PretrainResult]:
-    """An uninterrupted run of two ranks."""
-    folder = tmp_path_factory.mktemp("whole")
-    return good(run_ranks(2, folder / "meeting", run, data, str(folder / "run"), {}, {}))
+STOPS = [(1, 2, "SIGTERM"), (0, 1, "SIGINT"), (1, 1, "SIGUSR1")]  # rank, after its n-th step
 
 
-@pytest.mark.parametrize("number", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def stopped(data: str, folder: str) -> tuple[list[PretrainResult], PretrainResult]:
+    """A run that signals end three times and that goes on each time, and one without."""
+    whole = run(data, f"{folder}/whole", {}, {})
+    output, resume = f"{folder}/part", {"resume": "auto"}
+    parts = [run(data, output, {}, resume, stop) for stop in STOPS]
+    return [*parts, run(data, output, {}, resume)], whole
+
+
 def test_a_signal_to_one_rank_stops_all_and_the_same_ranks_go_on_with_the_same_bits(
-    number: str, whole: list[PretrainResult], data: str, tmp_path: Path
+    data: str, tmp_path: Path
 ) -> None:
     """A signal after a step's keys have gone out is told with the next one's."""
-    output, resume = str(tmp_path / "part"), {"resume": "auto"}
-    part = good(run_ranks(2, tmp_path / "b", run, data, output, {}, resume, (1, 3, number)))
-    assert [(r.step, r.interrupted, r.first) for r in part] == [(4, True, True), (4, True, False)]
-    assert load_checkpoint(part[0].checkpoint)["step"] == 4
-    again = good(run_ranks(2, tmp_path / "c", run, data, output, {}, resume))
-    expected, got = (load_checkpoint(r[0].checkpoint) for r in (whole, again))
+    (parts, whole), (others, _) = good(run_ranks(2, tmp_path, stopped, data, str(tmp_path)))
+    ends = [(3, True), (5, True), (7, True), (9, False)]
+    for every, first in ((parts, True), (others, False)):
+        assert [(part.step, part.interrupted) for part in every] == ends
+        assert {part.first for part in every} == {first}
+    expected, got = (load_checkpoint(r.checkpoint) for r in (whole, parts[-1]))
     runs.assert_same({key: got[key] for key in KEEP}, {key: expected[key] for key in KEEP})
-    assert len(runs.rows(again[0])) == len(runs.rows(whole[0])) == 5
+    assert len(runs.rows(parts[-1])) == len(runs.rows(whole)) == 5
     assert not list(tmp_path.glob("*/checkpoints/.unfinished*"))
 
 
 def test_a_run_of_two_ranks_goes_on_alone_and_on_four(data: str, tmp_path: Path) -> None:
     """With the same batches: of a network without chance, with the same weights up to rounding."""
     options = {"key_bn": "sync", "base_lr": 1.0, "queue_init": "random", "log_every": 1}
-    (whole,) = good(run_ranks(1, tmp_path / "a", run, data, str(tmp_path / "w"), options, {}))
-    for step, world in ((3, 2), (4, 1), (7, 4), (9, 2)):
-        (part, *_) = good(
-            run_ranks(
-                world,
-                tmp_path / f"to{step}",
-                run,
-                data,
-                str(tmp_path / "p"),
-                {**options, "max_steps": step},
-                {"resume": "auto"},
-            )
-        )
+    whole = run(data, str(tmp_path / "w"), options, {})
+    for step, world in ((3, 2), (5, 1), (9, 4)):
+        how = (data, str(tmp_path / "p"), {**options, "max_steps": step}, {"resume": "auto"})
+        if world == 1:
+            part = run(*how)
+        else:
+            (part, *_) = good(run_ranks(world, tmp_path / f"to{step}", run, *how))
         assert part.step == step
     expected, got = load_checkpoint(whole.checkpoint), load_checkpoint(part.checkpoint)
     assert got["loader"] == expected["loader"]
@@ -156,33 +153,47 @@ def test_queues_that_differ_are_found(data: str, tmp_path: Path) -> None:
         assert "the queues of rank 1 differ from rank 0's at step 4" in str(result)
 
 
-def test_disagreement_is_told_before_anything_is_written(data: str, tmp_path: Path) -> None:
-    output = str(tmp_path / "run")
-    for result in run_ranks(2, tmp_path, run, data, output, {"batch_size": 9}, {}):
-        assert "batch_size 9 cannot be shared equally by 2 processes; the nearest that can are " \
-            "8 and 10" in str(result)  # fmt: skip
-    for result in run_ranks(2, tmp_path, run, data, output, {"devices": 4}, {}):
-        assert "started 2 processes on each of 1 machines, but devices is 4" in str(result)
-    assert not (tmp_path / "run").exists()
-    weights = {"backbone": "resnet18", "weights": str(tmp_path / "none.pth")}
-    first, second = run_ranks(2, tmp_path, pretrain_named, data, output, weights)
-    assert "RankFailed: rank 0 failed" in str(second) and "RankFailed" not in str(first)
-
-
-def pretrain_named(data: str, output: str, options: dict[str, Any]) -> PretrainResult:
+def disagreeing(data: str, output: str, weights: str) -> list[str]:
+    """What each of three runs says that cannot begin."""
     from densecl_ext.train import pretrain
 
-    return pretrain(runs.tiny_config(data, output, timeout=60, **options))
+    told = []
+    for options in (
+        {"batch_size": 9},
+        {"devices": 4},
+        {"backbone": "resnet18", "weights": weights},
+    ):
+        try:
+            pretrain(runs.tiny_config(data, output, timeout=60, **options))
+        except Exception as error:
+            told.append(f"{type(error).__name__}: {error}")
+        told.append(str(os.path.exists(output)))
+    return told
+
+
+def test_disagreement_is_told_before_anything_is_written(data: str, tmp_path: Path) -> None:
+    words = (data, str(tmp_path / "run"), str(tmp_path / "none.pth"))
+    first, second = run_ranks(2, tmp_path, disagreeing, *words)
+    for told in (first, second):
+        assert "batch_size 9 cannot be shared equally by 2 processes; the nearest that can are " \
+            "8 and 10" in told[0]  # fmt: skip
+        assert "started 2 processes on each of 1 machines, but devices is 4" in told[2]
+        assert told[1] == told[3] == "False"
+    assert "RankFailed: rank 0 failed" in second[4] and "RankFailed" not in first[4]
 
 
 # --- whole processes, as a person starts them
 
-OPTIONS = """
-    --backbone resnet18 --image-size 32 --batch-size 8 --dim 8 --hidden-dim 16 --queue-length 20
-    --precision fp32 --device cpu --loader memory --no-tensorboard --log-every 2 --workers 1
-    --checkpoint-every 5 --timeout 60
+# The small recipe, on smaller images and without the last three stages of its network.
+SMALLER = """
+    --output-stride 8 --truncate --image-size 32 --batch-size 8 --queue-length 20
+    --loader memory --log-every 2 --checkpoint-every 5
 """
-TINY = OPTIONS.split()
+COMMON = """
+    --recipe small_data --device cpu --devices 2 --threads 1 --workers 1 --no-tensorboard
+    --timeout 60
+"""
+TINY = [*COMMON.split(), *SMALLER.split()]
 
 
 def started_by(words: list[str], log: Path) -> subprocess.Popen[bytes]:
@@ -238,16 +249,23 @@ def start() -> Iterator[Callable[[list[str], Path], subprocess.Popen[bytes]]]:
             process.wait(60)
 
 
-def forever(data: str, output: Path) -> list[str]:
-    words = ["--data", data, "--output", str(output), *TINY, "--devices", "2", "--epochs", "3000"]
-    return [*words, "--resume", "auto"]
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_the_others_end_when_one_is_killed(data: str, tmp_path: Path, start: Any) -> None:
-    output, log = tmp_path / "run", tmp_path / "log"
-    process = start(forever(data, output), log)
-    until(lambda: logged(output) > 3, log)
+def test_the_same_line_stops_goes_on_and_is_killed(data: str, tmp_path: Path, start: Any) -> None:
+    output, log, step = tmp_path / "run", tmp_path / "log", 0
+    words = ["--data", data, "--output", str(output), *TINY, "--epochs", "3000", "--resume", "auto"]
+    for number in (signal.SIGTERM, signal.SIGINT, None):
+        before = logged(output)
+        process = start(words, log)
+        until(lambda: logged(output) > before + 3, log)  # noqa: B023
+        assert not step or f"resuming at step {step} of" in log.read_text()
+        if number is None:
+            break
+        process.send_signal(number)
+        assert process.wait(60) == 130
+        assert "go on with:" in log.read_text()
+        reached = load_checkpoint(output / "checkpoints" / "last.pt")["step"]
+        assert reached > step
+        step = reached
     ranks = children(process.pid)
     assert len(ranks) == 2
     os.kill(ranks[1], signal.SIGKILL)
@@ -255,54 +273,52 @@ def test_the_others_end_when_one_is_killed(data: str, tmp_path: Path, start: Any
     told = [line for line in log.read_text().splitlines() if "SIGKILL" in line or "error" in line]
     assert len(told) == 1 and f"rank 1 (process {ranks[1]}) was ended by SIGKILL" in told[0]
     assert all(map(gone, ranks))
-    assert load_checkpoint(output / "checkpoints" / "last.pt")["step"] % 5 == 0
+    assert load_checkpoint(output / "checkpoints" / "last.pt")["step"] >= step
+
+
+def command(words: list[str]) -> None:
+    from densecl_ext import cli
+
+    sys.exit(cli.main(words))
+
+
+def exit_codes(ranks: list[Any]) -> list[int | None]:
+    for rank in ranks:
+        rank.join(600)
+    return [rank.exitcode for rank in ranks]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_same_line_stops_and_goes_on(
-    number: signal.Signals, data: str, tmp_path: Path, start: Any
-) -> None:
-    output, log, step = tmp_path / "run", tmp_path / "log", 0
-    for _ in range(2):
-        before = logged(output)
-        process = start(forever(data, output), log)
-        until(lambda: logged(output) > before + 2, log)  # noqa: B023
-        assert not step or f"resuming at step {step} of" in log.read_text()
-        process.send_signal(number)
-        assert process.wait(60) == 130
-        assert "go on with:" in log.read_text()
-        reached = load_checkpoint(output / "checkpoints" / "last.pt")["step"]
-        assert reached > step
-        step = reached
+def test_ten_kills_change_nothing(data: str, tmp_path: Path) -> None:
+    """Random ranks at random moments; the end has the bits of an undisturbed run.
 
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_ten_kills_change_nothing(data: str, tmp_path: Path, start: Any) -> None:
-    """Random ranks at random moments; the end has the bits of an undisturbed run."""
-    photos = os.environ.get("DENSECL_TEST_PHOTOS", data)
-    rest = [*TINY, "--devices", "2", "--data", photos, "--resume", "auto", "--max-steps", "60"]
-    rest += ["--epochs", "100", "--loader", "torchvision", "--workers", "0"]  # reads what it needs
-    whole = start(["--output", str(tmp_path / "whole"), *rest], tmp_path / "log")
-    assert whole.wait(300) == 0
-    draw, output, log = random.Random(0), tmp_path / "run", tmp_path / "log"
-    words, kills = ["--output", str(output), *rest], 0
-    while True:
-        process = start(words, log)
-        if kills < 10:
-            at = draw.randrange(1, 4)
-            before = logged(output)
-            until(lambda: logged(output) > before + at or process.poll() is not None, log)  # noqa: B023
-            time.sleep(draw.uniform(0, 0.2))
-            ranks = children(process.pid)
-            if process.poll() is None and len(ranks) == 2:
-                os.kill(draw.choice(ranks), signal.SIGKILL)
-                kills += 1
-        if process.wait(120) == 0:
-            break
-    print(f"{kills} kills")
-    expected, got = (
-        load_checkpoint(p / "checkpoints" / "last.pt") for p in (tmp_path / "whole", output)
-    )
+    DENSECL_TEST_PHOTOS names a folder of photographs, which the small recipe then takes as it is.
+    """
+    photos = os.environ.get("DENSECL_TEST_PHOTOS")
+    sizes = ["--log-every", "1", "--checkpoint-every", "3", "--max-steps", "30"]
+    if not photos:
+        sizes = [*SMALLER.split(), "--max-steps", "80"]
+    words = ["pretrain", *COMMON.split(), *sizes, "--data", photos or data, "--resume", "auto"]
+    words += ["--loader", "torchvision", "--workers", "0", "--output"]  # reads what it needs
+    whole, output = tmp_path / "whole", tmp_path / "run"
+    with started_ranks(2, tmp_path, command, [*words, str(whole)]) as ranks:
+        assert exit_codes(ranks) == [0, 0]
+    draw, kills, codes = random.Random(0), 0, [0]
+    while codes != [0, 0]:
+        with started_ranks(2, tmp_path, command, [*words, str(output)]) as ranks:
+            if kills < 10:
+                reached = logged(output) + draw.randrange(1, 3)
+                end = time.monotonic() + 120
+                while logged(output) < reached and ranks[0].is_alive():
+                    assert time.monotonic() < end
+                    time.sleep(0.01)
+                time.sleep(draw.uniform(0, 0.1))
+                if all(rank.is_alive() for rank in ranks):
+                    draw.choice(ranks).kill()
+                    kills += 1
+            codes = exit_codes(ranks)
+            assert sorted(codes) in ([0, 0], [-signal.SIGKILL, 2])
+        print(f"{kills} kills, exit codes {codes}, {logged(output)} rows")
+    assert kills == 10
+    expected, got = (load_checkpoint(p / "checkpoints" / "last.pt") for p in (whole, output))
     runs.assert_same({key: got[key] for key in KEEP}, {key: expected[key] for key in KEEP})

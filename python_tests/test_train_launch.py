@@ -122,6 +122,20 @@ def test_a_signal_is_passed_on_and_the_code_says_resume(tmp_path: Path) -> None:
     assert process.wait(60) == 130
 
 
+def test_a_cuda_graph_is_for_one_gpu(tmp_path: Path) -> None:
+    """Said before anything is opened: no GPU is needed for it."""
+    import torch
+    import train_runs as runs
+
+    from densecl_ext.train.launch import Ranks
+    from densecl_ext.train.run import build_run
+
+    config = runs.tiny_config("none", tmp_path / "run", cuda_graph=True, device="cuda")
+    gpu = torch.device("cuda", 0)
+    with pytest.raises(ValueError, match="cuda_graph is for one GPU, the run has 2; leave it out"):
+        build_run(config, gpu, ranks=Ranks(gpu, rank=0, world=2))
+
+
 def under_slurm() -> tuple[str, int, int]:
     """Joins as a task of srun, with the variables that it sets."""
     rank = os.environ["LOCAL_RANK"]

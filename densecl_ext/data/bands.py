@@ -21,6 +21,7 @@ from densecl_ext.data.images import (
     _low_bytes,
     _more_than_8_bits,
     _open,
+    is_gray_with_alpha,
 )
 
 # Axes that tifffile names; all others are flattened into channels, in the file's order.
@@ -118,7 +119,7 @@ def _require_pixels(width: int, height: int, max_pixels: int) -> None:
 def _from_pillow(file: Encoded, max_pixels: int, _: int | None) -> np.ndarray[Any, Any]:
     opened = _open(file)
     _require_pixels(*opened.size, max_pixels)
-    deep = _more_than_8_bits(opened)
+    deep, gray_alpha = _more_than_8_bits(opened), is_gray_with_alpha(opened)
     opened.load()
     if opened.mode in ("P", "PA", "YCbCr", "LAB", "HSV"):
         opened = opened.convert("RGB")
@@ -128,6 +129,8 @@ def _from_pillow(file: Encoded, max_pixels: int, _: int | None) -> np.ndarray[An
     if deep and opened.mode[:1] not in ("I", "F"):
         # Pillow keeps the high bytes of 16-bit colours; read in the other order, it keeps the low.
         values = values.astype(np.uint16) << 8 | np.asarray(_low_bytes(file))
+    if gray_alpha:
+        values = values[..., (0, 3)]
     if opened.mode == "I" and values.min() >= 0 and values.max() < 65536:
         values = values.astype(np.uint16)  # Pillow's form of 16 bits
     return values.reshape(*values.shape[:2], -1)

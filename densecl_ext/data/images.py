@@ -30,6 +30,7 @@ _DECODERS = {
     "GIF": ("PIL.GifImagePlugin", "GifImageFile"),
 }
 _SAMPLES_TAG = 277  # SamplesPerPixel of TIFF
+_GRAY_ALPHA = "LA;16B"  # how Pillow calls PNG's 16-bit gray with alpha
 _STRIP = {"JPEG": strip_jpeg, "PNG": strip_png, "WEBP": strip_webp}
 _HEAD = 16
 
@@ -166,7 +167,8 @@ def read_encoded(path: str | os.PathLike[str], reading: Reading = DEFAULT) -> En
             raise ValueError("the file is empty")
         _kind_of(head)
         require_size(status.st_size, reading)
-        return encoded(head + file.read(_limit(reading)))
+        # Room is made for as much as is asked for, which the limit of many channels would not get.
+        return encoded(head + file.read(min(_limit(reading), status.st_size)))
 
 
 def require_size(size: int, reading: Reading) -> None:
@@ -373,10 +375,18 @@ def _from_many_bits(image: Image.Image, file: Encoded, reading: Reading) -> tupl
     return pillow.fromarray(levels).convert("RGB"), narrow
 
 
+def is_gray_with_alpha(image: Image.Image) -> bool:
+    """Whether it is 16-bit gray with alpha, which Pillow makes RGBA of 8 bits."""
+    return _raw_mode(image) == _GRAY_ALPHA
+
+
 def _low_bytes(file: Encoded) -> Image.Image:
     image = _open(file)
     mode = _raw_mode(image)
+    # Pillow has no other order for gray with alpha; its four bytes are read as they lie.
+    gray_alpha = mode == _GRAY_ALPHA
     other = mode[:-1] + {"B": "L", "L": "B", "N": "B"}.get(mode[-1:], "")
+    other = "RGBA" if gray_alpha else other
     tiles = []
     for tile in image.tile:  # type: ignore[attr-defined]
         args = tile[3]
@@ -387,6 +397,11 @@ def _low_bytes(file: Encoded) -> Image.Image:
         image.load()
     except (ValueError, OSError) as error:
         raise ValueError(f"value_range: {mode} cannot be read in full: {error}") from None
+    if gray_alpha:
+        from PIL import Image as pillow
+
+        _, gray, _, alpha = image.split()
+        return pillow.merge("RGBA", (gray, gray, gray, alpha))
     return image
 
 

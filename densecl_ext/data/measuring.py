@@ -44,7 +44,9 @@ class ChannelStatistics(NamedTuple):
 def measure_range(source: ImageSource, reading: Reading) -> tuple[float, float] | None:
     """Which values should become black and white, of the images with more than 8 bits.
 
-    All but a thousandth of the values at each end lie between; infinite ones and NaN do not count.
+    All but a thousandth of the values at each end lie between, with `reading.channels` of every
+    channel by itself, so that one of few large values keeps them; infinite ones and NaN do not
+    count.
 
     Args:
         source: The images.
@@ -57,14 +59,15 @@ def measure_range(source: ImageSource, reading: Reading) -> tuple[float, float] 
     for values in _values(source, reading):
         if values.dtype == np.uint8:
             continue
-        finite = values[np.isfinite(values)] if values.dtype.kind == "f" else values.ravel()
-        seen.append(finite.astype(np.float64))
+        seen.append((values if reading.channels else values.reshape(-1, 1)).astype(np.float64))
         if len(seen) == SAMPLE:
             break
-    pooled = np.concatenate(seen) if seen else np.zeros(0)
-    if not pooled.size:
+    pooled = np.concatenate(seen).T if seen else np.zeros((0, 0))  # (C, n)
+    finite = [channel[np.isfinite(channel)] for channel in pooled]
+    ends = [np.quantile(channel, (_BEYOND, 1 - _BEYOND)) for channel in finite if channel.size]
+    if not ends:
         return None
-    low, high = np.quantile(pooled, (_BEYOND, 1 - _BEYOND))
+    low, high = min(end[0] for end in ends), max(end[1] for end in ends)
     if 0 <= low <= _NEARLY_ZERO * high:
         low = 0.0
     step = 10.0 ** (math.floor(math.log10(max(abs(low), abs(high)))) - 3) if high or low else 1.0

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 import warnings
 from bisect import bisect_right
 from collections import Counter
@@ -16,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from densecl_ext.data.cache import cache_folder, cached_path, written_whole
 from densecl_ext.data.images import (
     DEFAULT,
     Encoded,
@@ -216,15 +216,6 @@ def table_images(files: Sequence[Path]) -> ImageSource:
     return TableImages(files)
 
 
-def cache_folder() -> Path:
-    """Where unpacked tables lie: DENSECL_CACHE, else the user's cache folder."""
-    stated = os.environ.get("DENSECL_CACHE")
-    if stated:
-        return Path(stated)
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "densecl_ext"
-
-
 def _image_column(schema: Any) -> str | None:
     """The column of images: what the metadata of `datasets` names so, else by its type."""
     import pyarrow.types as types
@@ -294,7 +285,7 @@ def _lengths(chunk: Any) -> np.ndarray:
 
 
 def _say_unpacking(files: Sequence[Path], cache: Path) -> None:
-    fresh = [file for file in files if not _cached(file, cache).is_file()]
+    fresh = [file for file in files if not _target(file, cache).is_file()]
     if fresh:
         size = sum(file.stat().st_size for file in fresh) / 1e9
         warnings.warn(
@@ -305,10 +296,8 @@ def _say_unpacking(files: Sequence[Path], cache: Path) -> None:
         )
 
 
-def _cached(file: Path, cache: Path) -> Path:
-    status = file.stat()
-    words = f"{file.resolve()} {status.st_size} {status.st_mtime_ns}"
-    return cache / f"{hashlib.sha256(words.encode()).hexdigest()[:32]}.arrow"
+def _target(file: Path, cache: Path) -> Path:
+    return cached_path(file, cache, ".arrow")
 
 
 def _unpacked(file: Path, cache: Path) -> Path:
@@ -316,7 +305,7 @@ def _unpacked(file: Path, cache: Path) -> Path:
     import pyarrow
     import pyarrow.parquet
 
-    target = _cached(file, cache)
+    target = _target(file, cache)
     if target.is_file():
         return target
     try:
@@ -329,15 +318,12 @@ def _unpacked(file: Path, cache: Path) -> Path:
             f"find_images: {str(file)!r} has no column of images (bytes, or a struct with bytes) "
             f"and none of paths; its columns are {', '.join(table.schema_arrow.names)}"
         )
-    cache.mkdir(parents=True, exist_ok=True)
     schema = pyarrow.schema([table.schema_arrow.field(name)])
-    number, temporary = tempfile.mkstemp(dir=cache, prefix=".unpacking-")
-    os.close(number)
-    try:
-        with pyarrow.OSFile(temporary, "wb") as sink, pyarrow.ipc.new_stream(sink, schema) as made:
-            for batch in table.iter_batches(batch_size=_BATCH, columns=[name]):
-                made.write_batch(pyarrow.record_batch(batch.columns, schema=schema))
-        os.replace(temporary, target)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    with (
+        written_whole(target) as temporary,
+        pyarrow.OSFile(temporary, "wb") as sink,
+        pyarrow.ipc.new_stream(sink, schema) as made,
+    ):
+        for batch in table.iter_batches(batch_size=_BATCH, columns=[name]):
+            made.write_batch(pyarrow.record_batch(batch.columns, schema=schema))
     return target
