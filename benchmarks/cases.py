@@ -64,6 +64,10 @@ class Case:
         """Errors against the expected results; AssertionError where they are too large."""
         raise NotImplementedError
 
+    def parts(self, name: str, run: Callable[[], Any], device: torch.device) -> dict[str, float]:
+        """Seconds of what a call consists of, by name; of a training step alone."""
+        return {}
+
     def message(self) -> dict[str, Any]:
         """The case as results.json holds it."""
         return {"kind": type(self).__name__, **asdict(self)}
