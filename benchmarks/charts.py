@@ -31,6 +31,10 @@ BARS = {
     "gpu": ("nce", "nce-compile", "nce-m256", "nce-f32", "match-f32-cl", "match-bf16-cl", "ema",
             "enqueue", "step-loss"),
 }  # fmt: skip
+# What grows, what is kept, and at which size, on a CPU and on a GPU.
+AXES = {"m": ("rows", "queue_length", {"cpu": 65536, "gpu": 65536}),
+        "k": ("queue_length", "rows", {"cpu": 1568, "gpu": 12544})}  # fmt: skip
+NAMES = {"rows": "M, rows of the batch", "queue_length": "K, length of the queue"}
 Line = dict[int, tuple[float, float | None]]
 
 
@@ -45,14 +49,12 @@ def draw(rows: Sequence[Entry], results: dict[str, Any], out: Path) -> list[str]
     if info is None or suite not in BARS:
         return []
     machine = info["device"]["name"] if suite == "gpu" else machine_words(info)
-    prefix, rows_kept = ("cuda_", 12544) if suite == "gpu" else ("", 1568)
-    own = [row for row in rows if "ours" in row.found]
+    prefix = "cuda_" if suite == "gpu" else ""
     with pyplot.rc_context(STYLE):
-        for name, (figure, title) in {
-            "speedup": speedups(own, BARS[suite]),
-            "scaling_m": scaling(own, "rows", "queue_length", 65536),
-            "scaling_k": scaling(own, "queue_length", "rows", rows_kept),
-        }.items():
+        own = [row for row in rows if "ours" in row.found]
+        made = {"speedup": speedups(own, BARS[suite])}
+        made |= {f"scaling_{axis}": scaling(rows, suite, axis) for axis in AXES}
+        for name, (figure, title) in made.items():
             if figure is not None:
                 figure.suptitle(f"{title}: {machine}", x=0.01, ha="left", weight="bold")
                 figure.savefig(out / f"{prefix}{name}.png")
@@ -102,27 +104,38 @@ def baselines(row: Entry) -> list[str]:
     return [name for name in row.found if not name.startswith("ours")]
 
 
-def scaling(rows: Sequence[Entry], varied: str, kept: str, fixed: int) -> tuple[Any, str]:
-    """Two panels, time and peak memory, over M or K; eager ends where it no longer fits."""
-    from matplotlib import pyplot
+def curves(rows: Sequence[Entry], suite: str, axis: str) -> tuple[dict[str, Line], list[int]]:
+    """The points of a chart's lines, and the sizes at which eager does not fit.
 
+    No lines where none has two points: there is no such chart.
+    """
+    varied, kept, fixed = AXES[axis]
     lines: dict[str, Line] = {label: {} for label in LINES}
     missing: list[int] = []
     for row in rows:
-        if row.case["kind"] != "InfoNceCase" or row.info["isa"] is not None:
+        case = row.case
+        if case["kind"] != "InfoNceCase" or row.info["isa"] is not None or "ours" not in row.found:
             continue
-        x, dtype, gradient = row.case[varied], row.case["dtype"], row.case["gradient"]
-        if row.case["features"] != 128 or not gradient or row.case[kept] != fixed:
+        if case["features"] != 128 or not case["gradient"] or case[kept] != fixed.get(suite):
             continue
+        x, dtype = case[varied], case["dtype"]
         add_point(lines[f"ours, {dtype} queue"], x, row, "ours")
         if "eager" in row.found and (dtype == "float32" or row.on_gpu):
             # in float32 whatever the queue's dtype; on a CPU a float32 row tells as much
             add_point(lines["eager PyTorch, float32"], x, row, "eager")
         elif "does not fit" in row.absent.get("eager", ""):
             missing.append(x)
-    if max(map(len, lines.values())) < 2:
+    return (lines if max(map(len, lines.values())) > 1 else {}), missing
+
+
+def scaling(rows: Sequence[Entry], suite: str, axis: str) -> tuple[Any, str]:
+    """Two panels, time and peak memory, over M or K; eager ends where it no longer fits."""
+    from matplotlib import pyplot
+
+    lines, missing = curves(rows, suite, axis)
+    if not lines:
         return None, ""
-    names = {"rows": "M, rows of the batch", "queue_length": "K, length of the queue"}
+    varied, kept, fixed = AXES[axis]
     figure, panels = pyplot.subplots(1, 2, figsize=(10.5, 4.3), layout="constrained")
     ticks = sorted({x for line in lines.values() for x in line})
     crowded = {tick for tick, after in zip(ticks, ticks[1:], strict=False) if after < 3 * tick}
@@ -139,11 +152,12 @@ def scaling(rows: Sequence[Entry], varied: str, kept: str, fixed: int) -> tuple[
         panel.set_xticks(ticks, ["" if tick in crowded else f"{tick:,}" for tick in ticks])
         panel.minorticks_off()
         panel.yaxis.set_major_formatter(lambda value, _, words=words: words(value))
-        panel.set_xlabel(names[varied])
+        panel.set_xlabel(NAMES[varied])
         panel.set_title("peak extra memory" if column else "time of loss and gradient")
         panel.grid()
     panels[0].legend(loc="upper left", fontsize=9)
-    return figure, f"info_nce over {names[varied][0]} ({names[kept][0]} = {fixed:,}, D = 128)"
+    at = f"{NAMES[kept][0]} = {fixed[suite]:,}, D = 128"
+    return figure, f"info_nce over {NAMES[varied][0]} ({at})"
 
 
 def add_point(line: Line, x: int, row: Entry, name: str) -> None:

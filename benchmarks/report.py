@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import charts
 from benchmarks import verdicts as words
 from benchmarks.verdicts import NOT_RUN, Entry, ceilings, duration, entries, rate, size, suite_of
 
@@ -60,8 +61,6 @@ def write(out: Path, results: dict[str, Any], *, last: bool = False) -> None:
     try:
         replace(f"{table_name}.md", markdown(results))
         if last:
-            from benchmarks import charts
-
             print(asked_table(results, measured_alone=True))
             written += charts.draw(entries(results), results, out)
     except Exception as error:
@@ -109,9 +108,10 @@ def markdown(results: dict[str, Any]) -> str:
         parts += ["## Batches that were tried", "\n".join(lines)]
     losses = [row for row in ran if row.case["kind"] == "InfoNceCase" and "ours" in row.found]
     if losses := [row for row in losses if row.info["isa"] is None]:
-        parts += ["## Growth", f"![time and memory against M]({prefix}scaling_m.png)",
-                  f"![time and memory against K]({prefix}scaling_k.png)", "Loss and gradient:",
-                  scaling_table(losses)]  # fmt: skip
+        drawn = [axis for axis in charts.AXES if charts.curves(ran, suite, axis)[0]]
+        parts += ["## Growth"]
+        parts += [f"![time and memory against {a.upper()}]({prefix}scaling_{a}.png)" for a in drawn]
+        parts += ["Loss and gradient:", scaling_table(losses)]
         if features := [row for row in losses if row.case["features"] != 128]:
             parts += ["## Feature sizes", table([ours_in_words(row) for row in features])]
     if suite == "cpu":
