@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
-import importlib.util
 import os
 import statistics
 import time
@@ -243,12 +242,13 @@ def fits(case: Case, name: str, settings: Settings) -> None:
 
 def rate_of_views(backend: str, photos: str, settings: Settings) -> dict[str, Any]:
     """Two augmented 224 px views of every photograph of a folder: images per second."""
-    if importlib.util.find_spec("nvidia.dali" if backend == "dali" else backend) is None:
-        raise NotAvailable(f"{backend} is not installed")
     from densecl_ext.data import build_loader
 
     device, samples = settings.device, []
-    loader = build_loader(photos, batch_size=BATCH, size=SIZE, backend=backend, device=device)
+    try:
+        loader = build_loader(photos, batch_size=BATCH, size=SIZE, backend=backend, device=device)
+    except ImportError as reason:
+        raise NotAvailable(first_line(reason)) from None
     batches = min(len(loader) - 3, 4 if settings.quick else 16)
     if batches < 1:
         raise NotAvailable(f"{photos} holds too few photographs for {BATCH} a batch")
