@@ -64,6 +64,10 @@ class Case:
         """Errors against the expected results; AssertionError where they are too large."""
         raise NotImplementedError
 
+    def parts(self, name: str, run: Callable[[], Any], device: torch.device) -> dict[str, float]:
+        """Seconds of what a call consists of, by name; of a training step alone."""
+        return {}
+
     def message(self) -> dict[str, Any]:
         """The case as results.json holds it."""
         return {"kind": type(self).__name__, **asdict(self)}
@@ -86,30 +90,22 @@ def candidate_of(case: Case, name: str, inputs: Any) -> Candidate:
     if "DENSECL_CUDA" in settings and not torch.cuda.is_available():
         raise NotAvailable("on a GPU only")
     values = dict(setting.split("=", 1) for setting in settings.rstrip("]").split())
-
-    def under(function: Callable[[], Any]) -> Callable[[], Any]:
-        def call() -> Any:
-            with environment(values):
-                return function()
-
-        return call
-
-    return Candidate(under(made.run), under(made.results), made.waits)
+    # As a decorator it sets the variables for every call.
+    run, results = environment(values)(made.run), environment(values)(made.results)
+    return Candidate(run, results, made.waits)
 
 
 @contextmanager
 def environment(settings: dict[str, str]) -> Iterator[None]:
     """The variables have these values inside; costs less than patch.dict, for it is timed too."""
-    before = {name: os.environ.get(name) for name in settings}
+    before = {name: os.environ[name] for name in settings if name in os.environ}
     os.environ.update(settings)
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        for name in settings:
+            del os.environ[name]
+        os.environ.update(before)
 
 
 def relative(got: Tensor, expected: Tensor, floor: float = 1e-30) -> float:
@@ -156,19 +152,16 @@ class MatchCase(Case):
         size = f"N={self.pairs} C={self.channels:,} {self.positions}x{self.positions}"
         return f"dense_match, {size}, {self.dtype}{', channels-last' * self.channels_last}"
 
-    def inputs(self, device: torch.device) -> tuple[Tensor, Tensor]:
+    def inputs(self, device: torch.device) -> list[Tensor]:
         draw, shape = normal_numbers(device), (self.pairs, self.channels, self.positions)
         query, noise = draw(*shape), draw(*shape)
-        order = draw(self.positions).argsort()
-        return self._laid_out(query), self._laid_out(query[:, :, order] + noise)
-
-    def _laid_out(self, features: Tensor) -> Tensor:
-        features = features.to(getattr(torch, self.dtype))  # (N, C, S)
+        key = query[:, :, draw(self.positions).argsort()] + noise
+        found = [features.to(getattr(torch, self.dtype)).contiguous() for features in (query, key)]
         if self.channels_last:
-            return features.transpose(1, 2).contiguous().transpose(1, 2)
-        return features.contiguous()
+            return [features.mT.contiguous().mT for features in found]
+        return found
 
-    def candidate(self, name: str, inputs: tuple[Tensor, Tensor]) -> Candidate:
+    def candidate(self, name: str, inputs: list[Tensor]) -> Candidate:
         known = {"ours": ops.dense_match, "reference": reference.dense_match}
         function = known.get(name, match_as_published)
         if name == "torch.compile":
@@ -218,7 +211,7 @@ class EmaCase(Case):
         update: Callable[[list[Tensor]], Any] = {
             "ours": lambda targets: ops.ema_update_(targets, sources, MOMENTUM),
             "reference": lambda targets: reference.ema_update_(targets, sources, MOMENTUM),
-            "loop": lambda targets: ema_loop(targets, sources),
+            "loop": lambda targets: ema_loop(targets, sources, MOMENTUM),
             "_foreach_mul_ + _foreach_add_": lambda targets: ema_mul_add(targets, sources),
             "_foreach_lerp_": lambda t: torch._foreach_lerp_(t, sources, 1.0 - MOMENTUM),
         }[name]
@@ -240,9 +233,7 @@ class EmaCase(Case):
 
 
 @torch.no_grad()
-def ema_loop(
-    targets: Sequence[Tensor], sources: Sequence[Tensor], momentum: float = MOMENTUM
-) -> None:
+def ema_loop(targets: Sequence[Tensor], sources: Sequence[Tensor], momentum: float) -> None:
     """MoCo's and DenseCL's published code, parameter by parameter."""
     for target, source in zip(targets, sources, strict=True):
         target.data = target.data * momentum + source.data * (1.0 - momentum)

@@ -10,41 +10,31 @@ from benchmarks.verdicts import Entry, duration, machine_words, size, suite_of, 
 
 # Okabe and Ito's palette, which colour-blind readers tell apart.
 COLOURS = {
-    "eager": "#8a8f98",
-    "eager autocast": "#b7bcc4",
-    "eager TF32": "#6d737c",
-    "torch.compile": "#e69f00",
-    "torch.compile autocast": "#f0c45c",
-    "flash attention": "#009e73",
-    "cuDNN attention": "#56b4e9",
-    "lightly": "#cc79a7",
-}
+    "eager": "#8a8f98", "eager autocast": "#b7bcc4", "eager TF32": "#6d737c",
+    "torch.compile": "#e69f00", "torch.compile autocast": "#f0c45c", "flash attention": "#009e73",
+    "cuDNN attention": "#56b4e9", "lightly": "#cc79a7",
+}  # fmt: skip
 OTHERS = ("#8a8f98", "#e69f00", "#009e73", "#cc79a7")
 LINES = {
     "eager PyTorch, float32": ("#6d737c", "s"),
     "ours, float32 queue": ("#0072b2", "o"),
     "ours, bfloat16 queue": ("#d55e00", "D"),
 }
-INK, FAINT = "#22262b", "#d9dde2"
 STYLE: Any = {
-    **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
-    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
-    "font.size": 10,
-    "axes.edgecolor": "#9aa0a8",
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.axisbelow": True,
-    "grid.color": FAINT,
-    "grid.linewidth": 0.7,
-    "savefig.dpi": 160,
-}
+    "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
+    "axes.titlesize": 11, "axes.titleweight": "bold", "axes.titlelocation": "left",
+    "grid.color": "#d9dde2", "legend.frameon": False, "savefig.dpi": 160,
+}  # fmt: skip
 BARS = {
     "cpu": ("nce-f32", "nce-bf16", "nce-avx2-f32", "nce-m256-f32", "nce-m32-f32", "match", "ema",
             "enqueue"),
     "gpu": ("nce", "nce-compile", "nce-m256", "nce-f32", "match-f32-cl", "match-bf16-cl", "ema",
             "enqueue", "step-loss"),
 }  # fmt: skip
+# What grows, what is kept, and at which size, on a CPU and on a GPU.
+AXES = {"m": ("rows", "queue_length", {"cpu": 65536, "gpu": 65536}),
+        "k": ("queue_length", "rows", {"cpu": 1568, "gpu": 12544})}  # fmt: skip
+NAMES = {"rows": "M, rows of the batch", "queue_length": "K, length of the queue"}
 Line = dict[int, tuple[float, float | None]]
 
 
@@ -55,17 +45,15 @@ def draw(rows: Sequence[Entry], results: dict[str, Any], out: Path) -> list[str]
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    suite, info = suite_of(results), results["machine_info"]
+    suite, info, written = suite_of(results), results["machine_info"], []
     if info is None or suite not in BARS:
         return []
     machine = info["device"]["name"] if suite == "gpu" else machine_words(info)
-    prefix, rows_kept = ("cuda_", 12544) if suite == "gpu" else ("", 1568)
-    own = [row for row in rows if "ours" in row.found]
+    prefix = "cuda_" if suite == "gpu" else ""
     with pyplot.rc_context(STYLE):
+        own = [row for row in rows if "ours" in row.found]
         made = {"speedup": speedups(own, BARS[suite])}
-        for axis, fixed in (("M", ("queue_length", 65536)), ("K", ("rows", rows_kept))):
-            made[f"scaling_{axis.lower()}"] = scaling(own, axis, fixed)
-        written = []
+        made |= {f"scaling_{axis}": scaling(rows, suite, axis) for axis in AXES}
         for name, (figure, title) in made.items():
             if figure is not None:
                 figure.suptitle(f"{title}: {machine}", x=0.01, ha="left", weight="bold")
@@ -90,27 +78,24 @@ def speedups(rows: Sequence[Entry], wanted: Sequence[str]) -> tuple[Any, str]:
     for row in chosen:
         heading = f" {row.title}: {duration(row.seconds('ours'))}"
         axes.text(1.0, y - 0.15, heading, weight="bold", va="center", fontsize=9.5)
-        for i, name in enumerate(baselines(row)):
+        for name, other in zip(baselines(row), OTHERS * 3, strict=False):
             y += 1.0
             ours, theirs, _ = row.pair("ours", name)
             ratios.append(theirs / ours)
-            colour = COLOURS.get(name, OTHERS[i % len(OTHERS)])
-            axes.barh(y, ratios[-1] - 1.0, left=1.0, height=0.72, color=colour)
+            axes.barh(y, ratios[-1] - 1.0, left=1.0, height=0.72, color=COLOURS.get(name, other))
             axes.text(max(ratios[-1], 1.0), y, f" {times(ratios[-1])}", va="center", fontsize=9)
             names[y] = f"{name}  {duration(theirs)}"
         y += 1.6
     axes.set_yticks(list(names), names.values(), fontsize=9)
     axes.tick_params(axis="y", length=0)
-    axes.set_ylim(y - 0.6, -0.8)
-    axes.set_xscale("log")  # one bar is of another order than the rest
-    axes.set_xlim(min(0.9, 0.8 * min(ratios)), 1.5 * max(ratios))
+    axes.set(xscale="log", ylim=(y - 0.6, -0.8), xlim=(min(0.9, 0.8 * min(ratios)),
+             1.5 * max(ratios)), xlabel="times faster than the baseline, logarithmic")  # fmt: skip
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:g}x")
     axes.minorticks_off()
     axes.spines["left"].set_visible(False)
-    axes.axvline(1.0, color=INK, linewidth=1.0)
+    axes.axvline(1.0, color="black", linewidth=1.0)
     axes.grid(axis="x")
-    axes.set_xlabel("times faster than the baseline, logarithmic")
     return figure, "densecl_ext against today's code"
 
 
@@ -119,25 +104,38 @@ def baselines(row: Entry) -> list[str]:
     return [name for name in row.found if not name.startswith("ours")]
 
 
-def scaling(rows: Sequence[Entry], axis: str, fixed: tuple[str, int]) -> tuple[Any, str]:
-    """Two panels, time and peak memory, over M or K; eager ends where it no longer fits."""
-    from matplotlib import pyplot
+def curves(rows: Sequence[Entry], suite: str, axis: str) -> tuple[dict[str, Line], list[int]]:
+    """The points of a chart's lines, and the sizes at which eager does not fit.
 
-    varied = "rows" if axis == "M" else "queue_length"
+    No lines where none has two points: there is no such chart.
+    """
+    varied, kept, fixed = AXES[axis]
     lines: dict[str, Line] = {label: {} for label in LINES}
     missing: list[int] = []
     for row in rows:
-        if not on_axis(row, fixed):
+        case = row.case
+        if case["kind"] != "InfoNceCase" or row.info["isa"] is not None or "ours" not in row.found:
             continue
-        x, dtype = row.case[varied], row.case["dtype"]
+        if case["features"] != 128 or not case["gradient"] or case[kept] != fixed.get(suite):
+            continue
+        x, dtype = case[varied], case["dtype"]
         add_point(lines[f"ours, {dtype} queue"], x, row, "ours")
         if "eager" in row.found and (dtype == "float32" or row.on_gpu):
             # in float32 whatever the queue's dtype; on a CPU a float32 row tells as much
             add_point(lines["eager PyTorch, float32"], x, row, "eager")
         elif "does not fit" in row.absent.get("eager", ""):
             missing.append(x)
-    if max(map(len, lines.values())) < 2:
+    return (lines if max(map(len, lines.values())) > 1 else {}), missing
+
+
+def scaling(rows: Sequence[Entry], suite: str, axis: str) -> tuple[Any, str]:
+    """Two panels, time and peak memory, over M or K; eager ends where it no longer fits."""
+    from matplotlib import pyplot
+
+    lines, missing = curves(rows, suite, axis)
+    if not lines:
         return None, ""
+    varied, kept, fixed = AXES[axis]
     figure, panels = pyplot.subplots(1, 2, figsize=(10.5, 4.3), layout="constrained")
     ticks = sorted({x for line in lines.values() for x in line})
     crowded = {tick for tick, after in zip(ticks, ticks[1:], strict=False) if after < 3 * tick}
@@ -154,23 +152,15 @@ def scaling(rows: Sequence[Entry], axis: str, fixed: tuple[str, int]) -> tuple[A
         panel.set_xticks(ticks, ["" if tick in crowded else f"{tick:,}" for tick in ticks])
         panel.minorticks_off()
         panel.yaxis.set_major_formatter(lambda value, _, words=words: words(value))
-        panel.set_xlabel("M, rows of the batch" if axis == "M" else "K, length of the queue")
+        panel.set_xlabel(NAMES[varied])
         panel.set_title("peak extra memory" if column else "time of loss and gradient")
         panel.grid()
     panels[0].legend(loc="upper left", fontsize=9)
-    kept = f"{'K' if axis == 'M' else 'M'} = {fixed[1]:,}"
-    return figure, f"info_nce over {axis} ({kept}, D = 128)"
+    at = f"{NAMES[kept][0]} = {fixed[suite]:,}, D = 128"
+    return figure, f"info_nce over {NAMES[varied][0]} ({at})"
 
 
 def add_point(line: Line, x: int, row: Entry, name: str) -> None:
     """A row's time and memory; of two rows of one size, that which has both."""
     if x not in line or row.peak(name) is not None:
         line[x] = (row.seconds(name), row.peak(name))
-
-
-def on_axis(row: Entry, fixed: tuple[str, int]) -> bool:
-    """Whether the row is a point of the chart that keeps this size fixed."""
-    case = row.case
-    if case["kind"] != "InfoNceCase" or row.info["isa"] is not None:
-        return False
-    return case["features"] == 128 and case["gradient"] and case[fixed[0]] == fixed[1]

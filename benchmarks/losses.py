@@ -41,18 +41,9 @@ class Rows(NamedTuple):
 class InfoNceCase(Case):
     """info_nce of M rows against K negatives, as in training: a gradient for the query alone."""
 
-    names = (
-        "ours",
-        "ours, before backward",
-        "eager",
-        "eager TF32",
-        "eager autocast",
-        "torch.compile",
-        "torch.compile autocast",
-        "flash attention",
-        "cuDNN attention",
-        "lightly",
-    )
+    names = ("ours", "ours, before backward", "eager", "eager TF32", "eager autocast",
+             "torch.compile", "torch.compile autocast", "flash attention", "cuDNN attention",
+             "lightly")  # fmt: skip
     kernels = ("info_nce",)
     small = {"rows": 48, "queue_length": 512}
     rows: int
@@ -75,10 +66,9 @@ class InfoNceCase(Case):
         return Rows(query, positive, queue.to(getattr(torch, self.dtype)))
 
     def candidate(self, name: str, inputs: Rows) -> Candidate:
-        function = self._function(name, inputs)
-        exact = "autocast" not in name and name.startswith(("eager", "torch.compile"))
-        query, positive, queue = inputs
-        queue = queue.float() if exact else queue
+        function, (query, positive, queue) = self._function(name, inputs), inputs
+        if "autocast" not in name and name.startswith(("eager", "torch.compile")):
+            queue = queue.float()
 
         def results() -> Results:
             with tf32_products(name == "eager TF32"), torch.set_grad_enabled(self.gradient):
@@ -90,24 +80,18 @@ class InfoNceCase(Case):
         return Candidate(results, results)
 
     def _function(self, name: str, inputs: Rows) -> Loss:
-        """The candidate's loss; `exact` ones get the queue in float32."""
         if self.dtype == "float32" and ("autocast" in name or name == "cuDNN attention"):
             raise NotAvailable("16-bit queues only")
         if name == "cuDNN attention" and not inputs.queue.is_cuda:
             raise NotAvailable("on a GPU only")
         if name == "lightly":
             return lightly_loss(inputs.queue.float())
-        if name.startswith("torch.compile"):
-            return compiled(eager_autocast if "autocast" in name else reference.info_nce)
-        return {
-            "ours": ops.info_nce,
-            "ours, before backward": ops.info_nce,
-            "eager": reference.info_nce,
-            "eager TF32": reference.info_nce,
-            "eager autocast": eager_autocast,
-            "flash attention": attention_formulation(flash_attention),
-            "cuDNN attention": attention_formulation(cudnn_attention),
-        }[name]
+        if name.endswith("attention"):
+            return attention_formulation(flash_attention if "flash" in name else cudnn_attention)
+        if name.startswith("ours"):
+            return ops.info_nce
+        eager = eager_autocast if "autocast" in name else reference.info_nce
+        return compiled(eager) if name.startswith("torch.compile") else eager
 
     def expected(self, inputs: Rows) -> Results:
         if self.eager_bytes <= 2e9:

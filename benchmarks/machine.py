@@ -31,23 +31,17 @@ def describe(device: torch.device) -> dict[str, Any]:
     known = densecl_ext.info.collect()
     cpu = known["cpu"]
     return {
-        "processor": cpu["model"],
-        "cores": cpu.get("cores_usable", cpu["cores"]),
-        "instruction_sets": cpu["kernels_that_run_here"],
-        "selected": cpu["selected"],
+        "processor": cpu["model"], "cores": cpu.get("cores_usable", cpu["cores"]),
+        "instruction_sets": cpu["kernels_that_run_here"], "selected": cpu["selected"],
         "threads": cpu["torch_threads"],
         "memory_gb": round(bytes_of("/proc/meminfo", "MemTotal") / 1e9, 1),
         "system": f"{platform.system()} {platform.machine()}",
-        "python_version": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": known["libraries"]["numpy"],
-        "densecl_ext": densecl_ext.__version__,
-        "commit": commit(),
+        "python_version": platform.python_version(), "torch": torch.__version__,
+        "numpy": known["libraries"]["numpy"], "densecl_ext": densecl_ext.__version__,
+        "compiler": known["build"]["compiler"], "commit": commit(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "device": describe_gpu(device),
-        "state": state(),
-        "compiler": known["build"]["compiler"],
-    }
+        "device": describe_gpu(device), "state": state(),
+    }  # fmt: skip
 
 
 def commit() -> str:
@@ -71,16 +65,13 @@ def describe_gpu(device: torch.device) -> dict[str, Any]:
         return {"name": "no GPU: the CPU in its place", "kind": device.type}
     found = torch.cuda.get_device_properties(device)
     return {
-        "name": found.name,
-        "kind": device.type,
-        "capability": f"{found.major}.{found.minor}",
+        "name": found.name, "kind": device.type, "capability": f"{found.major}.{found.minor}",
         "multiprocessors": found.multi_processor_count,
         "memory_gb": round(found.total_memory / 1e9, 1),
         "l2_mb": round(found.L2_cache_size / 1e6, 1),
-        "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),
+        "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(),
         "tf32_products": torch.backends.cuda.matmul.allow_tf32,
-    }
+    }  # fmt: skip
 
 
 def state() -> dict[str, str]:

@@ -11,22 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.verdicts import (
-    ISA_NAMES,
-    NOT_RUN,
-    Entry,
-    bandwidth,
-    ceilings,
-    duration,
-    entries,
-    machine_words,
-    percent,
-    rate,
-    size,
-    suite_of,
-    times,
-    verdicts,
-)
+from benchmarks import charts
+from benchmarks import verdicts as words
+from benchmarks.verdicts import NOT_RUN, Entry, ceilings, duration, entries, rate, size, suite_of
 
 TITLES = {"cpu": "Benchmarks", "gpu": "Benchmarks on a GPU", "step": "The training step"}
 HOW = {
@@ -48,7 +35,7 @@ CEILINGS = {
     "gemm_float32": ("torch's matrix product, float32", rate),
     "gemm_tf32": ("the same, TF32", rate),
     "gemm_bfloat16": ("torch's matrix product, bfloat16", rate),
-    "copy": ("copy, read + written", bandwidth),
+    "copy": ("copy, read + written", words.bandwidth),
     "launch": ("smallest kernel, one of fifty in a graph", duration),
     "launch_alone": ("smallest kernel, alone in a graph", duration),
     "launch_from_python": ("smallest kernel, called from Python", duration),
@@ -62,7 +49,8 @@ def write(out: Path, results: dict[str, Any], *, last: bool = False) -> None:
 
     Only the results matter on a machine that is lent: whatever goes wrong with the rest is said.
     """
-    name, written = "step" if suite_of(results) == "step" else "results", []
+    name, table_name = ("step", "step") if suite_of(results) == "step" else ("results", "table")
+    written: list[str] = []
 
     def replace(name: str, text: str) -> None:
         (out / f".{name}").write_text(text, encoding="utf-8")
@@ -71,9 +59,7 @@ def write(out: Path, results: dict[str, Any], *, last: bool = False) -> None:
 
     replace(f"{name}.json", json.dumps(results, indent=1) + "\n")
     try:
-        from benchmarks import charts
-
-        replace("step.md" if name == "step" else "table.md", markdown(results))
+        replace(f"{table_name}.md", markdown(results))
         if last:
             print(asked_table(results, measured_alone=True))
             written += charts.draw(entries(results), results, out)
@@ -87,15 +73,14 @@ def write(out: Path, results: dict[str, Any], *, last: bool = False) -> None:
 def asked_table(results: dict[str, Any], *, measured_alone: bool = False) -> str:
     """The table of demands."""
     marks = {True: "met", False: "**missed**", None: "not measured"}
-    found = [v for v in verdicts(results) if not measured_alone or v.ratio != NOT_RUN]
+    found = [v for v in words.verdicts(results) if not measured_alone or v.ratio != NOT_RUN]
     return table([{**v._asdict(), "met": marks[v.met]} for v in found])
 
 
 def markdown(results: dict[str, Any]) -> str:
     """table.md, step.md."""
-    found, suite, ran = verdicts(results), suite_of(results), entries(results)
-    met = sum(v.met is True for v in found)
-    measured = sum(v.met is not None for v in found)
+    suite, ran = suite_of(results), entries(results)
+    met = [verdict.met for verdict in words.verdicts(results)]
     parts = [f"# {TITLES[suite]}", *machine_lines(results)]
     if "kernel" in results:
         parts.append(f"**Kernels: {results['kernel']}.**")
@@ -104,7 +89,8 @@ def markdown(results: dict[str, Any]) -> str:
     parts += [
         HOW[suite],
         "## What is asked",
-        f"{met} of {measured} measured demands are met; {len(found) - measured} were not measured.",
+        f"{met.count(True)} of {len(met) - met.count(None)} measured demands are met; "
+        f"{met.count(None)} were not measured.",
         asked_table(results),
         "## Every row" if suite != "cpu" else "## Against each baseline",
     ]
@@ -121,22 +107,23 @@ def markdown(results: dict[str, Any]) -> str:
         lines = [f"- {name}: {one}" for name, one in results["largest"].items()]
         parts += ["## Batches that were tried", "\n".join(lines)]
     losses = [row for row in ran if row.case["kind"] == "InfoNceCase" and "ours" in row.found]
-    losses = [row for row in losses if row.info["isa"] is None]
-    if losses:
-        parts += [
-            "## Growth",
-            f"![time and memory against M]({prefix}scaling_m.png)",
-            f"![time and memory against K]({prefix}scaling_k.png)",
-            "Loss and gradient:",
-            scaling_table(losses),
-        ]
+    if losses := [row for row in losses if row.info["isa"] is None]:
+        drawn = [axis for axis in charts.AXES if charts.curves(ran, suite, axis)[0]]
+        parts += ["## Growth"]
+        parts += [f"![time and memory against {a.upper()}]({prefix}scaling_{a}.png)" for a in drawn]
+        parts += ["Loss and gradient:", scaling_table(losses)]
         if features := [row for row in losses if row.case["features"] != 128]:
             parts += ["## Feature sizes", table([ours_in_words(row) for row in features])]
     if suite == "cpu":
-        rates = loaders(results)
+        infos = [benchmark["extra_info"] for benchmark in results["benchmarks"]]
+        rates = [
+            {"loader": info["title"], "device": info["device"],
+             "rate": f"{info['images_per_second']:.0f} images/s"}
+            for info in infos if "images_per_second" in info
+        ]  # fmt: skip
         parts += ["## Data loading", table(rates) if rates else "Not measured: see below."]
     if results.get("skipped"):
-        parts += ["## Skipped", "\n".join(skipped_lines(results["skipped"]))]
+        parts += ["## Skipped", skipped_lines(results["skipped"])]
     return "\n\n".join(parts) + "\n"
 
 
@@ -147,32 +134,28 @@ def machine_lines(results: dict[str, Any]) -> list[str]:
         return [f"The machine is not known: {results['skipped'].get('machine', NOT_RUN)}."]
     described, lines = [], []
     if suite_of(results) != "cpu":
-        gpu = info["device"]
-        told = ", ".join(f"{k} {v}" for k, v in gpu.items() if k not in ("name", "kind"))
-        described.append(f"{gpu['name']} ({told})")
+        told = [f"{k} {v}" for k, v in info["device"].items() if k not in ("name", "kind")]
+        described.append(f"{info['device']['name']} ({', '.join(told)})")
         for when in ("state", "state_after"):
-            told = ", ".join(f"{key} {value}" for key, value in info.get(when, {}).items())
-            lines.append(f"nvidia-smi, {when.replace('_', ' ')}: {told}.")
-    processor, threads, isa = machine_words(info).rsplit(", ", 2)
+            told = [f"{key} {value}" for key, value in info.get(when, {}).items()]
+            lines.append(f"nvidia-smi, {when.replace('_', ' ')}: {', '.join(told)}.")
+    processor, threads, isa = words.machine_words(info).rsplit(", ", 2)
     described += [
         f"{processor}, {info['cores']} cores, {threads}, {info['memory_gb']:g} GB",
-        f"kernels: {isa}",
-        f"torch {info['torch']}, Python {info['python_version']}, densecl_ext "
-        f"{info['densecl_ext']}",
-        f"GPU: {info['gpu'] or 'none'}",
-        results["datetime"][:16],
-    ]
-    lines.insert(0, "; ".join(described) + ".")
+        f"kernels: {isa}", f"torch {info['torch']}, Python {info['python_version']}, densecl_ext "
+        f"{info['densecl_ext']}", f"GPU: {info['gpu'] or 'none'}", results["datetime"][:16],
+    ]  # fmt: skip
     limits = dict(ceilings(results))
     fma = limits.pop("fma", {})
     fma = {"": fma} if isinstance(fma, str) else fma
-    found = {f"multiply-add units, {ISA_NAMES.get(isa, isa)}": (v, rate) for isa, v in fma.items()}
-    found |= {name: (limits.get(key), words) for key, (name, words) in CEILINGS.items()}
+    found = {f"multiply-add units, {words.ISA_NAMES.get(k, k)}": (v, rate) for k, v in fma.items()}
+    found |= {name: (limits.get(key), of) for key, (name, of) in CEILINGS.items()}
     cells = [
-        {"ceiling": name, "best of several tries": v if isinstance(v, str) else words(v)}
-        for name, (v, words) in found.items()
-        if v is not None
+        {"ceiling": name, "best of several tries": value if isinstance(value, str) else of(value)}
+        for name, (value, of) in found.items()
+        if value is not None
     ]
+    lines.insert(0, "; ".join(described) + ".")
     return [*lines, "Ceilings, measured in the same run:", table(cells)] if cells else lines
 
 
@@ -187,7 +170,7 @@ def candidate_table(row: Entry, limits: dict[str, Any]) -> str:
         line |= {"time / ours": "", "rate": ""}
         if name != "ours" and "ours" in row.found:
             ours, theirs, _ = row.pair("ours", name)
-            line["time / ours"] = times(theirs / ours)
+            line["time / ours"] = words.times(theirs / ours)
         if row.images:
             line["rate"] = f"{row.images / row.seconds(name):,.0f} images/s"
         elif found["work"]:
@@ -207,9 +190,8 @@ def share_of_limit(row: Entry, name: str, limits: dict[str, Any]) -> str:
     """
     dtype = "float32" if row.case.get("dtype", "float32") == "float32" else "bfloat16"
     gemm, copy = limits.get(f"gemm_{dtype}"), limits.get("copy")
-    if not (isinstance(gemm, float) and isinstance(copy, float)):
-        return ""
-    if not (name.startswith("ours") or name in row.info["beside"]):
+    ours = name.startswith("ours") or name in row.info["beside"]
+    if not (ours and isinstance(gemm, float) and isinstance(copy, float)):
         return ""
     least = max(row.work(name) / gemm, row.found[name]["traffic"] / copy)
     return f"{100 * least / row.seconds(name):.0f} %" if least else ""
@@ -229,7 +211,9 @@ def notes(row: Entry) -> list[str]:
         if parts:
             line = {"": who, "step": duration(parts["step"])} | dict.fromkeys(PARTS, "")
             for name in parts.keys() & line.keys() - {"step"}:
-                line[name] = f"{duration(parts[name])}, {percent(parts[name] / parts['step'])}"
+                line[name] = (
+                    f"{duration(parts[name])}, {words.percent(parts[name] / parts['step'])}"
+                )
             cells.append(line)
     if cells:
         found.append(table(cells))
@@ -253,36 +237,19 @@ def scaling_table(found: Sequence[Entry]) -> str:
 def ours_in_words(row: Entry) -> dict[str, str]:
     """A loss's size, and our time and rate."""
     case, ours = row.case, row.seconds("ours")
-    size = {"M": f"{case['rows']:,}", "K": f"{case['queue_length']:,}"}
-    if case["features"] != 128:
-        size = {"D": str(case["features"])}
-    return {
-        "queue": case["dtype"],
-        **size,
-        "ours": duration(ours),
-        "rate": rate(row.work("ours") / ours),
-    }
+    shape = {"M": f"{case['rows']:,}", "K": f"{case['queue_length']:,}"}
+    shape = shape if case["features"] == 128 else {"D": str(case["features"])}
+    speed = rate(row.work("ours") / ours)
+    return {"queue": case["dtype"], **shape, "ours": duration(ours), "rate": speed}
 
 
-def loaders(results: dict[str, Any]) -> list[dict[str, str]]:
-    """Images per second of those that were measured."""
-    return [
-        {"loader": info["title"], "device": info["device"],
-         "rate": f"{info['images_per_second']:.0f} images/s"}
-        for info in (benchmark["extra_info"] for benchmark in results["benchmarks"])
-        if "images_per_second" in info
-    ]  # fmt: skip
-
-
-def skipped_lines(skipped: dict[str, str]) -> list[str]:
-    """Reasons, each with how many rows it kept from running."""
+def skipped_lines(skipped: dict[str, str]) -> str:
+    """Reasons, each with the rows that it kept from running, or how many."""
     reasons: dict[str, list[str]] = {}
     for name, reason in skipped.items():
         reasons.setdefault(reason, []).append(name)
-    return [
-        f"- {reason}: {', '.join(names) if len(names) < 5 else f'{len(names)} rows'}"
-        for reason, names in reasons.items()
-    ]
+    few = {why: ", ".join(n) if len(n) < 5 else f"{len(n)} rows" for why, n in reasons.items()}
+    return "\n".join(f"- {reason}: {names}" for reason, names in few.items())
 
 
 def table(cells: Sequence[dict[str, str]]) -> str:

@@ -48,7 +48,7 @@ class Row:
         case: What ours and the baselines compute.
         baselines: Names of the case's candidates.
         asked: The demands.
-        seconds: Time for all rounds.
+        seconds: For all rounds.
         memory: Candidates (or labels of `beside`) whose peak memory is measured.
         beside: Other cases that ours runs in the same rounds, by label, to compare with itself.
         isa: CPU instruction set forced on ours.
@@ -67,7 +67,6 @@ class Row:
 
     @property
     def title(self) -> str:
-        """Its name for people."""
         return self.case.title + self.note
 
 

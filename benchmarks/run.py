@@ -42,13 +42,10 @@ class Run:
         self._settings = worker.Settings(device, options.suite, options.quick, threads)
         self._worker, self._memory = Worker(), Worker()
         self.results: dict[str, Any] = {
-            "suite": options.suite,
-            "machine_info": None,
+            "suite": options.suite, "machine_info": None,
             "datetime": datetime.datetime.now(datetime.timezone.utc).isoformat(),
-            "quick": options.quick,
-            "benchmarks": [],
-            "skipped": {},
-        }
+            "quick": options.quick, "benchmarks": [], "skipped": {},
+        }  # fmt: skip
         # Ops that run by their portable kernels, and why.
         self._portable = dict.fromkeys(options.portable, "since their check failed")
         self._note_kernels()
@@ -169,16 +166,14 @@ class Run:
 
     def _add_memory(self, row: Row, info: dict[str, Any]) -> None:
         """Peak extra bytes of the candidates that ran and are asked for."""
-        for name in row.memory:
-            if name not in info["candidates"]:
-                continue
-            case = row.beside.get(name, row.case)
+        for name in filter(info["candidates"].__contains__, row.memory):
+            case, who = row.case, name
+            if name in row.beside:
+                case, who = row.beside[name], "ours"
             case = case.shrunk() if self._options.quick else case
-            given = self._settings, self._variables(row), worker.peak_of, case
+            given = self._settings, self._variables(row), worker.peak_of, case, who
             try:
-                found = self._memory.call(
-                    MEMORY_LIMIT, worker.answer, *given, "ours" if name in row.beside else name
-                )
+                found = self._memory.call(MEMORY_LIMIT, worker.answer, *given)
             except Lost:
                 found = {}
             info["candidates"][name]["peak_bytes"] = found.get("info", {}).get("bytes")
@@ -192,14 +187,14 @@ class Run:
 
     def _largest(self) -> dict[str, Any]:
         """Bisect the largest batch of ours and of the reference."""
+        batches, size = (BATCHES[:1], StepCase.small) if self._options.quick else (BATCHES, {})
         self.results["largest"] = {}
         for name in COMPARED:
             tries: dict[int, str] = {}
+            result: dict[str, Any] = {"tries": tries}
 
             def too_large(batch: int, name: str = name, tries: dict[int, str] = tries) -> bool:
-                case = StepCase(batch)
-                if self._options.quick:
-                    case = StepCase(**{**StepCase.small, "batch": batch})
+                case = StepCase(**{**size, "batch": batch})
                 found = self.ask(TRY_LIMIT, worker.fits, case, name)
                 tries[batch] = found.get("error") or found.get("skipped") or "fits"
                 if tries[batch] == "fits":
@@ -209,8 +204,6 @@ class Run:
                     raise RuntimeError(tries[batch])
                 return True
 
-            result: dict[str, Any] = {"tries": tries}
-            batches = BATCHES[:1] if self._options.quick else BATCHES
             try:
                 count = bisect.bisect(batches, False, key=too_large)
                 result["batch"] = batches[count - 1] if count else None

@@ -16,15 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.cases import (
-    Candidate,
-    Case,
-    Results,
-    ema_loop,
-    normal_numbers,
-    relative,
-    within,
-)
+from benchmarks.cases import Candidate, Case, Results, ema_loop, normal_numbers, relative, within
 from densecl_ext import DenseCL, DenseCLLoss, ops, reference
 from densecl_ext.nn.phases import Stopwatch
 from densecl_ext.train import TrainingStep
@@ -201,12 +193,9 @@ def published_ops() -> Iterator[None]:
         return reference.joint_info_nce(query, key, queue.clone(), *grids, **options)
 
     published = {
-        "info_nce": info_nce,
-        "joint_info_nce": joint_info_nce,
-        "dense_match": reference.dense_match,
-        "ema_update_": ema_loop,
-        "enqueue_": reference.enqueue_,
-    }
+        "info_nce": info_nce, "joint_info_nce": joint_info_nce, "ema_update_": ema_loop,
+        "dense_match": reference.dense_match, "enqueue_": reference.enqueue_,
+    }  # fmt: skip
     ours = {name: getattr(ops, name) for name in published}
     vars(ops).update(published)
     try:

@@ -97,15 +97,14 @@ class CudaClock(Clock):
 
 @dataclass
 class Prepared:
-    """A candidate ready for the rounds: its graphs, its samples, why a mode is missing."""
+    """A candidate ready for the rounds."""
 
     run: Run
     calls: int  # in a sample of "graph" and of "calls"
     round_seconds: float
-    replay: Run | None = None  # that many calls
-    replay_one: Run | None = None
+    graphs: tuple[Run, Run] | None = None  # of that many calls, and of one
     samples: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
-    missing: dict[str, str] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)  # why a mode is
 
 
 def prepare(candidate: Candidate, clock: Clock, waits: str, sample: float) -> Prepared:
@@ -120,16 +119,13 @@ def prepare(candidate: Candidate, clock: Clock, waits: str, sample: float) -> Pr
         single = clock.seconds(run, 5) / 5
     calls = max(1, min(clock.most_calls, math.ceil(sample / max(single, 1e-7))))
     made = Prepared(run, calls, single * (calls if len(clock.modes) == 1 else 3 * calls + 2))
-    if "graph" not in clock.modes:
-        return made
-    try:
-        if not waits:
-            made.replay = clock.capture(run, calls)
-            made.replay_one = made.replay if calls == 1 else clock.capture(run, 1)
-    except Exception as error:
-        made.replay = made.replay_one = None
-        waits = f"{CAPTURE_FAILED}{first_line(error)}"
-    if waits:
+    if "graph" in clock.modes and not waits:
+        try:
+            replay = clock.capture(run, calls)
+            made.graphs = replay, replay if calls == 1 else clock.capture(run, 1)
+        except Exception as error:
+            waits = f"{CAPTURE_FAILED}{first_line(error)}"
+    if "graph" in clock.modes and waits:
         made.missing = {"graph": waits, "cold": waits}
     return made
 
@@ -137,13 +133,14 @@ def prepare(candidate: Candidate, clock: Clock, waits: str, sample: float) -> Pr
 def take_sample(prepared: Prepared, clock: Clock) -> None:
     """One round of a candidate: a sample in every mode it can run in."""
     samples, calls = prepared.samples, prepared.calls
-    if prepared.replay is not None and prepared.replay_one is not None:
+    if prepared.graphs:
+        several, one = prepared.graphs
         # The work in front of the timed one gives the host the time to launch it, so that the
         # events do not see the launch; here it also fills the cache, below it empties it.
-        prepared.replay()
-        samples["graph"].append(clock.seconds(prepared.replay, 1) / calls)
+        several()
+        samples["graph"].append(clock.seconds(several, 1) / calls)
         clock.flush()
-        samples["cold"].append(clock.seconds(prepared.replay_one, 1))
+        samples["cold"].append(clock.seconds(one, 1))
     if len(clock.modes) > 1:
         prepared.run()
     samples["calls"].append(clock.seconds(prepared.run, calls) / calls)

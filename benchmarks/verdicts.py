@@ -12,13 +12,8 @@ from benchmarks.rows import Asked, rows
 
 NOT_RUN = "not run"
 OUR_PARTS = ("momentum", "matching", "losses", "enqueue")
-ISA_NAMES = {
-    "serial": "plain C++",
-    "neon": "NEON",
-    "avx2": "AVX2",
-    "avx512": "AVX-512",
-    "avx512bf16": "AVX-512 BF16",
-}
+ISA_NAMES = {"serial": "plain C++", "neon": "NEON", "avx2": "AVX2", "avx512": "AVX-512",
+             "avx512bf16": "AVX-512 BF16"}  # fmt: skip
 
 
 class Missing(Exception):
@@ -138,9 +133,14 @@ def value_of(
     asked: Asked, row: Entry | None, row_id: str, results: dict[str, Any]
 ) -> tuple[str, str, float]:
     """Ours and the other in words, and the value that is asked about; raises Missing."""
-    who, measure, against = asked.who, asked.measure, asked.against
+    measure, against, _, who = asked
     if measure == "largest":
-        return largest(results)
+        found = [results.get("largest", {}).get(name, {}) for name in ("ours", "reference")]
+        for one in found:
+            if one.get("reason") or not one.get("batch"):
+                raise Missing(one.get("reason") or str(one.get("tries") or NOT_RUN))
+        ours, other = (one["batch"] for one in found)
+        return str(ours), f"reference: {other}", ours / other
     if row is None:
         raise Missing(results.get("skipped", {}).get(row_id, NOT_RUN))
     if who not in row.found:
@@ -188,32 +188,7 @@ def known(value: Any) -> Any:
     return value
 
 
-def largest(results: dict[str, Any]) -> tuple[str, str, float]:
-    """Ratio of the largest batches."""
-    found = [results.get("largest", {}).get(name, {}) for name in ("ours", "reference")]
-    for one in found:
-        if one.get("reason") or not one.get("batch"):
-            raise Missing(one.get("reason") or str(one.get("tries") or NOT_RUN))
-    ours, other = (one["batch"] for one in found)
-    return str(ours), f"reference: {other}", ours / other
-
-
-def times(ratio: float) -> str:
-    """A factor."""
-    return f"{ratio:.2f}x" if ratio < 10 else f"{ratio:.1f}x" if ratio < 100 else f"{ratio:.0f}x"
-
-
-def duration(seconds: float) -> str:
-    """With a unit that fits."""
-    return scaled(seconds, (1.0, "s"), (1e-3, "ms"), (1e-6, "us"))
-
-
-def size(count: float | None) -> str:
-    """Bytes with a unit that fits, nothing where they are not known."""
-    if count is None:
-        return ""
-    small = f"{count / 1e3:.0f} kB"
-    return small if abs(count) < 1e6 else scaled(count, (1e9, "GB"), (1e6, "MB"))
+# Numbers in words.
 
 
 def scaled(value: float, *units: tuple[float, str]) -> str:
@@ -222,21 +197,34 @@ def scaled(value: float, *units: tuple[float, str]) -> str:
     return f"{value / scale:.3g} {unit}"
 
 
+def times(ratio: float) -> str:
+    return f"{ratio:.2f}x" if ratio < 10 else f"{ratio:.1f}x" if ratio < 100 else f"{ratio:.0f}x"
+
+
+def duration(seconds: float) -> str:
+    return scaled(seconds, (1.0, "s"), (1e-3, "ms"), (1e-6, "us"))
+
+
+def size(count: float | None) -> str:
+    """Bytes; nothing where they are not known."""
+    if count is None:
+        return ""
+    small = f"{count / 1e3:.0f} kB"
+    return small if abs(count) < 1e6 else scaled(count, (1e9, "GB"), (1e6, "MB"))
+
+
 def rate(flops: float) -> str:
-    """FLOP/s."""
     if flops >= 5e12:
         return f"{flops / 1e12:.3g} TFLOP/s"
     return f"{flops / 1e9:,.0f} GFLOP/s" if flops >= 1e10 else f"{flops / 1e9:.2g} GFLOP/s"
 
 
 def bandwidth(bytes_per_second: float) -> str:
-    """GB/s."""
     gigabytes = bytes_per_second / 1e9
     return f"{gigabytes:.3g} GB/s" if gigabytes < 100 else f"{gigabytes:,.0f} GB/s"
 
 
 def percent(share: float) -> str:
-    """A share."""
     return f"{100 * share:.3g} %"
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
-import importlib.util
 import os
 import statistics
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,6 @@ from densecl_ext import _host
 OUT_OF_MEMORY = "out of memory"
 RESET = Path("/proc/self/clear_refs")
 BATCH, SIZE = 32, 224  # of the loaders' views
-known: dict[Case, Any] = {}  # inputs of the last case whose memory was measured
 
 
 @dataclass(frozen=True)
@@ -35,6 +34,12 @@ class Settings:
     suite: str = "cpu"
     quick: bool = False
     threads: int = 0  # 0: torch's choice
+
+    def clock(self) -> Clock:
+        """A GPU's, or a CPU's that stands in for one in a GPU's suite."""
+        if self.device.type == "cuda":
+            return CudaClock(self.device)
+        return Clock(MODES if self.suite == "gpu" else ("calls",))
 
 
 def answer(
@@ -72,18 +77,10 @@ def still_works(device: torch.device) -> bool:
     return True
 
 
-def clock_of(settings: Settings) -> Clock:
-    """A GPU's, or a CPU's that stands in for one in a GPU's suite."""
-    if settings.device.type == "cuda":
-        return CudaClock(settings.device)
-    return Clock(MODES if settings.suite == "gpu" else ("calls",))
-
-
 def describe(settings: Settings) -> dict[str, Any]:
     """What the machine is and what it reaches."""
     info = machine.describe(settings.device)
-    clock = clock_of(settings)
-    info["ceilings"] = machine.ceilings(clock, settings.device, quick=settings.quick)
+    info["ceilings"] = machine.ceilings(settings.clock(), settings.device, quick=settings.quick)
     return info | {"state_after": machine.state()}
 
 
@@ -96,16 +93,17 @@ def run_row(
     """
     if row.isa is not None and row.isa not in _host.available_isas():
         raise NotAvailable(f"this machine lacks {row.isa}")
-    device, quick, clock = settings.device, settings.quick, clock_of(settings)
+    device, quick, clock = settings.device, settings.quick, settings.clock()
     cases = {"ours": row.case, **(row.beside if "ours" in names else {})}
     if quick:
         cases = {name: case.shrunk() for name, case in cases.items()}
+    case = cases["ours"]
     info: dict[str, Any] = {
         "row": row.id, "title": row.title, "device": device.type, "isa": row.isa,
-        "case": cases["ours"].message(), "absent": {}, "errors": {}, "beside": list(cases)[1:],
+        "case": case.message(), "absent": {}, "errors": {}, "beside": list(cases)[1:],
         "host_waits": None, "parts": {},
     }  # fmt: skip
-    peaks: dict[str, int | None] = {}
+    peaks: dict[str, int] = {}
     candidates = prepare(names, cases, device, info, peaks)
     for name in waits.keys() & candidates.keys():
         candidates[name].waits = waits[name]
@@ -122,17 +120,14 @@ def run_row(
             "seconds": made.samples.get("graph") or made.samples["calls"],
             "modes": {m: made.samples[m] for m in MODES if m in made.samples},
             "missing": made.missing,
-            "work": cases.get(name, cases["ours"]).work,
-            "traffic": cases.get(name, cases["ours"]).traffic,
-            "images": cases["ours"].images,
-            "peak_bytes": peaks.get(name),
+            "work": cases.get(name, case).work, "traffic": cases.get(name, case).traffic,
+            "images": case.images, "peak_bytes": peaks.get(name),
         }
         for name, made in timed.items()
-    }
-    if parts := getattr(cases["ours"], "parts", None):
-        for name in timed:
-            with contextlib.suppress(RuntimeError):  # the times are there already
-                info["parts"][name] = parts(name, candidates[name].run, device)
+    }  # fmt: skip
+    for name in timed if case.images else ():
+        with contextlib.suppress(RuntimeError):  # the times are there already
+            info["parts"][name] = case.parts(name, candidates[name].run, device)
     return info
 
 
@@ -141,15 +136,19 @@ def prepare(
     cases: dict[str, Case],
     device: torch.device,
     info: dict[str, Any],
-    peaks: dict[str, int | None],
+    peaks: dict[str, int],
 ) -> dict[str, Candidate]:
     """Candidates that run and agree; into `info` why the others do not, and how well they agree."""
-    case = cases["ours"]
+    case, *others = cases.values()
     inputs = case.inputs(device)
     expected = case.expected(inputs)
     candidates: dict[str, Candidate] = {}
-    for name in names:
+    beside = dict(zip(info["beside"], others, strict=True))
+    for name in (*names, *beside):
         try:
+            if other := beside.get(name):
+                candidates[name] = other.candidate("ours", other.inputs(device))
+                continue
             if name.startswith("eager"):
                 require_memory(case, device)
             before = start_peak(device)
@@ -158,19 +157,13 @@ def prepare(
             if case.whole_memory and device.type == "cuda":
                 peaks[name] = torch.cuda.max_memory_allocated(device) - before
             info["errors"][name] = case.check(name, results, expected)
+            candidates[name] = candidate
         except NotAvailable as reason:
             info["absent"][name] = str(reason)
         except AssertionError as error:
             info["absent"][name] = f"wrong: {first_line(error)}"
         except Exception as error:
             info["absent"][name] = f"failed: {first_line(error)}"
-        else:
-            candidates[name] = candidate
-    for label, other in list(cases.items())[1:]:
-        try:
-            candidates[label] = other.candidate("ours", other.inputs(device))
-        except Exception as error:
-            info["absent"][label] = f"failed: {first_line(error)}"
     return candidates
 
 
@@ -218,8 +211,7 @@ def start_peak(device: torch.device) -> int:
     if not memory_supported():
         return 0
     # Free heap goes back to the system, or the next call would find it already resident.
-    trim: Callable[[int], int] = getattr(ctypes.CDLL(None), "malloc_trim", lambda _: 0)
-    trim(0)
+    getattr(ctypes.CDLL(None), "malloc_trim", lambda _: 0)(0)
     RESET.write_text("5", encoding="ascii")  # 5: reset the peak
     return machine.bytes_of("/proc/self/status", "VmRSS")
 
@@ -229,10 +221,7 @@ def peak_of(case: Case, name: str, settings: Settings) -> dict[str, Any]:
     device = settings.device
     small = case.shrunk()
     candidate_of(small, name, small.inputs(device)).run()  # thread pools, lazy imports
-    if case not in known:
-        known.clear()
-        known[case] = case.inputs(device)
-    run = candidate_of(case, name, known[case]).run
+    run = candidate_of(case, name, case.inputs(device)).run
     if device.type == "cuda" or case.whole_memory:
         run()  # what is made once, as an optimizer's momenta
     before = start_peak(device)
@@ -253,31 +242,27 @@ def fits(case: Case, name: str, settings: Settings) -> None:
 
 def rate_of_views(backend: str, photos: str, settings: Settings) -> dict[str, Any]:
     """Two augmented 224 px views of every photograph of a folder: images per second."""
-    package = {"dali": "nvidia", "torchvision": "torchvision"}[backend]
-    if importlib.util.find_spec(package) is None:
-        raise NotAvailable(f"{backend} is not installed")
     from densecl_ext.data import build_loader
 
-    device = settings.device
-    loader = build_loader(photos, batch_size=BATCH, size=SIZE, backend=backend, device=device)
+    device, samples = settings.device, []
+    try:
+        loader = build_loader(photos, batch_size=BATCH, size=SIZE, backend=backend, device=device)
+    except ImportError as reason:
+        raise NotAvailable(first_line(reason)) from None
     batches = min(len(loader) - 3, 4 if settings.quick else 16)
     if batches < 1:
         raise NotAvailable(f"{photos} holds too few photographs for {BATCH} a batch")
-    samples = []
     with contextlib.closing(loader):
         for epoch in range(1 if settings.quick else 3):
             loader.set_epoch(epoch)
-            stream = iter(loader)
-
-            def take(stream: Iterator[Any] = stream) -> None:
-                next(stream)
+            for count, _ in enumerate(loader, 1):
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)
-
-            for _ in range(3):  # worker processes start, queues of finished batches empty
-                take()
-            samples.append(BATCH * batches / Clock().seconds(take, batches))
-            del stream, take
+                if count == 3:  # worker processes run, queues of finished batches are empty
+                    start = time.perf_counter()
+                if count == 3 + batches:
+                    samples.append(BATCH * batches / (time.perf_counter() - start))
+                    break
     return {
         "row": f"views-{backend}", "title": f"two {SIZE} px views, {backend}, batches of {BATCH}",
         "device": device.type, "images_per_second": statistics.median(samples),

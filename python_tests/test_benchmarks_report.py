@@ -160,16 +160,26 @@ def test_a_row_without_ours_still_shows_the_others(monkeypatch: pytest.MonkeyPat
     ]
 
 
-@pytest.mark.parametrize("name", ["epyc-zen4-2cores", "xeon-emerald-rapids-2cores"])
-def test_committed_results_give_their_committed_tables(name: str) -> None:
-    folder = ROOT / "benchmarks" / "results" / name
+@pytest.mark.parametrize(
+    ("name", "table"),
+    [
+        ("epyc-zen4-2cores/results.json", "table.md"),
+        ("xeon-emerald-rapids-2cores/results.json", "table.md"),
+        ("nvidia-h200/results.json", "table.md"),
+        ("nvidia-h200/step.json", "step.md"),
+    ],
+)
+def test_committed_results_give_their_committed_tables(name: str, table: str) -> None:
+    path = ROOT / "benchmarks" / "results" / name
 
     def cells(text: str) -> set[str]:
         lines = (re.sub(r"[ -]+", " ", line) for line in text.splitlines())
         return {line for line in lines if line.strip("| ")}
 
-    fresh = report.markdown(verdicts.load(folder / "results.json"))
-    assert cells(fresh) == cells((folder / "table.md").read_text(encoding="utf-8"))
+    fresh = report.markdown(verdicts.load(path))
+    assert cells(fresh) == cells((path.parent / table).read_text(encoding="utf-8"))
+    for picture in re.findall(r"!\[.*\]\((.*)\)", fresh):  # one that cannot be drawn is not shown
+        assert (path.parent / picture).is_file()
 
 
 def test_a_chart_keeps_the_point_that_knows_its_memory() -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from densecl_ext.ops import _checks, _info_nce, _transforms
-from densecl_ext.ops._info_nce import Queue
+from densecl_ext.ops._info_nce_inputs import Inputs, Queue, grid_inputs, row_inputs
 
 _native_op = torch.ops.densecl_ext._joint_info_nce
 
@@ -65,10 +65,10 @@ def joint_info_nce(
         ValueError, TypeError, RuntimeError: as those two, under their names; RuntimeError too where
             the two losses' tensors are on different devices.
     """
-    rows = _info_nce.row_inputs(
+    rows = row_inputs(
         "info_nce", query, positive, queue, temperature, filled, row_weight, reduction
     )
-    grids = _info_nce.grid_inputs(
+    grids = grid_inputs(
         "dense_info_nce",
         query_grid,
         key_grid,
@@ -88,8 +88,8 @@ def joint_info_nce(
 
 
 def _losses(
-    rows: _info_nce.Inputs,
-    grids: _info_nce.Inputs,
+    rows: Inputs,
+    grids: Inputs,
     temperature: float | Tensor,
     normalize: bool,
 ) -> tuple[Tensor, Tensor]:  # (M, 1), (N, S)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -31,6 +32,11 @@ from densecl_ext.options import (
     words,
 )
 
+data_option, model_option, optimisation_option, machine_option, output_option = (
+    functools.partial(option, group=group)
+    for group in ("data", "model", "optimisation", "machine", "output")
+)
+
 
 @options
 class PretrainConfig:
@@ -49,332 +55,261 @@ class PretrainConfig:
     """
 
     # --- data
-    data: Folders = option(
+    data: Folders = data_option(
         "",
         "folders of images, any tree, no labels; or lists (.txt, .csv), .tar shards, .parquet or "
         ".arrow tables, saved datasets; a resumed run finds the same images elsewhere",
-        group="data",
         may_change=True,
         metavar="DIR",
     )
-    every_nth: Positive = option(
-        1, "take every n-th image alone: frames of a video are near-duplicates", group="data"
+    every_nth: Positive = data_option(
+        1, "take every n-th image alone: frames of a video are near-duplicates"
     )
-    image_size: Annotated[int, Field(ge=16), is_number] = option(
-        224, "side of the square views in pixels", group="data"
+    image_size: Annotated[int, Field(ge=16), is_number] = data_option(
+        224, "side of the square views in pixels"
     )
-    smallest_crop: Share = option(
-        0.2, "area of the smallest crop, as a share of the image's", group="data"
-    )
-    loader: Literal["auto", "dali", "torchvision", "memory"] = option(
+    smallest_crop: Share = data_option(0.2, "area of the smallest crop, as a share of the image's")
+    loader: Literal["auto", "dali", "torchvision", "memory"] = data_option(
         "auto",
         "what decodes and augments; auto: torchvision on a CPU, DALI on a GPU; memory decodes "
         "every image once and keeps it, for sets that fit",
-        group="data",
     )
-    cache_size: Auto | Positive = option(
+    cache_size: Auto | Positive = data_option(
         "auto",
         "with loader memory, pixels of the shorter side to which larger images are reduced; auto: "
         "1.25 x image_size",
-        group="data",
     )
-    channels: Literal["rgb"] | Positive = option(
+    channels: Literal["rgb"] | Positive = data_option(
         "rgb",
         "rgb makes 8-bit RGB of every image; a number reads images of that many channels at their "
         "full depth, of .npy and .npz files too",
-        group="data",
     )
-    value_range: Auto | Nothing | Range = option(
+    value_range: Auto | Nothing | Range = data_option(
         "none",
         "values that become black and white in files of more than 8 bits; none: 0,65535; auto "
         "measures them over some images",
-        group="data",
     )
-    pixel_mean: Auto | Numbers = option(
+    pixel_mean: Auto | Numbers = data_option(
         "auto",
         "mean of each channel, of values from 0 to 1; auto: ImageNet's for rgb, else measured",
-        group="data",
     )
-    pixel_std: Auto | Numbers = option(
-        "auto",
-        "deviation of each channel, which values are divided by; auto likewise",
-        group="data",
+    pixel_std: Auto | Numbers = data_option(
+        "auto", "deviation of each channel, which values are divided by; auto likewise"
     )
-    reduced_jpeg: bool = option(
+    reduced_jpeg: bool = data_option(
         False,
         "with loader torchvision, decode JPEG files at 1/2, 1/4 or 1/8 of their size where no crop "
         "must then be enlarged: twice as fast and more for photographs of many pixels",
-        group="data",
     )
-    max_pixels: Positive = option(
-        178_956_970, "width x height above which a file is skipped", group="data", may_change=True
+    max_pixels: Positive = data_option(
+        178_956_970, "width x height above which a file is skipped", may_change=True
     )
-    workers: Auto | Natural = option(
-        "auto", "decoding processes (torchvision) or threads (DALI)", group="data", may_change=True
+    workers: Auto | Natural = data_option(
+        "auto", "decoding processes (torchvision) or threads (DALI)", may_change=True
     )
 
     # --- model
-    backbone: Text = option(
+    backbone: Text = model_option(
         "resnet50",
         "ResNet, RegNet or ConvNeXt by torchvision's name, or timm/NAME for any network of timm's",
-        group="model",
         metavar="NAME",
     )
-    weights: Text = option(
+    weights: Text = model_option(
         "none",
         "start from nothing, from a file (a checkpoint, an export, anything `densecl import` "
         "reads), or from "
         "torchvision's weights of that name (IMAGENET1K_V1)",
-        group="model",
         metavar="none|FILE|NAME",
     )
-    output_stride: Nothing | Literal[8, 16, 32] = option(
+    output_stride: Nothing | Literal[8, 16, 32] = model_option(
         "none",
         "pixels between neighbouring grid positions, by dilation of the last stages, or without "
         "them; none keeps the network's own",
-        group="model",
     )
-    truncate: bool = option(
-        False,
-        "reach output_stride by leaving the last stages out, rather than dilating them",
-        group="model",
+    truncate: bool = model_option(
+        False, "reach output_stride by leaving the last stages out, rather than dilating them"
     )
-    padding: Literal["zeros", "reflect", "replicate"] = option(
-        "zeros",
-        "what convolutions see beyond the border; zeros tell features where they are",
-        group="model",
+    padding: Literal["zeros", "reflect", "replicate"] = model_option(
+        "zeros", "what convolutions see beyond the border; zeros tell features where they are"
     )
-    dim: Annotated[int, Field(ge=1, le=1024), is_number] = option(
-        128, "size of a key", group="model"
-    )
-    hidden_dim: Positive = option(2048, "hidden width of both heads", group="model")
-    grid_size: Nothing | Positive = option(
+    dim: Annotated[int, Field(ge=1, le=1024), is_number] = model_option(128, "size of a key")
+    hidden_dim: Positive = model_option(2048, "hidden width of both heads")
+    grid_size: Nothing | Positive = model_option(
         "none",
         "pool features to this many positions a side before the dense head; none keeps the "
         "backbone's own grid",
-        group="model",
     )
-    matching: Literal["backbone", "dense", "geometric", "random"] = option(
+    matching: Literal["backbone", "dense", "geometric", "random"] = model_option(
         "geometric",
         "how a query position finds its key position: where the views show the same place, or by "
         "the backbone's features (the paper's), the dense head's, or at random",
-        group="model",
     )
-    geometric_share: Fraction = option(
-        0.0,
-        "with another matching, match by geometry for this share of the run first",
-        group="model",
+    geometric_share: Fraction = model_option(
+        0.0, "with another matching, match by geometry for this share of the run first"
     )
-    mutual_matching: bool = option(
-        False,
-        "with matching by features, leave out positions whose best match is not mutual",
-        group="model",
+    mutual_matching: bool = model_option(
+        False, "with matching by features, leave out positions whose best match is not mutual"
     )
-    row_weight: Literal["none", "overlap", "similarity"] = option(
+    row_weight: Literal["none", "overlap", "similarity"] = model_option(
         "none",
         "weight of a position in the dense loss: overlap of the matched cells, or similarity of "
         "their features squared",
-        group="model",
     )
-    dense_negatives: Literal["position", "pooled"] = option(
+    dense_negatives: Literal["position", "pooled"] = model_option(
         "position",
         "dense keys that become negatives: single grid positions, or their mean over the grid "
         "(the paper's), which rewards features for telling their position alone",
-        group="model",
     )
-    positions_per_image: Positive = option(
-        1, "grid positions an image adds to the dense queue", group="model"
+    positions_per_image: Positive = model_option(
+        1, "grid positions an image adds to the dense queue"
     )
-    symmetric: bool = option(
-        False, "let the views change places and take both losses; twice the work", group="model"
+    symmetric: bool = model_option(
+        False, "let the views change places and take both losses; twice the work"
     )
-    predictor_dim: Nothing | Positive = option(
-        "none", "hidden width of a predictor on the query side; none has none", group="model"
+    predictor_dim: Nothing | Positive = model_option(
+        "none", "hidden width of a predictor on the query side; none has none"
     )
-    queue_length: Auto | Positive = option(
+    queue_length: Auto | Positive = model_option(
         "auto",
         "negatives in each queue; auto: the largest power of two up to half the images, at most "
         "65536",
-        group="model",
     )
-    queue_dtype: Literal["fp32", "bf16"] = option(
-        "fp32", "storage and arithmetic of the queues", group="model"
+    queue_dtype: Literal["fp32", "bf16"] = model_option(
+        "fp32", "storage and arithmetic of the queues"
     )
-    queue_init: Literal["empty", "random"] = option(
-        "empty", "start the queues empty, or with random keys as the paper does", group="model"
+    queue_init: Literal["empty", "random"] = model_option(
+        "empty", "start the queues empty, or with random keys as the paper does"
     )
-    key_momentum: Auto | Fraction = option(
-        "auto",
-        "momentum of the key encoder; auto: 0.99 up to 1,000 steps, 0.999 from 10,000 on",
-        group="model",
+    key_momentum: Auto | Fraction = model_option(
+        "auto", "momentum of the key encoder; auto: 0.99 up to 1,000 steps, 0.999 from 10,000 on"
     )
-    key_momentum_schedule: Literal["constant", "cosine"] = option(
-        "constant",
-        "constant, as in the paper, or along a cosine up to 1 at the end of the run",
-        group="model",
+    key_momentum_schedule: Literal["constant", "cosine"] = model_option(
+        "constant", "constant, as in the paper, or along a cosine up to 1 at the end of the run"
     )
-    key_bn: Literal["split", "shuffle", "sync"] = option(
+    key_bn: Literal["split", "shuffle", "sync"] = model_option(
         "split",
         "what keeps batch norm from telling which key belongs to which query; split: the key "
         "encoder normalises groups of a process's batch apart, nothing is sent; shuffle: processes "
         "exchange the key images, as in the paper; sync: both encoders normalise over the batch of "
         "all processes, so that results do not depend on their number",
-        group="model",
     )
-    key_bn_groups: Positive = option(
+    key_bn_groups: Positive = model_option(
         8,
         "groups of the batch of all processes for key_bn split; a process has its share of them, "
         "and two at least",
-        group="model",
     )
-    temperature: PositiveFloat = option(0.2, "temperature of both losses", group="model")
-    dense_temperature: Auto | PositiveFloat = option(
-        "auto", "temperature of the dense loss; auto: that of both", group="model"
+    temperature: PositiveFloat = model_option(0.2, "temperature of both losses")
+    dense_temperature: Auto | PositiveFloat = model_option(
+        "auto", "temperature of the dense loss; auto: that of both"
     )
-    loss_lambda: Fraction = option(0.5, "weight of the dense loss; 0 is MoCo v2", group="model")
-    lambda_warmup: Duration = option(
-        0, "train with loss_lambda 0 for this long at the start", group="model"
-    )
+    loss_lambda: Fraction = model_option(0.5, "weight of the dense loss; 0 is MoCo v2")
+    lambda_warmup: Duration = model_option(0, "train with loss_lambda 0 for this long at the start")
 
     # --- optimisation
-    epochs: Positive = option(200, "passes over the images", group="optimisation")
-    batch_size: Positive = option(
-        256, "images a step, of all processes together", group="optimisation"
+    epochs: Positive = optimisation_option(200, "passes over the images")
+    batch_size: Positive = optimisation_option(256, "images a step, of all processes together")
+    accumulate: Positive = optimisation_option(
+        1, "take the batch in this many parts, for one that does not fit; batch norm sees a part"
     )
-    accumulate: Positive = option(
-        1,
-        "take the batch in this many parts, for one that does not fit; batch norm sees a part",
-        group="optimisation",
-    )
-    base_lr: PositiveFloat = option(
+    base_lr: PositiveFloat = optimisation_option(
         0.3,
         "learning rate at batch 256; the rate used is base_lr * batch_size / 256",
-        group="optimisation",
         may_change=True,
     )
-    lr: Auto | PositiveFloat = option(
-        "auto",
-        "the learning rate itself, unscaled, instead of base_lr",
-        group="optimisation",
-        may_change=True,
+    lr: Auto | PositiveFloat = optimisation_option(
+        "auto", "the learning rate itself, unscaled, instead of base_lr", may_change=True
     )
-    schedule: Literal["step", "epoch"] = option(
-        "step",
-        "how often the cosine lowers the learning rate; the paper does every epoch",
-        group="optimisation",
+    schedule: Literal["step", "epoch"] = optimisation_option(
+        "step", "how often the cosine lowers the learning rate; the paper does every epoch"
     )
-    lr_warmup: Duration = option(
-        0, "raise the learning rate from 0 over this long at the start", group="optimisation"
+    lr_warmup: Duration = optimisation_option(
+        0, "raise the learning rate from 0 over this long at the start"
     )
-    optimizer: Literal["sgd", "adamw"] = option(
-        "sgd", "sgd as in the paper; adamw for vision transformers", group="optimisation"
+    optimizer: Literal["sgd", "adamw"] = optimisation_option(
+        "sgd", "sgd as in the paper; adamw for vision transformers"
     )
-    layer_decay: Share = option(
+    layer_decay: Share = optimisation_option(
         1.0,
         "learning rate of each layer of the backbone as a share of the next one's, for "
         "pre-trained vision transformers",
-        group="optimisation",
     )
-    weight_decay: NonNegativeFloat = option(
-        1e-4, "weight decay, on all parameters", group="optimisation"
+    weight_decay: NonNegativeFloat = optimisation_option(1e-4, "weight decay, on all parameters")
+    sgd_momentum: Annotated[float, Field(ge=0, lt=1), is_number] = optimisation_option(
+        0.9, "momentum of SGD"
     )
-    sgd_momentum: Annotated[float, Field(ge=0, lt=1), is_number] = option(
-        0.9, "momentum of SGD", group="optimisation"
-    )
-    seed: Annotated[int, Field(ge=0, le=2**31 - 1), is_number] = option(
-        0, "seed of everything random", group="optimisation"
+    seed: Annotated[int, Field(ge=0, le=2**31 - 1), is_number] = optimisation_option(
+        0, "seed of everything random"
     )
 
     # --- machine
-    device: Text = option(
+    device: Text = machine_option(
         "auto",
         "where to train; auto takes the first GPU if there is one",
-        group="machine",
         may_change=True,
         metavar="auto|cpu|cuda[:N]",
     )
-    devices: Auto | Positive = option(
+    devices: Auto | Positive = machine_option(
         "auto",
         "processes on this machine, each with its own GPU or a share of the CPU's cores; auto: 1, "
         "or as many as torchrun or srun has started",
-        group="machine",
         may_change=True,
     )
-    num_nodes: Positive = option(
+    num_nodes: Positive = machine_option(
         1,
         "machines; with --devices each needs MASTER_ADDR, MASTER_PORT and NODE_RANK",
-        group="machine",
         may_change=True,
     )
-    timeout: Positive = option(
-        1800,
-        "seconds after which a process that does not answer counts as lost",
-        group="machine",
-        may_change=True,
+    timeout: Positive = machine_option(
+        1800, "seconds after which a process that does not answer counts as lost", may_change=True
     )
-    precision: Literal["auto", "fp32", "bf16"] = option(
+    precision: Literal["auto", "fp32", "bf16"] = machine_option(
         "auto",
         "arithmetic of the network, over float32 weights; auto: bf16 where the hardware multiplies "
         "it natively",
-        group="machine",
         may_change=True,
     )
-    cuda_graph: bool = option(
+    cuda_graph: bool = machine_option(
         False,
         "replay the whole training step as one CUDA graph, with the same bits; needs a GPU",
-        group="machine",
         may_change=True,
     )
-    compile: bool = option(
-        False,
-        "compile both encoders with torch.compile; changes the last bits",
-        group="machine",
-        may_change=True,
+    compile: bool = machine_option(
+        False, "compile both encoders with torch.compile; changes the last bits", may_change=True
     )
-    channels_last: bool = option(
-        True, "channels-last memory format", group="machine", may_change=True
-    )
-    threads: Auto | Positive = option(
-        "auto", "CPU threads of torch; auto leaves torch's choice", group="machine", may_change=True
+    channels_last: bool = machine_option(True, "channels-last memory format", may_change=True)
+    threads: Auto | Positive = machine_option(
+        "auto", "CPU threads of torch; auto leaves torch's choice", may_change=True
     )
 
     # --- output
-    output: Text = option(
-        "runs/densecl", "run folder", group="output", may_change=True, metavar="DIR"
+    output: Text = output_option("runs/densecl", "run folder", may_change=True, metavar="DIR")
+    checkpoint_every: Duration = output_option(
+        "1ep", "how often checkpoints/last.pt is renewed", may_change=True
     )
-    checkpoint_every: Duration = option(
-        "1ep", "how often checkpoints/last.pt is renewed", group="output", may_change=True
+    keep_every: Natural = output_option(
+        0, "also keep checkpoints/epoch_N.pt every N epochs; 0 keeps none", may_change=True
     )
-    keep_every: Natural = option(
-        0,
-        "also keep checkpoints/epoch_N.pt every N epochs; 0 keeps none",
-        group="output",
-        may_change=True,
-    )
-    probe: Text = option(
+    probe: Text = output_option(
         "none",
         "measure the features along the run on this folder: labelled images as `densecl evaluate` "
         "takes them, or plain images; the best checkpoint is kept as checkpoints/best.pt",
-        group="output",
         may_change=True,
         metavar="none|DIR",
     )
-    probe_every: Duration = option("10ep", "how often to measure", group="output", may_change=True)
-    log_every: Positive = option(10, "steps between two log rows", group="output")
-    logger: Literal["auto", "csv", "tensorboard", "wandb", "mlflow"] = option(
+    probe_every: Duration = output_option("10ep", "how often to measure", may_change=True)
+    log_every: Positive = output_option(10, "steps between two log rows")
+    logger: Literal["auto", "csv", "tensorboard", "wandb", "mlflow"] = output_option(
         "auto",
         "where log rows go beside metrics.csv; csv: nowhere; auto: TensorBoard, unless "
         "--no-tensorboard",
-        group="output",
         may_change=True,
     )
-    tensorboard: bool = option(
-        True, "write TensorBoard logs beside metrics.csv", group="output", may_change=True
+    tensorboard: bool = output_option(
+        True, "write TensorBoard logs beside metrics.csv", may_change=True
     )
-    max_steps: Nothing | Positive = option(
+    max_steps: Nothing | Positive = output_option(
         "none",
         "stop after this many steps, keeping the schedule of all epochs; resumable",
-        group="output",
         may_change=True,
     )
 
