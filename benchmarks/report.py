@@ -12,8 +12,22 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import charts
-from benchmarks import verdicts as words
-from benchmarks.verdicts import NOT_RUN, Entry, ceilings, duration, entries, rate, size, suite_of
+from benchmarks.verdicts import (
+    ISA_NAMES,
+    NOT_RUN,
+    Entry,
+    bandwidth,
+    ceilings,
+    duration,
+    entries,
+    machine_words,
+    percent,
+    rate,
+    size,
+    suite_of,
+    times,
+    verdicts,
+)
 
 TITLES = {"cpu": "Benchmarks", "gpu": "Benchmarks on a GPU", "step": "The training step"}
 HOW = {
@@ -35,7 +49,7 @@ CEILINGS = {
     "gemm_float32": ("torch's matrix product, float32", rate),
     "gemm_tf32": ("the same, TF32", rate),
     "gemm_bfloat16": ("torch's matrix product, bfloat16", rate),
-    "copy": ("copy, read + written", words.bandwidth),
+    "copy": ("copy, read + written", bandwidth),
     "launch": ("smallest kernel, one of fifty in a graph", duration),
     "launch_alone": ("smallest kernel, alone in a graph", duration),
     "launch_from_python": ("smallest kernel, called from Python", duration),
@@ -73,14 +87,14 @@ def write(out: Path, results: dict[str, Any], *, last: bool = False) -> None:
 def asked_table(results: dict[str, Any], *, measured_alone: bool = False) -> str:
     """The table of demands."""
     marks = {True: "met", False: "**missed**", None: "not measured"}
-    found = [v for v in words.verdicts(results) if not measured_alone or v.ratio != NOT_RUN]
+    found = [v for v in verdicts(results) if not measured_alone or v.ratio != NOT_RUN]
     return table([{**v._asdict(), "met": marks[v.met]} for v in found])
 
 
 def markdown(results: dict[str, Any]) -> str:
     """table.md, step.md."""
     suite, ran = suite_of(results), entries(results)
-    met = [verdict.met for verdict in words.verdicts(results)]
+    met = [verdict.met for verdict in verdicts(results)]
     parts = [f"# {TITLES[suite]}", *machine_lines(results)]
     if "kernel" in results:
         parts.append(f"**Kernels: {results['kernel']}.**")
@@ -139,7 +153,7 @@ def machine_lines(results: dict[str, Any]) -> list[str]:
         for when in ("state", "state_after"):
             told = [f"{key} {value}" for key, value in info.get(when, {}).items()]
             lines.append(f"nvidia-smi, {when.replace('_', ' ')}: {', '.join(told)}.")
-    processor, threads, isa = words.machine_words(info).rsplit(", ", 2)
+    processor, threads, isa = machine_words(info).rsplit(", ", 2)
     described += [
         f"{processor}, {info['cores']} cores, {threads}, {info['memory_gb']:g} GB",
         f"kernels: {isa}", f"torch {info['torch']}, Python {info['python_version']}, densecl_ext "
@@ -148,7 +162,7 @@ def machine_lines(results: dict[str, Any]) -> list[str]:
     limits = dict(ceilings(results))
     fma = limits.pop("fma", {})
     fma = {"": fma} if isinstance(fma, str) else fma
-    found = {f"multiply-add units, {words.ISA_NAMES.get(k, k)}": (v, rate) for k, v in fma.items()}
+    found = {f"multiply-add units, {ISA_NAMES.get(k, k)}": (v, rate) for k, v in fma.items()}
     found |= {name: (limits.get(key), of) for key, (name, of) in CEILINGS.items()}
     cells = [
         {"ceiling": name, "best of several tries": value if isinstance(value, str) else of(value)}
@@ -170,7 +184,7 @@ def candidate_table(row: Entry, limits: dict[str, Any]) -> str:
         line |= {"time / ours": "", "rate": ""}
         if name != "ours" and "ours" in row.found:
             ours, theirs, _ = row.pair("ours", name)
-            line["time / ours"] = words.times(theirs / ours)
+            line["time / ours"] = times(theirs / ours)
         if row.images:
             line["rate"] = f"{row.images / row.seconds(name):,.0f} images/s"
         elif found["work"]:
@@ -211,9 +225,7 @@ def notes(row: Entry) -> list[str]:
         if parts:
             line = {"": who, "step": duration(parts["step"])} | dict.fromkeys(PARTS, "")
             for name in parts.keys() & line.keys() - {"step"}:
-                line[name] = (
-                    f"{duration(parts[name])}, {words.percent(parts[name] / parts['step'])}"
-                )
+                line[name] = f"{duration(parts[name])}, {percent(parts[name] / parts['step'])}"
             cells.append(line)
     if cells:
         found.append(table(cells))
@@ -260,7 +272,7 @@ def table(cells: Sequence[dict[str, str]]) -> str:
 
 
 def interval(samples: Sequence[float] | None, *, spread: bool) -> str:
-    """Median and percentiles in words."""
+    """Median and percentiles in"""
     if not samples:
         return ""
     ordered, last = sorted(samples), len(samples) - 1

@@ -29,7 +29,7 @@ from experiments.training import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, FIGURE = ROOT / "docs" / "evidence.md", ROOT / "docs" / "images" / "evidence.png"
-FIGURE_OF = "tuned long"  # of the page's marks
+FIGURE_OF = "tuned long rate_long"  # of the page's marks
 METRICS = {  # name in the lines: title, digits
     "segmentation": ("linear mIoU", 1),
     "incontext": ("in-context mIoU", 1),
@@ -84,6 +84,9 @@ def groups(found: Iterable[dict[str, Any]]) -> dict[Group, Rows]:
         told = [of] if of else []
         told += [f"{k}={v}" for k, v in shared.items()]
         out[split, name, steps, ", ".join(told)] = rows
+    for (split, name, of), rows in without.items():
+        if rows and not any((key[0], key[1]) == (split, name) for key in out):
+            out[split, name, 0, of] = {"random": rows}  # a study of random weights alone
     return out
 
 
@@ -102,13 +105,15 @@ def network(run: Run) -> str:
 
 
 def row_of(rows: Rows, arm: str) -> str:
-    """An arm's row: of several, that of most seeds, the arm's own settings before others."""
+    """A row by its name, or an arm's: of several, that of most seeds, its own settings first."""
+    if arm in rows:
+        return arm
     own = [label for label in rows if label.partition(" ")[0] == arm]
     return max(own, key=lambda label: (len(rows[label]), label == arm), default="")
 
 
 def table(rows: Rows, against: str = BASELINE) -> str:
-    """One group as Markdown; differences are to the arm `against`."""
+    """One group as Markdown; differences are to `against`, an arm or one of its rows."""
     baseline = row_of(rows, against)
     every = [line["numbers"] for by_seed in rows.values() for line in by_seed.values()]
     metrics = [metric for metric in METRICS if any(metric in numbers for numbers in every)]
@@ -120,10 +125,14 @@ def table(rows: Rows, against: str = BASELINE) -> str:
         cells = [NAMES.get(name, name) + (f" ({rest})" if rest else ""), str(len(rows[arm]))]
         for metric in metrics:
             digits = METRICS[metric][1]
+            if math.isnan(mean_of(rows[arm], metric)):
+                cells.append("")
+                continue
             cell = f"{mean_of(rows[arm], metric):.{digits}f}"
-            common = sorted(rows[arm].keys() & rows.get(baseline, {}).keys())
-            if arm != baseline and metric != "position_share" and common:
-                cell += f" ({difference(rows[arm], rows[baseline], metric, digits)})"
+            other = rows.get(baseline, {})
+            paired = rows[arm].keys() & other.keys() and not math.isnan(mean_of(other, metric))
+            if arm != baseline and metric != "position_share" and paired:
+                cell += f" ({difference(rows[arm], other, metric, digits)})"
             cells.append(cell)
         out.append(" | ".join(cells))
     return "\n".join(f"| {line} |" for line in out)
@@ -153,7 +162,9 @@ def ahead(found: dict[Group, Rows], against: str) -> list[str]:
                     f"{difference(one, other, metric, 1)} {METRICS[metric][0]}"
                     for metric in ("segmentation", "incontext")
                 ]
-                who = f"ours after {steps:,} steps - {NAMES[against]} after {key[2]:,}"
+                name_of, _, settings = against.partition(" ")
+                other_name = " ".join([NAMES[name_of], settings]).strip()
+                who = f"ours after {steps:,} steps - {other_name} after {key[2]:,}"
                 out.append(f"- {name}, {who}: {', '.join(told)}")
     return [*out, ""] if out else []
 
@@ -172,7 +183,7 @@ def draw(found: dict[Group, Rows], png: Path) -> None:
     """Linear and in-context mIoU over the number of steps: a dot a seed, a line at the means."""
     from matplotlib.figure import Figure
 
-    usual = [key for key in found if not key[3]]
+    usual = [key for key in found if key[0] == "test" and not key[3]]
     sets = [name for name in ("camvid", "photos") if any(key[1] == name for key in usual)]
     titles = {
         "photos": "pre-trained on photographs",
@@ -221,8 +232,13 @@ def draw(found: dict[Group, Rows], png: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments.report", description=__doc__)
     parser.add_argument("--write", action="store_true")
-    parser.add_argument("--against", default=BASELINE, choices=ARMS, help="instead of MoCo v2")
+    parser.add_argument("--against", help='differences to this instead, as "mocov2 lr=0.1"')
     given = parser.parse_args()
+    if given.write and given.against:
+        parser.error("the page's differences are to MoCo v2: leave out --write or --against")
+    against = given.against or BASELINE
+    if against.partition(" ")[0] not in ARMS:
+        parser.error(f"--against must begin with one of {', '.join(ARMS)}, got {against!r}")
     page = PAGE.read_text(encoding="utf-8")
 
     def filled(mark: re.Match[str]) -> str:
@@ -231,9 +247,10 @@ def main() -> None:
         )
         text = [f"<!-- {mark[1]} -->", ""]
         for (split, name, steps, of), rows in found.items():
-            title = f"{name}, {steps:,} steps, {of + ', ' if of else ''}CamVid {split}"
-            text += [f"**{title}**", "", table(rows, given.against), ""]
-        text += ahead(found, given.against)
+            length = f"{name}, {steps:,} steps" if steps else "no pre-training"
+            title = f"{length}, {of + ', ' if of else ''}CamVid {split}"
+            text += [f"**{title}**", "", table(rows, against), ""]
+        text += ahead(found, against)
         print("\n".join(text))
         if mark[1] == FIGURE_OF and given.write:
             draw(found, FIGURE)

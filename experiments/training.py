@@ -70,7 +70,7 @@ class Run:
 
     @property
     def weights(self) -> str:
-        """Under which name its weights are kept."""
+        """Under which name its weights are kept; the study's last of this name stays."""
         return f"{self.study}-{self.set}-{self.arm}-{self.steps}-seed{self.seed}.pt"
 
     @property
@@ -254,6 +254,11 @@ def pretrain(
     backbone = network(run)
     if run.start:
         path = materials.cache / run.start_weights
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"experiments: start needs {path}, which a run of that study leaves in --cache; "
+                "take its line out of the results to run it again"
+            )
         backbone.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     if run.arm == "random":
         return backbone.to(device), None, {}
