@@ -188,6 +188,33 @@ except KeyboardInterrupt:
         assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
 
 
+@pytest.mark.parametrize("times", [1, 2])
+def test_an_interruption_that_a_library_drops_is_not_lost(
+    times: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As copyreg drops every exception while it caches; the second one is not held back."""
+    file = tmp_path / "last.pt"
+    save_checkpoint(file, state(1))
+    right, told = torch.save, []
+
+    def save(*arguments: Any) -> None:
+        for _ in range(times):
+            try:
+                signal.raise_signal(signal.SIGINT)
+            except BaseException as error:
+                told.append(type(error))
+        right(*arguments)
+
+    monkeypatch.setattr(torch, "save", save)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(file, state(2))
+    assert signal.getsignal(signal.SIGINT) is before
+    assert told == [KeyboardInterrupt] * (times - 1)
+    assert load_checkpoint(file)["step"] == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
 def test_the_error_of_a_write_is_told_and_nothing_is_written_after_it(error: BaseException) -> None:
     """torch's writer would write on, in the end from a destructor, where no error may be raised."""

@@ -58,8 +58,10 @@ def _add(digest: Any, value: Any, where: str, depth: int) -> None:
 
 
 def _kind(value: Any) -> str:
-    kinds = (bool, int, float, str, bytes)
-    return next((kind.__name__ for kind in kinds if isinstance(value, kind)), "none")
+    for kind in (bool, int, float, str, bytes):
+        if isinstance(value, kind):
+            return kind.__name__
+    return "none"
 
 
 def _add_tensor(digest: Any, tensor: Tensor, where: str) -> None:

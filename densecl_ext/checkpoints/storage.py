@@ -17,6 +17,7 @@ import torch
 
 from densecl_ext.checkpoints.archive import MAGIC, read_records, verify_records
 from densecl_ext.checkpoints.digest import CHECKSUM, content_checksum
+from densecl_ext.checkpoints.interrupts import interrupts_held
 from densecl_ext.checkpoints.provenance import check_stamp, from_text
 from densecl_ext.checkpoints.schema import check_run, is_run
 from densecl_ext.checkpoints.unpickle import LEGACY_MAGIC, UnknownGlobal, read_archive, read_stream
@@ -33,7 +34,7 @@ def atomic_file(
 
     The bytes go to a temporary file in the same folder, are flushed to the device, and take the
     name in one step (rename within a file system is atomic). A crash, a full disk or an exception
-    leaves the old file.
+    leaves the old file. A first Ctrl-C waits until the block ends, see `interrupts_held`.
 
     Args:
         path: the file to write; a link is followed.
@@ -47,54 +48,55 @@ def atomic_file(
             exceptions the first, since a writer that fails often fails again while it closes.
         ValueError: there is something other than a regular file.
     """
-    final = require_regular(path)
-    outer = sys.exc_info()[1]
-    with _naming(path):
-        descriptor, name = tempfile.mkstemp(dir=final.parent, prefix=_temporary_prefix(final))
-    temporary = Path(name)
-    try:
-        file = os.fdopen(descriptor, "wb")
-        try:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        except BaseException:
-            with contextlib.suppress(OSError):  # closing writes what is left, and fails again
-                file.close()
-            raise
-        file.close()
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes files that only the owner can read
-        if verify is not None:
-            verify(temporary)
+    with interrupts_held():
+        final = require_regular(path)
+        outer = sys.exc_info()[1]
         with _naming(path):
-            os.replace(temporary, final)
-    except BaseException as error:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        first = _first(error, outer)
-        if isinstance(first, OSError) and first.errno is not None and first.filename is None:
-            first = OSError(first.errno, first.strerror, os.fspath(path))
-        if first is not error:
-            raise first from None
-        raise
-    # The new name itself reaches the disk with the folder.
-    folder = os.open(final.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+            descriptor, name = tempfile.mkstemp(dir=final.parent, prefix=_temporary_prefix(final))
+        temporary = Path(name)
+        try:
+            file = os.fdopen(descriptor, "wb")
+            try:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            except BaseException:
+                with contextlib.suppress(OSError):  # closing writes what is left, and fails again
+                    file.close()
+                raise
+            file.close()
+            umask = os.umask(0)
+            os.umask(umask)
+            os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes files that only the owner can read
+            if verify is not None:
+                verify(temporary)
+            with _naming(path):
+                os.replace(temporary, final)
+        except BaseException as error:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+            first = _first(error, outer)
+            if isinstance(first, OSError) and first.errno is not None and first.filename is None:
+                first = OSError(first.errno, first.strerror, os.fspath(path))
+            if first is not error:
+                raise first from None
+            raise
+        # The new name itself reaches the disk with the folder.
+        folder = os.open(final.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def torch_save(content: Any, file: IO[bytes]) -> None:
-    """`torch.save` into an open file, safe against what fails or interrupts it.
+    """`torch.save` into an open file, safe against writes that fail.
 
     torch's writer goes on writing from its destructor, when the file may be closed already: an
-    exception there ends the process (std::terminate), and a Ctrl-C that falls there is lost.
+    exception there ends the process (std::terminate).
 
     Raises:
-        BaseException: the first that a write raised, KeyboardInterrupt among them.
+        BaseException: the first that a write raised.
     """
     sink = _Sink(file)
     try:
@@ -166,7 +168,8 @@ def save_checkpoint(
     Raises:
         OSError: it could not be written; the message says that the older file is intact.
         TypeError: `state` holds something else.
-        KeyboardInterrupt: an interruption; the older file is intact.
+        KeyboardInterrupt: Ctrl-C; the first waits until the new file is there, a second one leaves
+            the older.
     """
     path = Path(path)
 
