@@ -112,7 +112,7 @@ def jobs(entries: list[argparse.Namespace], pool: Pool | None = None) -> Iterato
                     entry.study, set_name, arm, seed, steps, lr, entry.split,
                     "{}" if arm == "random" else merged(chosen, own),
                     entry.backbone, entry.output_stride, entry.size, entry.batch,
-                    not entry.dilate, entry.start, " ".join(sorted(entry.also)),
+                    not entry.dilate, entry.crop, entry.start, " ".join(sorted(entry.also)),
                 )  # fmt: skip
                 if run.key not in given:
                     given.add(run.key)
@@ -138,6 +138,7 @@ def parsed(arguments: list[str] | None) -> tuple[argparse.Namespace, list[argpar
     add("--output-stride", type=int, default=8)
     add("--size", type=int, default=64)
     add("--batch", type=int, default=64)
+    add("--crop", type=float, default=0.2, help="smallest share of an image that a view shows")
     add("--dilate", action="store_true", help="keep all stages at the output stride")
     add(
         "--start",
@@ -150,6 +151,11 @@ def parsed(arguments: list[str] | None) -> tuple[argparse.Namespace, list[argpar
     add("--plan", type=Path)
     add("--device", default="cpu", help="cpu or cuda")
     add("--no-graph", action="store_true", help="on a GPU, launch every kernel of every step")
+    add(
+        "--fast-kernels",
+        action="store_true",
+        help="those with which a run does not come again bit for bit, too",
+    )
     add("--processes", type=int, default=1)
     add("--threads", type=int, default=1, help="of each process")
     add("--seconds", type=float, help="start no run later than this")
@@ -176,7 +182,9 @@ def main(arguments: list[str] | None = None) -> int:
     expected = list(jobs(entries))
     sets = {(run.set, run.size) for run in expected}
     root = prepared(given.data_root.resolve(), cache, sets)
-    setting = Setting(given.device, given.threads, not given.no_graph)
+    setting = Setting(
+        given.device, given.threads, not given.no_graph, not given.fast_kernels
+    )
     with tempfile.TemporaryDirectory(dir=cache) as folder:
         share = functools.partial(Materials, root, cache, Path(folder))
         pool = Pool(

@@ -60,6 +60,7 @@ class Run:
     size: int = 64
     batch: int = 64
     truncate: bool = True  # end the network where it reaches the stride, instead of dilating
+    crop: float = 0.2  # smallest share of an image that a view shows
     start: str = ""  # weights that it starts from: study-set-arm-steps of a run of the same seed
     also: str = ""  # protocols that are measured beside the cheap ones, see ALSO
 
@@ -67,6 +68,11 @@ class Run:
     def key(self) -> str:
         values = dataclasses.asdict(self) | {"options": json.loads(self.options)}
         return json.dumps(values, sort_keys=True)
+
+    @property
+    def images(self) -> tuple[str, int, int, float]:
+        """What says which views it sees, but for the seed."""
+        return self.set, self.size, self.batch, self.crop
 
     @property
     def weights(self) -> str:
@@ -97,7 +103,7 @@ class Materials:
     def prepare(self, runs: list[Run]) -> None:
         """Make everything that the runs need."""
         self.pairs()
-        for run in {(run.set, run.size, run.batch): run for run in runs if run.steps}.values():
+        for run in {run.images: run for run in runs if run.steps}.values():
             self.images(run)
         for split in {run.split for run in runs}:
             self.street(split)
@@ -123,14 +129,14 @@ class Materials:
                 pretraining_folders(run.set, self.root, self.cache, run.size),
                 batch_size=run.batch,
                 size=run.size, backend="memory", channels_last=True, workers=self.workers,
-                cache_size=stored(run.size),
+                cache_size=stored(run.size), crop_scale=(run.crop, 1.0),
             )  # fmt: skip
 
-        return self._made(f"images-{run.set}-{run.size}-{run.batch}", make)
+        return self._made("images-" + "-".join(map(str, run.images)), make)
 
     def batches(self, run: Run, device: torch.device) -> Iterator[TwoViews]:
         """The batches of the run; those of a seed are the same for every arm."""
-        key = (run.set, run.size, run.batch)
+        key = run.images
         if key not in self._loaders:
             loader = self.images(run)
             self._loaders[key] = moved(loader, device) if device.type == "cuda" else loader
