@@ -25,7 +25,6 @@ class Setting:
     device: str = "cpu"
     threads: int = 1
     graph: bool = True
-    deterministic: bool = True  # cuDNN's kernels
 
 
 def work(pipe: Connection, materials: Materials, setting: Setting) -> None:
@@ -36,7 +35,7 @@ def work(pipe: Connection, materials: Materials, setting: Setting) -> None:
 
     torch.set_num_threads(setting.threads)
     torch.backends.cudnn.allow_tf32 = False  # float32 is float32, as on a CPU
-    torch.backends.cudnn.deterministic = setting.deterministic
+    torch.backends.cudnn.deterministic = True
     device = torch.device(setting.device)
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())

@@ -3,7 +3,7 @@
     python -m experiments.report                # prints the tables
     python -m experiments.report --write        # and puts them between docs/evidence.md's marks
 
-A mark names the studies whose lines its tables are made of.
+A mark names the studies whose lines its tables are made of, and may say "against" which arm.
 
 A table has one row an arm: mean over the seeds, and the paired difference to the baseline, seed by
 seed, with its 95 % interval by Student's t.
@@ -102,6 +102,8 @@ def network(run: Run) -> str:
         "start": f"from {run.start}",
     }
     usual = {field.name: field.default for field in dataclasses.fields(Run)}
+    if not run.truncate:
+        usual["output_stride"] = 0  # said beside "all stages" whatever it is
     return ", ".join(word for name, word in words.items() if getattr(run, name) != usual[name])
 
 
@@ -237,21 +239,22 @@ def main() -> None:
     given = parser.parse_args()
     if given.write and given.against:
         parser.error("the page's differences are to MoCo v2: leave out --write or --against")
-    against = given.against or BASELINE
-    if against.partition(" ")[0] not in ARMS:
-        parser.error(f"--against must begin with one of {', '.join(ARMS)}, got {against!r}")
+    if given.against and given.against.partition(" ")[0] not in ARMS:
+        parser.error(f"--against must begin with one of {', '.join(ARMS)}, got {given.against!r}")
     page = PAGE.read_text(encoding="utf-8")
 
     def filled(mark: re.Match[str]) -> str:
+        studies, _, other = mark[1].partition(" against ")
         found = groups(
-            one for study in mark[1].split() for one in lines(RESULTS / f"{study}.jsonl")
+            one for study in studies.split() for one in lines(RESULTS / f"{study}.jsonl")
         )
+        baseline = given.against or other or BASELINE
         text = [f"<!-- {mark[1]} -->", ""]
         for (split, name, steps, of), rows in found.items():
             length = f"{name}, {steps:,} steps" if steps else "no pre-training"
             title = f"{length}, {of + ', ' if of else ''}CamVid {split}"
-            text += [f"**{title}**", "", table(rows, against), ""]
-        text += ahead(found, against)
+            text += [f"**{title}**", "", table(rows, baseline), ""]
+        text += ahead(found, baseline)
         print("\n".join(text))
         if mark[1] == FIGURE_OF and given.write:
             draw(found, FIGURE)

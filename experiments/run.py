@@ -151,11 +151,6 @@ def parsed(arguments: list[str] | None) -> tuple[argparse.Namespace, list[argpar
     add("--plan", type=Path)
     add("--device", default="cpu", help="cpu or cuda")
     add("--no-graph", action="store_true", help="on a GPU, launch every kernel of every step")
-    add(
-        "--fast-kernels",
-        action="store_true",
-        help="those with which a run does not come again bit for bit, too",
-    )
     add("--processes", type=int, default=1)
     add("--threads", type=int, default=1, help="of each process")
     add("--seconds", type=float, help="start no run later than this")
@@ -182,9 +177,7 @@ def main(arguments: list[str] | None = None) -> int:
     expected = list(jobs(entries))
     sets = {(run.set, run.size) for run in expected}
     root = prepared(given.data_root.resolve(), cache, sets)
-    setting = Setting(
-        given.device, given.threads, not given.no_graph, not given.fast_kernels
-    )
+    setting = Setting(given.device, given.threads, not given.no_graph)
     with tempfile.TemporaryDirectory(dir=cache) as folder:
         share = functools.partial(Materials, root, cache, Path(folder))
         pool = Pool(

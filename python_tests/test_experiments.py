@@ -149,6 +149,15 @@ def line(arm: str, seed: int, lr: float, miou: float, **more: Any) -> dict[str, 
     return {"run": given, "numbers": numbers, "training": {}}
 
 
+def test_crops_of_a_run_are_its_views(root: Path, tmp_path: Path) -> None:
+    materials = Materials(root, tmp_path, tmp_path)
+    usual = Run("s", "photos", "ours", 0, 1, 0.1, "val", size=32, batch=2)
+    wide = dataclasses.replace(usual, crop=0.8)
+    scales = [materials.images(one).augmentation.scale for one in (usual, wide, usual)]
+    assert scales == [(0.2, 1.0), (0.8, 1.0), (0.2, 1.0)]
+    assert usual.key != wide.key and report.network(wide) == "32 pixels, batch 2, crops from 0.8"
+
+
 def test_best_compares_on_common_seeds() -> None:
     tuned = [line("ours", 0, 0.1, 20), line("ours", 1, 0.1, 30), line("ours", 0, 0.4, 21)]
     tuned += [line("ours", 0, 0.2, float("nan")), line("ours", 0, 0.3, 99, split="test")]
@@ -257,6 +266,8 @@ def test_tables_pair_with_the_tuned_baseline() -> None:
         ("val", "photos", 4, ""),
         ("val", "photos", 4, "resnet50, stride 16"),
     ]
+    whole = Run("s", "photos", "ours", 0, 4, 0.2, "val", truncate=False)
+    assert report.network(whole) == "all stages, stride 8"  # which is the usual one, cut short
     text = report.table(grouped["val", "photos", 4, ""])
     assert "ours | 3 | 23.0 (+2.0 [+2.0, +2.0])" in text
     assert "MoCo v2 (temperature=0.1, lr=0.1) | 3 | 21.0 |" in text
