@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from densecl_ext import DenseCL, MomentumEncoder
 from densecl_ext.nn.matching import geometric_match
+from experiments.peers import PixPro, SlotCon
 
 # What all arms share (tuned arms replace some of it): see docs/evidence.md.
 QUEUE, HIDDEN, MOMENTUM, BN_GROUPS = 2048, 512, 0.99, 4
@@ -229,4 +230,6 @@ ARMS: dict[str, tuple[type[nn.Module], dict[str, Any], float]] = {
     "byol": (BYOL, {}, 0.2),
     "dino": (DINO, {}, 0.2),
     "vicregl": (VICRegL, {}, 0.025),
+    "pixpro": (PixPro, {}, 0.2),
+    "slotcon": (SlotCon, {}, 0.2),
 }

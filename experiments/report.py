@@ -54,6 +54,8 @@ NAMES = {
     "byol": "BYOL",
     "dino": "DINO",
     "vicregl": "VICRegL",
+    "pixpro": "PixPro",
+    "slotcon": "SlotCon",
 }
 Rows = dict[str, dict[int, dict[str, Any]]]  # arm and its settings -> seed -> line
 Group = tuple[str, str, int, str]  # split, set, steps, network where it is not the usual one

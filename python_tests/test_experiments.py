@@ -17,9 +17,10 @@ from PIL import Image
 from densecl_ext.data import Augmentation, build_loader
 from densecl_ext.data.augmentation import draw_parameters
 from densecl_ext.evaluate.pixels import resize
-from experiments import data, report, run, views
+from experiments import data, peers, report, run, views
+from experiments.methods import ARMS
 from experiments.pool import Pool, Setting
-from experiments.training import Materials, Run
+from experiments.training import Materials, Run, network
 
 pytest.importorskip("torchmetrics")
 
@@ -156,6 +157,29 @@ def test_crops_of_a_run_are_its_views(root: Path, tmp_path: Path) -> None:
     scales = [materials.images(one).augmentation.scale for one in (usual, wide, usual)]
     assert scales == [(0.2, 1.0), (0.8, 1.0), (0.2, 1.0)]
     assert usual.key != wide.key and report.network(wide) == "32 pixels, batch 2, crops from 0.8"
+
+
+def test_peers_are_told_where_the_views_lie() -> None:
+    crop_q = torch.tensor([[10.0, 20.0, 60.0, 80.0, 0.0], [0.0, 0.0, 50.0, 40.0, 1.0]])
+    crop_k = torch.tensor([[30.0, 0.0, 90.0, 50.0, 1.0], [60.0, 0.0, 90.0, 40.0, 0.0]])
+    assert peers.mirrored(crop_k).tolist() == [[90.0, 0.0, 30.0, 50.0], [60.0, 0.0, 90.0, 40.0]]
+    low = torch.maximum(crop_q[:, :2], crop_k[:, :2])[:1]  # (30, 20) to (60, 50)
+    high = torch.minimum(crop_q[:, 2:4], crop_k[:, 2:4])[:1]
+    expected_q, expected_k = [[0.4, 0.0, 1.0, 0.5]], [[0.5, 0.4, 1.0, 1.0]]  # k is flipped
+    torch.testing.assert_close(peers.common(low, high, crop_q[:1]), torch.tensor(expected_q))
+    torch.testing.assert_close(peers.common(low, high, crop_k[:1]), torch.tensor(expected_k))
+
+
+@pytest.mark.parametrize("arm", ["pixpro", "slotcon"])
+def test_peers_train_the_backbone(arm: str) -> None:
+    pytest.importorskip({"pixpro": "contrast", "slotcon": "models.slotcon"}[arm])
+    backbone = network(Run("s", "photos", arm, 0, 4, 0.1, "val"))
+    method = ARMS[arm][0](backbone, 4).train()
+    q, k = torch.randn(2, 4, 3, 32, 32)
+    crops = torch.tensor([[0.0, 0.0, 40.0, 40.0, 1.0]]).repeat(4, 1)
+    method(q, k, crops, crops + torch.tensor([[8.0, 8.0, 8.0, 8.0, -1.0]])).backward()
+    assert all(weight.grad is not None for weight in backbone.parameters())
+    torch.distributed.destroy_process_group()
 
 
 def test_best_compares_on_common_seeds() -> None:
