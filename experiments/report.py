@@ -100,7 +100,7 @@ def network(run: Run) -> str:
         "output_stride": f"stride {run.output_stride}",
         "size": f"{run.size} pixels",
         "batch": f"batch {run.batch}",
-        "crop": f"crops from {run.crop:g}",
+        "views": "views " + ", ".join(f"{k}={v}" for k, v in json.loads(run.views).items()),
         "start": f"from {run.start}",
     }
     usual = {field.name: field.default for field in dataclasses.fields(Run)}

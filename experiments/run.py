@@ -112,7 +112,7 @@ def jobs(entries: list[argparse.Namespace], pool: Pool | None = None) -> Iterato
                     entry.study, set_name, arm, seed, steps, lr, entry.split,
                     "{}" if arm == "random" else merged(chosen, own),
                     entry.backbone, entry.output_stride, entry.size, entry.batch,
-                    not entry.dilate, entry.crop, entry.start, " ".join(sorted(entry.also)),
+                    not entry.dilate, entry.views, entry.start, " ".join(sorted(entry.also)),
                 )  # fmt: skip
                 if run.key not in given:
                     given.add(run.key)
@@ -138,7 +138,7 @@ def parsed(arguments: list[str] | None) -> tuple[argparse.Namespace, list[argpar
     add("--output-stride", type=int, default=8)
     add("--size", type=int, default=64)
     add("--batch", type=int, default=64)
-    add("--crop", type=float, default=0.2, help="smallest share of an image that a view shows")
+    add("--views", default="{}", help="JSON, on top of MoCo v2's augmentation")
     add("--dilate", action="store_true", help="keep all stages at the output stride")
     add(
         "--start",
@@ -163,6 +163,8 @@ def parsed(arguments: list[str] | None) -> tuple[argparse.Namespace, list[argpar
         for name in ("select", "rate_of"):  # of a plan: by name, among the results
             if name in entry:
                 entry[name] = given.results / entry[name]
+        if "views" in entry:
+            entry["views"] = json.dumps(entry["views"])
         if "options" in entry:
             entry["options"] = [json.dumps(one) for one in entry["options"]]
     return given, [argparse.Namespace(**{**known, **entry}) for entry in entries]

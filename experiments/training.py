@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from densecl_ext import MomentumEncoder
 from densecl_ext.backbones import build_backbone
-from densecl_ext.data import TwoViews, build_loader
+from densecl_ext.data import Augmentation, TwoViews, build_loader
 from densecl_ext.data.memory_loader import MemoryLoader
 from densecl_ext.evaluate.classification import ClassifiedImages, KnnOptions, knn
 from densecl_ext.evaluate.coco import BoxedImages
@@ -60,7 +60,7 @@ class Run:
     size: int = 64
     batch: int = 64
     truncate: bool = True  # end the network where it reaches the stride, instead of dilating
-    crop: float = 0.2  # smallest share of an image that a view shows
+    views: str = "{}"  # JSON, on top of MoCo v2's augmentation
     start: str = ""  # weights that it starts from: study-set-arm-steps of a run of the same seed
     also: str = ""  # protocols that are measured beside the cheap ones, see ALSO
 
@@ -70,9 +70,9 @@ class Run:
         return json.dumps(values, sort_keys=True)
 
     @property
-    def images(self) -> tuple[str, int, int, float]:
+    def images(self) -> tuple[str, int, int, str]:
         """What says which views it sees, but for the seed."""
-        return self.set, self.size, self.batch, self.crop
+        return self.set, self.size, self.batch, self.views
 
     @property
     def weights(self) -> str:
@@ -129,10 +129,11 @@ class Materials:
                 pretraining_folders(run.set, self.root, self.cache, run.size),
                 batch_size=run.batch,
                 size=run.size, backend="memory", channels_last=True, workers=self.workers,
-                cache_size=stored(run.size), crop_scale=(run.crop, 1.0),
+                cache_size=stored(run.size), augmentation=Augmentation(**json.loads(run.views)),
             )  # fmt: skip
 
-        return self._made("images-" + "-".join(map(str, run.images)), make)
+        name = "-".join(map(str, run.images))
+        return self._made(f"images-{''.join(c if c.isalnum() else '_' for c in name)}", make)
 
     def batches(self, run: Run, device: torch.device) -> Iterator[TwoViews]:
         """The batches of the run; those of a seed are the same for every arm."""

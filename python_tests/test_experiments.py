@@ -150,13 +150,16 @@ def line(arm: str, seed: int, lr: float, miou: float, **more: Any) -> dict[str, 
     return {"run": given, "numbers": numbers, "training": {}}
 
 
-def test_crops_of_a_run_are_its_views(root: Path, tmp_path: Path) -> None:
+def test_a_run_may_have_views_of_its_own(root: Path, tmp_path: Path) -> None:
     materials = Materials(root, tmp_path, tmp_path)
     usual = Run("s", "photos", "ours", 0, 1, 0.1, "val", size=32, batch=2)
-    wide = dataclasses.replace(usual, crop=0.8)
+    wide = dataclasses.replace(usual, views='{"scale": [0.8, 1.0]}')
     scales = [materials.images(one).augmentation.scale for one in (usual, wide, usual)]
     assert scales == [(0.2, 1.0), (0.8, 1.0), (0.2, 1.0)]
-    assert usual.key != wide.key and report.network(wide) == "32 pixels, batch 2, crops from 0.8"
+    assert (
+        usual.key != wide.key
+        and report.network(wide) == "32 pixels, batch 2, views scale=[0.8, 1.0]"
+    )
 
 
 def test_peers_are_told_where_the_views_lie() -> None:
