@@ -19,7 +19,6 @@ import torch
 from benchmarks.report import write
 from benchmarks.rows import SUITES
 from benchmarks.run import Run
-from benchmarks.step import StepCase
 from benchmarks.verdicts import failures
 from densecl_ext import _native
 
@@ -35,8 +34,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=1e5, help="nothing starts after these")
     parser.add_argument("--variant", nargs="+", default=[], metavar="NAME=VALUE",
                         help="also measure ours under these settings, side by side")  # fmt: skip
-    parser.add_argument("--portable", nargs="+", default=[], choices=StepCase.kernels,
-                        help="ops that run by their portable kernels")  # fmt: skip
     parser.add_argument("--report-only", action="store_true", help="rewrite from results.json")
     options = parser.parse_args(arguments)
     on_gpu = options.suite != "cpu"

@@ -42,7 +42,6 @@ class Case:
 
     title: ClassVar[Any]
     names: ClassVar[tuple[str, ...]]
-    kernels: ClassVar[tuple[str, ...]] = ()  # ops that it runs and that have Hopper's own kernels
     small: ClassVar[dict[str, Any]]  # a size that takes no time
     images: ClassVar[Any] = 0  # of one call, where images/s are what counts
     whole_memory: ClassVar[bool] = False  # peak memory counts all that a candidate is made of
@@ -139,7 +138,6 @@ class MatchCase(Case):
     """dense_match of N image pairs with `positions` positions each."""
 
     names = ("ours", "normalise + matmul + max", "torch.compile")
-    kernels = ("dense_match",)
     small = {"pairs": 2, "channels": 64, "positions": 25}
     pairs: int
     channels: int = 2048

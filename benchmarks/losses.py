@@ -44,7 +44,6 @@ class InfoNceCase(Case):
     names = ("ours", "ours, before backward", "eager", "eager TF32", "eager autocast",
              "torch.compile", "torch.compile autocast", "flash attention", "cuDNN attention",
              "lightly")  # fmt: skip
-    kernels = ("info_nce",)
     small = {"rows": 48, "queue_length": 512}
     rows: int
     queue_length: int

@@ -117,9 +117,6 @@ def markdown(results: dict[str, Any]) -> str:
             of = f" ({row.info['device']})" if suite == "cpu" else ""
             limits = ceilings(results)
             parts += [f"### {row.title}{of}", candidate_table(row, limits), *notes(row)]
-    if results.get("largest"):
-        lines = [f"- {name}: {one}" for name, one in results["largest"].items()]
-        parts += ["## Batches that were tried", "\n".join(lines)]
     losses = [row for row in ran if row.case["kind"] == "InfoNceCase" and "ours" in row.found]
     if losses := [row for row in losses if row.info["isa"] is None]:
         drawn = [axis for axis in charts.AXES if charts.curves(ran, suite, axis)[0]]

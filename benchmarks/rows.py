@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from benchmarks.cases import Case, EmaCase, EnqueueCase, MatchCase
 from benchmarks.losses import InfoNceCase
-from benchmarks.step import COMPARED, VIT, StepCase, StepLossCase
+from benchmarks.step import VIT, StepCase, StepLossCase
 
 MB, US = 1e6, 1e-6
 M, K, D = 1568, 65536, 128  # 32 images of 7 x 7 positions, MoCo's queue, MoCo's head
@@ -27,7 +27,7 @@ class Asked(NamedTuple):
             our FLOP/s over the other's. "memory": peak extra bytes of ours over the other's.
             "extra": these bytes. "saved": bytes that ours takes less. "seconds": our time. "copy":
             our bytes/s over a copy's. "syncs": how often ours makes the host wait. "parts": share
-            of our parts in a step. "largest": our largest batch over the other's.
+            of our parts in a step.
         against: A baseline or label of the row; "" for none. "a | b": the faster of them.
         bound: What the value must reach, or not exceed.
         who: The candidate that it is asked of.
@@ -191,7 +191,6 @@ def step_rows() -> list[Row]:
         Row("step-32", small, ("reference", GRAPH),
             (faster("reference", 1.3), faster("reference", 1.6, GRAPH)), 8.0, ()),
         Row("step-vit", vit, (), (), 8.0, ()),
-        Row("step-largest", StepCase(0), COMPARED[1:], (Asked("largest", "reference", 1.3),)),
         Row("step-compiled-256", large, ("compiled",), (), 8.0, (), note=", compiled"),
         Row("step-compiled-32", small, ("compiled",), (), 8.0, (), note=", compiled"),
     ]  # fmt: skip

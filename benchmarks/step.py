@@ -31,7 +31,6 @@ class StepCase(Case):
     """A step on a batch of images; a candidate is a model of its own."""
 
     names = (*COMPARED, "lambda 0", "CUDA graph", "compiled", "backbone alone")
-    kernels = ("info_nce", "dense_match")
     small = {"backbone": "tiny", "batch": 8, "size": 32, "queue_length": 128}
     whole_memory = True
     batch: int
@@ -43,8 +42,7 @@ class StepCase(Case):
     @property
     def title(self) -> str:
         name = {"resnet50": "ResNet-50", VIT: "ViT-S/16"}.get(self.backbone, self.backbone)
-        batch = f"batch {self.batch}" if self.batch else "the largest batch that fits"
-        return f"training step, {name}, {batch}"
+        return f"training step, {name}, batch {self.batch}"
 
     @property
     def images(self) -> int:  # type: ignore[override]
@@ -120,7 +118,6 @@ class StepLossCase(Case):
     """What a step does with the encoders' outputs: matching, both losses, their gradients."""
 
     names = ("ours", "reference")
-    kernels = ("info_nce", "dense_match")
     small = {"pairs": 4, "queue_length": 256, "features": 32, "channels": 64}
     pairs: int
     queue_length: int = 65536

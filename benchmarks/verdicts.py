@@ -134,13 +134,6 @@ def value_of(
 ) -> tuple[str, str, float]:
     """Ours and the other in words, and the value that is asked about; raises Missing."""
     measure, against, _, who = asked
-    if measure == "largest":
-        found = [results.get("largest", {}).get(name, {}) for name in ("ours", "reference")]
-        for one in found:
-            if one.get("reason") or not one.get("batch"):
-                raise Missing(one.get("reason") or str(one.get("tries") or NOT_RUN))
-        ours, other = (one["batch"] for one in found)
-        return str(ours), f"reference: {other}", ours / other
     if row is None:
         raise Missing(results.get("skipped", {}).get(row_id, NOT_RUN))
     if who not in row.found:
@@ -245,6 +238,5 @@ DEMANDS: dict[str, tuple[Callable[[float], str], str]] = {
     "seconds": (duration, "at most {}"),
     "copy": (percent, "at least {} of a copy's bandwidth"),
     "parts": (percent, "at most {} of the step"),
-    "largest": (times, "at least {} the batch"),
     "syncs": (str, "no wait"),
 }

@@ -84,17 +84,12 @@ def describe(settings: Settings) -> dict[str, Any]:
     return info | {"state_after": machine.state()}
 
 
-def run_row(
-    row: Row, names: tuple[str, ...], waits: dict[str, str], settings: Settings
-) -> dict[str, Any]:
-    """A row of results.json, without its memory: agreement first, then interleaved rounds.
-
-    `names` are its candidates; `waits` says why some must not be captured, where that is known.
-    """
+def run_row(row: Row, settings: Settings) -> dict[str, Any]:
+    """A row of results.json, without its memory: agreement first, then interleaved rounds."""
     if row.isa is not None and row.isa not in _host.available_isas():
         raise NotAvailable(f"this machine lacks {row.isa}")
     device, quick, clock = settings.device, settings.quick, settings.clock()
-    cases = {"ours": row.case, **(row.beside if "ours" in names else {})}
+    cases = {"ours": row.case, **row.beside}
     if quick:
         cases = {name: case.shrunk() for name, case in cases.items()}
     case = cases["ours"]
@@ -104,9 +99,7 @@ def run_row(
         "host_waits": None, "parts": {},
     }  # fmt: skip
     peaks: dict[str, int] = {}
-    candidates = prepare(names, cases, device, info, peaks)
-    for name in waits.keys() & candidates.keys():
-        candidates[name].waits = waits[name]
+    candidates = prepare(("ours", *row.baselines), cases, device, info, peaks)
     if "ours" in candidates:
         info["host_waits"] = host_waits(candidates["ours"], device)
     least, most = (3, 3) if quick else (5, 51) if settings.suite != "cpu" else (3, 41)
@@ -233,11 +226,6 @@ def peak_of(case: Case, name: str, settings: Settings) -> dict[str, Any]:
         peak = machine.bytes_of("/proc/self/status", "VmHWM")
     value = float(result) if isinstance(result, torch.Tensor) and result.numel() == 1 else None
     return {"bytes": max(0, peak - before), "value": value}
-
-
-def fits(case: Case, name: str, settings: Settings) -> None:
-    """Whether a training step's batch fits: raises where it does not."""
-    candidate_of(case, name, case.inputs(settings.device)).results()
 
 
 def rate_of_views(backend: str, photos: str, settings: Settings) -> dict[str, Any]:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 from contextlib import nullcontext
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.run import Run
 from benchmarks.step import StepCase, published_ops, tiny_backbone
 from densecl_ext import DenseCL, ops
 
@@ -56,32 +52,3 @@ def test_a_loss_that_is_not_finite_is_wrong() -> None:
     assert case.check("ours", (torch.tensor(1.0),), ()) == {}
     with pytest.raises(AssertionError, match="ours: the loss is nan"):
         case.check("ours", (torch.tensor(math.nan),), ())
-
-
-@pytest.mark.parametrize("capacity", [0, 63, 64, 250, 517, 1040, 3000, 9999])
-def test_the_largest_batch_is_found_in_seven_tries(capacity: int, tmp_path: Path) -> None:
-    measured_run = Run(tmp_path, chosen())
-
-    def ask(limit: float, function: Any, case: StepCase, name: str) -> dict[str, Any]:
-        return {} if case.batch <= capacity else {"error": "failed: out of memory"}
-
-    measured_run.ask = ask  # type: ignore[method-assign]
-    measured_run._largest()
-    for found in measured_run.results["largest"].values():
-        assert found["batch"] == (min(capacity, 4096) // 64 * 64 or None)
-        assert len(found["tries"]) <= 7
-
-
-def test_a_fault_is_no_limit_of_the_batch(tmp_path: Path) -> None:
-    measured_run = Run(tmp_path, chosen())
-    reason = "failed: no answer within 45 s"
-    measured_run.ask = lambda *_, **__: {"error": reason}  # type: ignore[method-assign]
-    measured_run._largest()
-    found = measured_run.results["largest"]["ours"]
-    assert found["reason"] == reason and "batch" not in found
-    assert list(found["tries"].values()) == [reason]
-
-
-def chosen() -> argparse.Namespace:
-    return argparse.Namespace(suite="step", device="cpu", quick=False, k="", seconds=9.0,
-                              variant=[], portable=[])  # fmt: skip

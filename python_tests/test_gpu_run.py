@@ -42,18 +42,18 @@ FAULTS = {
 
 
 @pytest.mark.parametrize(
-    ("portable", "hopper", "named", "off", "failed"),
+    ("portable", "hopper", "off", "failed"),
     [
-        (["fine", "orphan"], ["fine"], [], {}, {}),
-        (["fine", "wrong"], ["fine"], [], {}, {"wrong": "status 1, wrong: failed: Assert"}),
-        (["fine"], ["hang", "fine"], ["info_nce"], {}, {"hang": "status 124"}),
-        (["fine"], ["dense_match fault"], ["dense_match"], {}, {"dense_match fault": "status -6"}),
-        (["fine"], ["fine", "switched"], [], {"DENSECL_CUDA_PDL": "0, since switched failed"},
+        (["fine", "orphan"], ["fine"], {}, {}),
+        (["fine", "wrong"], ["fine"], {}, {"wrong": "status 1, wrong: failed: Assert"}),
+        (["fine"], ["hang", "fine"], {"DENSECL_CUDA_KERNEL": "portable, since hang failed"},
+         {"hang": "status 124"}),
+        (["fine"], ["fine", "switched"], {"DENSECL_CUDA_PDL": "0, since switched failed"},
          {"switched": "status -6"}),
     ],
 )  # fmt: skip
 def test_smoke_replaces_what_fails(
-    portable: list[str], hopper: list[str], named: list[str], off: dict[str, str],
+    portable: list[str], hopper: list[str], off: dict[str, str],
     failed: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(gpu_checks, "PORTABLE", dict.fromkeys(portable))
@@ -66,7 +66,6 @@ def test_smoke_replaces_what_fails(
     assert run.part("smoke", 100.0) == ("failed, exit status 1" if failed else "ok")
     run.pack()
     found = packed(run)
-    assert found["portable"] == named
     assert {name: text[: len(off[name])] for name, text in found["off"].items()} == off
     assert set(found["checks"]) == set(failed)
     for name, words in failed.items():
@@ -78,8 +77,8 @@ def test_smoke_replaces_what_fails(
     monkeypatch.setattr(again, "call", lambda *given, **off: called.append((given, off)) or 0)
     assert again.part("bench", 100.0) == "ok"
     (given, switched) = called[0]
-    assert [word for word in given[0] if word in ("info_nce", "dense_match")] == named
-    assert switched == {name: "0" for name in off}
+    assert given[0][2] == "benchmarks"
+    assert switched == {name: text.partition(",")[0] for name, text in off.items()}
 
 
 def test_a_part_that_fails_or_cannot_run_is_said_and_the_archive_holds_the_rest(

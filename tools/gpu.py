@@ -61,7 +61,7 @@ class Run:
         self.archive: Path = (options.archive or self.out.with_suffix(".tar.gz")).resolve()
         self.end = time.monotonic() + options.seconds
         self.limit = 0.0  # seconds of the part that runs
-        self.found: dict[str, Any] = {"machine": machine(), "parts": {}, "portable": [], "off": {}}
+        self.found: dict[str, Any] = {"machine": machine(), "parts": {}, "off": {}}
         self.out.mkdir(parents=True, exist_ok=True)
         before = self.out / "gpu.json"
         if before.is_file():  # a part that runs alone keeps what an earlier smoke has found
@@ -102,18 +102,16 @@ class Run:
         """Every check in a process of its own: the portable kernels, then Hopper's.
 
         A Hopper check that fails is tried without dependent launches, which are then off; if it
-        still fails, its op is portable from here on.
+        still fails, all kernels are portable from here on.
         """
         on_hopper = self.device == "cpu" or torch.cuda.get_device_capability()[0] == 9
         failed = self._checks(list(gpu_checks.PORTABLE))
-        self.found["portable"], self.found["off"] = [], {}
+        self.found["off"] = {}
         hopper = self._checks(list(gpu_checks.HOPPER)) if on_hopper else {}
         if hopper and not (left := self._checks(list(hopper), **{DEPENDENT: "0"})):
             self.found["off"] = {DEPENDENT: f"0, since {', '.join(hopper)} failed with it"}
         elif hopper:
-            matching = [name for name in left if "dense_match" in name]
-            losses = [name for name in left if name not in matching]
-            self.found["portable"] = ["dense_match"] * bool(matching) + ["info_nce"] * bool(losses)
+            self.found["off"] = {KERNEL: f"portable, since {', '.join(left)} failed"}
         self.found["checks"] = failed | hopper
         for name, reason in (failed | hopper).items():
             print(f"{name}: {reason}")
@@ -192,8 +190,6 @@ class Run:
         command = [sys.executable, "-m", "benchmarks", "--suite", suite, "--out", str(self.out)]
         command += ["--device", self.device, "--seconds", f"{max(self.limit - 25.0, 5.0):.0f}"]
         command += ["--quick"] if self.quick else []
-        if self.found["portable"]:
-            command += ["--portable", *self.found["portable"]]
         off = {name: text.partition(",")[0] for name, text in self.found["off"].items()}
         return self.call(command, self.limit + 10.0, **off)
 
