@@ -163,8 +163,9 @@ def test_a_second_interruption_during_a_save(tmp_path: Path) -> None:
     file = tmp_path / "last.pt"
     save_checkpoint(file, state(1))
     program = f"""
-import sys, torch
+import signal, sys, torch
 from densecl_ext.checkpoints import save_checkpoint
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 state = {{"a": torch.zeros(500_000), **{{str(i): torch.zeros(2000) for i in range(3000)}}}}
 print("ready", flush=True)
 try:
@@ -206,10 +207,13 @@ def test_an_interruption_that_a_library_drops_is_not_lost(
         right(*arguments)
 
     monkeypatch.setattr(torch, "save", save)
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
-        save_checkpoint(file, state(2))
-    assert signal.getsignal(signal.SIGINT) is before
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            save_checkpoint(file, state(2))
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)  # a job in the background ignores it
     assert told == [KeyboardInterrupt] * (times - 1)
     assert load_checkpoint(file)["step"] == 2
     assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
