@@ -18,6 +18,7 @@ from benchmarks import worker
 from benchmarks.processes import Lost, Worker
 from benchmarks.report import write
 from benchmarks.rows import Row, rows
+from benchmarks.timing import CAPTURE_FAILED
 
 # Seconds without an answer.
 LIMITS = {"cpu": 900.0, "gpu": 60.0, "step": 110.0}
@@ -93,6 +94,9 @@ class Run:
             limit = max(limit, COMPILE_LIMIT)
         found = self.ask(limit, worker.run_row, row, **self._variables(row))
         if "info" in found:
+            made = found["info"]["candidates"].values()
+            if any(one["missing"].get("graph", "").startswith(CAPTURE_FAILED) for one in made):
+                self._worker.close()  # which can capture nothing more
             self._add_memory(row, found["info"])
         return found
 

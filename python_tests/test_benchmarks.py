@@ -207,6 +207,21 @@ def test_rows_are_left_out_when_the_time_is_over(tmp_path: Path) -> None:
     assert "The machine is not known" in (tmp_path / "table.md").read_text()
 
 
+@pytest.mark.parametrize(("why", "closed"), [("capture failed: syncs", 1), ("reads", 0)])
+def test_after_a_failed_capture_the_next_row_gets_a_new_process(
+    why: str, closed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured_run = run.Run(tmp_path, options())
+    candidates = {"ours": {"missing": {}}, "eager": {"missing": {"graph": why}}}
+    answer = {"info": {"candidates": candidates}}
+    measured_run.ask = lambda *_, **__: answer  # type: ignore[method-assign]
+    closings: list[int] = []
+    monkeypatch.setattr(measured_run._worker, "close", lambda: closings.append(1))
+    monkeypatch.setattr(measured_run, "_add_memory", lambda *_: None)
+    assert measured_run.row(rows.rows("gpu")[0]) is answer
+    assert len(closings) == closed
+
+
 @pytest.mark.parametrize(("suite", "words"), [("cpu", "enqueue"), ("step", "step-32")])
 def test_quick_run_writes_everything(suite: str, words: str, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
