@@ -42,7 +42,7 @@ class Run:
             "datetime": datetime.datetime.now(datetime.timezone.utc).isoformat(),
             "quick": options.quick, "benchmarks": [], "skipped": {},
         }  # fmt: skip
-        if told := [f"{name}={os.environ[name]}" for name in SWITCHES if name in os.environ]:
+        if told := [f"{name}={os.environ[name]}" for name in SWITCHES if os.environ.get(name)]:
             self.results["kernel"] = "; ".join(told)
 
     def everything(self) -> None:
@@ -101,7 +101,7 @@ class Run:
         return found
 
     def _variables(self, row: Row) -> dict[str, str]:
-        """What holds while a row is measured."""
+        """The instruction set that is forced while a row is measured."""
         return {"DENSECL_CPU_ISA": row.isa} if row.isa else {}
 
     def _add_memory(self, row: Row, info: dict[str, Any]) -> None:

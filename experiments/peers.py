@@ -6,7 +6,8 @@
 
 Forward, losses and momentum updates are theirs, at the settings of their scripts for 100 epochs of
 ImageNet (PixPro) and for COCO (SlotCon). Heads fit the network's channels and are as wide as those
-of the other arms; the optimizer, the schedule and the views are those of all arms.
+of the other arms; the optimizer, the schedule and the views are those of all arms. Run on a CPU;
+never on a GPU.
 """
 
 from __future__ import annotations

@@ -156,10 +156,8 @@ def test_a_run_may_have_views_of_its_own(root: Path, tmp_path: Path) -> None:
     wide = dataclasses.replace(usual, views='{"scale": [0.8, 1.0]}')
     scales = [materials.images(one).augmentation.scale for one in (usual, wide, usual)]
     assert scales == [(0.2, 1.0), (0.8, 1.0), (0.2, 1.0)]
-    assert (
-        usual.key != wide.key
-        and report.network(wide) == "32 pixels, batch 2, views scale=[0.8, 1.0]"
-    )
+    assert usual.key != wide.key
+    assert report.network(wide) == "32 pixels, batch 2, views scale=[0.8, 1.0]"
 
 
 def test_peers_are_told_where_the_views_lie() -> None:
@@ -180,9 +178,11 @@ def test_peers_train_the_backbone(arm: str) -> None:
     method = ARMS[arm][0](backbone, 4).train()
     q, k = torch.randn(2, 4, 3, 32, 32)
     crops = torch.tensor([[0.0, 0.0, 40.0, 40.0, 1.0]]).repeat(4, 1)
-    method(q, k, crops, crops + torch.tensor([[8.0, 8.0, 8.0, 8.0, -1.0]])).backward()
+    try:
+        method(q, k, crops, crops + torch.tensor([[8.0, 8.0, 8.0, 8.0, -1.0]])).backward()
+    finally:
+        torch.distributed.destroy_process_group()
     assert all(weight.grad is not None for weight in backbone.parameters())
-    torch.distributed.destroy_process_group()
 
 
 def test_best_compares_on_common_seeds() -> None:
@@ -316,3 +316,23 @@ def test_tables_tell_shared_settings_once_and_what_was_measured() -> None:
     text = report.table(rows)
     assert "raccoons AP" in text and "k-NN" not in text
     assert "| 31.0 |" in text and "nan" not in text
+
+
+def test_a_mark_may_name_the_arm_that_its_table_compares_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = [
+        line(arm, s, 0.2, miou + s) for arm, miou in (("ours", 22), ("mocov2", 20)) for s in (0, 1)
+    ]
+    (tmp_path / "s.jsonl").write_text("".join(json.dumps(one) + "\n" for one in found))
+    page = tmp_path / "page.md"
+    marks = ("s", "s against ours")
+    page.write_text("".join(f"<!-- {mark} -->\nold\n<!-- /{mark} -->\n" for mark in marks))
+    monkeypatch.setattr(report, "PAGE", page)
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr("sys.argv", ["report", "--write"])
+    report.main()
+    usual, other = page.read_text().split("<!-- /s -->")
+    assert "| ours | 2 | 22.5 (+2.0 [+2.0, +2.0]) |" in usual and "| MoCo v2 | 2 | 20.5 |" in usual
+    assert "| MoCo v2 | 2 | 20.5 (-2.0 [-2.0, -2.0]) |" in other and "| ours | 2 | 22.5 |" in other
+    assert "old" not in page.read_text()
