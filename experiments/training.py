@@ -38,7 +38,7 @@ from experiments.data import (
     stored,
 )
 from experiments.methods import ARMS
-from experiments.views import Stream, moved
+from experiments.views import Stream
 
 WEIGHT_DECAY, TOLD_EVERY = 1e-4, 50
 
@@ -140,7 +140,9 @@ class Materials:
         key = run.images
         if key not in self._loaders:
             loader = self.images(run)
-            self._loaders[key] = moved(loader, device) if device.type == "cuda" else loader
+            self._loaders[key] = (
+                loader.to(device, torch.bfloat16) if device.type == "cuda" else loader
+            )
         loader = self._loaders[key]
         if device.type != "cuda":
             loader.seed = run.seed

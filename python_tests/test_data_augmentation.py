@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from densecl_ext.data import Augmentation
-from densecl_ext.data.augmentation import draw_parameters, epoch_order
+from densecl_ext.data.augmentation import draw_batch, draw_parameters, epoch_order
 
 DRAWS = 4000
 WIDTH, HEIGHT = 200, 150
@@ -120,6 +120,21 @@ def test_a_draw_depends_on_its_address_alone():
     assert draw(**address) == reference
     for name in address:
         assert draw(**{**address, name: address[name] - 1}) != reference, name
+
+
+def test_a_batch_is_drawn_as_its_samples_are():
+    sizes = np.random.default_rng(0).integers(4, 300, (2000, 2))
+    sizes[0], sizes[1] = (300, 5), (4, 200)  # no attempt fits
+    samples = range(7, 2007)
+    for augmentation in (Augmentation(), Augmentation(hue=0.0, flip_probability=1.0)):
+        many = draw_batch(augmentation, seed=7, epoch=2, samples=samples, sizes=sizes)
+        addresses = itertools.product((0, 1), zip(samples, sizes.tolist(), strict=True))
+        for row, (view, (sample, (width, height))) in enumerate(addresses):
+            box, flip, order, factors, gray, sigma = (column[row].tolist() for column in many)
+            applied = tuple(operation for operation in order if operation >= 0)
+            assert (tuple(box), flip, applied, *factors, gray, sigma) == draw_parameters(
+                augmentation, seed=7, epoch=2, sample=sample, view=view, width=width, height=height
+            )
 
 
 def test_orders_are_permutations_that_change():

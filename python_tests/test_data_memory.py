@@ -127,6 +127,23 @@ def test_cache_size_is_checked(photos, cache_size):
         build_loader(photos, batch_size=4, size=32, backend="memory", cache_size=cache_size)
 
 
+def test_views_that_are_made_together_are_what_they_are_alone(photos, monkeypatch):
+    from densecl_ext.data import memory_loader
+
+    def batches(changed_bytes, first=0):
+        monkeypatch.setattr(memory_loader, "_CHANGED_BYTES", changed_bytes)
+        with build_loader(photos, batch_size=2, size=24, backend="memory", drop_last=False) as one:
+            one._move()  # as for a GPU
+            one.load_state_dict(one.state_dict() | {"epoch": 3, "position": first})
+            return list(one)
+
+    alone, together = batches(0), batches(4 * 24 * 24**2 * 2)  # of six, four and two
+    assert len(alone) == len(together) == 6
+    for expected, batch in zip(alone + alone[3:], together + batches(2**20, 3), strict=True):
+        for ours, theirs in zip(batch, expected, strict=True):
+            assert torch.equal(ours, theirs)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("augmentation", [STILL, Augmentation()])
 def test_a_gpu_makes_the_cpus_views(photos, augmentation):

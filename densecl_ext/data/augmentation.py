@@ -10,6 +10,7 @@ result.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
@@ -261,3 +262,100 @@ def draw_parameters(
         gray=rest[9] < augmentation.gray_probability,
         blur_sigma=sigma_low + (sigma_high - sigma_low) * rest[11] if blurred else 0.0,
     )
+
+
+class BatchParameters(NamedTuple):
+    """:class:`ViewParameters` of n views, as arrays.
+
+    Attributes:
+        box: int64 (n, 4), as there.
+        flip: bool (n,).
+        order: int64 (n, 4), the colour operations in the order of application; -1 for none.
+        factors: float64 (n, 4), what each operation takes, by its number.
+        gray: bool (n,).
+        blur_sigma: float64 (n,), 0 for no blur.
+    """
+
+    box: np.ndarray
+    flip: np.ndarray
+    order: np.ndarray
+    factors: np.ndarray
+    gray: np.ndarray
+    blur_sigma: np.ndarray
+
+
+def draw_batch(
+    augmentation: Augmentation,
+    *,
+    seed: int,
+    epoch: int,
+    samples: Sequence[int],
+    sizes: np.ndarray,
+) -> BatchParameters:
+    """:func:`draw_parameters` for both views of many samples at once.
+
+    Args:
+        augmentation: The distribution.
+        seed: The loader's seed, at least 0.
+        epoch: The epoch, at least 0.
+        samples: The n samples' addresses, their file indices.
+        sizes: (n, 2), width and height of each decoded image in pixels.
+
+    Returns:
+        The same as one call for each: of the n query views, then of the n key views.
+    """
+    bits = np.random.Philox(key=(seed, epoch))
+    generator, state = np.random.Generator(bits), bits.state
+    uniforms = np.empty((2 * len(samples), _UNIFORMS))
+    addresses = ((view, sample) for view in (QUERY_VIEW, KEY_VIEW) for sample in samples)
+    for row, (view, sample) in enumerate(addresses):
+        state["state"]["counter"] = np.array((0, view, sample, 0), dtype=np.uint64)
+        bits.state = state
+        generator.random(out=uniforms[row])
+    sizes = np.concatenate([sizes, sizes])
+    boxes = _boxes(augmentation, uniforms[:, : 2 * _CROP_ATTEMPTS + 2], sizes)
+    rest = uniforms[:, 2 * _CROP_ATTEMPTS + 2 :]
+    strengths = np.array(
+        [augmentation.brightness, augmentation.contrast, augmentation.saturation, augmentation.hue]
+    )
+    jitter = rest[:, :1] < augmentation.jitter_probability
+    order = np.argsort(rest[:, 1:5], axis=1, kind="stable")
+    order[~(jitter & (strengths[order] > 0))] = -1
+    low, high = np.maximum(0.0, 1.0 - strengths[:HUE]), 1.0 + strengths[:HUE]
+    factors = np.where(jitter, low + (high - low) * rest[:, 5:8], 1.0)
+    hue = np.where(jitter, augmentation.hue * (2.0 * rest[:, 8:9] - 1.0), 0.0)
+    sigma_low, sigma_high = augmentation.blur_sigma
+    sigma = sigma_low + (sigma_high - sigma_low) * rest[:, 11]
+    return BatchParameters(
+        box=boxes,
+        flip=rest[:, 12] < augmentation.flip_probability,
+        order=order,
+        factors=np.hstack([factors, hue]),
+        gray=rest[:, 9] < augmentation.gray_probability,
+        blur_sigma=np.where(rest[:, 10] < augmentation.blur_probability, sigma, 0.0),
+    )
+
+
+def _boxes(augmentation: Augmentation, uniforms: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """int64 (n, 4): the first attempt's box that fits, else the largest central one."""
+    log_low, log_high = np.log(augmentation.ratio[0]), np.log(augmentation.ratio[1])
+    scale_low, scale_high = augmentation.scale
+    width, height = sizes[:, :1], sizes[:, 1:]
+    tries = uniforms[:, : 2 * _CROP_ATTEMPTS].reshape(-1, _CROP_ATTEMPTS, 2)
+    area = width * height * (scale_low + (scale_high - scale_low) * tries[..., 0])
+    ratio = np.exp(log_low + (log_high - log_low) * tries[..., 1])
+    wide, high = np.round(np.sqrt(area * ratio)), np.round(np.sqrt(area / ratio))
+    fits = (wide > 0) & (wide <= width) & (high > 0) & (high <= height)  # (n, attempts)
+    first = fits.argmax(axis=1)[:, None]
+    wide = np.take_along_axis(wide, first, 1)
+    high = np.take_along_axis(high, first, 1)
+    x0 = np.floor(uniforms[:, -2:-1] * (width - wide + 1))
+    y0 = np.floor(uniforms[:, -1:] * (height - high + 1))
+    none = ~fits.any(axis=1, keepdims=True)
+    nearest = np.clip(width / height, *augmentation.ratio)
+    widest = np.maximum(1, np.minimum(width, np.round(height * nearest)))
+    highest = np.maximum(1, np.minimum(height, np.round(width / nearest)))
+    wide, high = np.where(none, widest, wide), np.where(none, highest, high)
+    x0 = np.where(none, (width - wide) // 2, x0)
+    y0 = np.where(none, (height - high) // 2, y0)
+    return np.concatenate([x0, y0, x0 + wide, y0 + high], axis=1).astype(np.int64)

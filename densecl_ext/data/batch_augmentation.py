@@ -7,14 +7,15 @@ Gaussian where Pillow approximates one by three box filters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from densecl_ext.data.augmentation import BRIGHTNESS, CONTRAST, HUE, SATURATION, ViewParameters
+from densecl_ext.data.augmentation import BRIGHTNESS, CONTRAST, HUE, SATURATION, BatchParameters
 
 # Radius of the blur's kernel in standard deviations: less than 0.3 % of the weight lies beyond.
 _RADIUS = 3.0
@@ -128,46 +129,38 @@ _OPERATIONS: dict[int, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def _factor(drawn: ViewParameters, operation: int) -> float:
-    if operation == HUE:
-        return int(drawn.hue * 255) / 256  # as torchvision hands it to Pillow
-    return (drawn.brightness, drawn.contrast, drawn.saturation)[operation]
-
-
-def augment(pixels: Tensor, drawn: Sequence[ViewParameters]) -> Tensor:
+def augment(pixels: Tensor, drawn: BatchParameters) -> Tensor:
     """Colour, gray and blur of views that are cropped and resized already, then the flip.
 
     Args:
         pixels: uint8 (N, 3, S, S); changed in place.
-        drawn: What to do to each.
+        drawn: What to do to the N views.
 
     Returns:
         `pixels`.
     """
+    factors = drawn.factors.astype(np.float32)
+    factors[:, HUE] = np.trunc(drawn.factors[:, HUE] * 255) / 256  # as torchvision tells Pillow
     for step in range(4):
         for operation, function in _OPERATIONS.items():
-            rows = [
-                row
-                for row, one in enumerate(drawn)
-                if len(one.order) > step and one.order[step] == operation
-            ]
-            _change(pixels, rows, function, [_factor(drawn[row], operation) for row in rows])
-    rows = [row for row, one in enumerate(drawn) if one.gray]
-    _change(pixels, rows, _to_gray, [0.0] * len(rows))
+            rows = np.flatnonzero(drawn.order[:, step] == operation)
+            _change(pixels, rows, function, factors[rows, operation])
+    rows = np.flatnonzero(drawn.gray)
+    _change(pixels, rows, _to_gray, factors[rows, 0])
     # In the order of their widths, so that narrow kernels do not come with wide ones.
-    rows = [row for row, one in enumerate(drawn) if one.blur_sigma > 0]
-    rows.sort(key=lambda row: drawn[row].blur_sigma)
-    _change(pixels, rows, blur, [drawn[row].blur_sigma for row in rows])
-    rows = [row for row, one in enumerate(drawn) if one.flip]
-    _change(pixels, rows, _mirror, [0.0] * len(rows))
+    rows = np.argsort(drawn.blur_sigma, kind="stable")
+    rows = rows[drawn.blur_sigma[rows] > 0]
+    _change(pixels, rows, blur, drawn.blur_sigma[rows].astype(np.float32))
+    rows = np.flatnonzero(drawn.flip)
+    _change(pixels, rows, _mirror, factors[rows, 0])
     return pixels
 
 
 def _change(
     pixels: Tensor,
-    rows: list[int],
+    rows: np.ndarray,
     operation: Callable[[Tensor, Tensor], Tensor],
-    values: list[float],
+    values: np.ndarray,
 ) -> None:
     """Apply an operation to some views, each with its own value."""
     if pixels.device.type == "cpu":
@@ -175,12 +168,12 @@ def _change(
         array, count = pixels.numpy(), max(1, _CHUNK // pixels[0].numel())
         for first in range(0, len(rows), count):
             part = rows[first : first + count]
-            numbers = torch.tensor(values[first : first + count]).reshape(-1, 1, 1, 1)
+            numbers = torch.from_numpy(values[first : first + count]).reshape(-1, 1, 1, 1)
             made = operation(torch.from_numpy(array[part]).float(), numbers)
             array[part] = made.clamp_(0, 255).numpy()
-    elif rows:
-        index = torch.tensor(rows).to(pixels.device, non_blocking=True)
-        numbers = torch.tensor(values).reshape(-1, 1, 1, 1)
+    elif len(rows):
+        index = torch.from_numpy(rows).to(pixels.device, non_blocking=True)
+        numbers = torch.from_numpy(values).reshape(-1, 1, 1, 1)
         if operation is not blur:  # which makes its kernels on the CPU
             numbers = numbers.to(pixels.device, non_blocking=True)
         made = operation(pixels.index_select(0, index).float(), numbers)
@@ -205,34 +198,34 @@ def resample(
     Returns:
         uint8 (n, 3, size, size).
     """
-    columns, column_weights = _taps(boxes[:, 0], boxes[:, 2], size)
-    lines, line_weights = _taps(boxes[:, 1], boxes[:, 3], size)
-    top = lines.min(axis=(1, 2))
-    rows = int((lines.max(axis=(1, 2)) - top).max()) + 1
-
-    def there(values: np.ndarray, dtype: torch.dtype) -> Tensor:
-        return torch.from_numpy(values).to(store.device, dtype, non_blocking=True)
-
+    # One copy; all else is computed on the device. Whole numbers are exact in float64.
+    given = torch.from_numpy(np.column_stack([starts, widths, boxes]))
+    if store.device.type == "cuda":
+        given = given.pin_memory()
+    given = given.to(store.device, non_blocking=True)
+    whole, (x0, y0, x1, y1) = given[:, :2].long(), given[:, 2:].unbind(1)
+    scales = (boxes[:, 2:] - boxes[:, :2]).max(axis=0, initial=0) / size
+    taps_x, taps_y = (math.ceil(2 * max(scale, 1.0)) + 1 for scale in scales)
+    rows = int((np.ceil(boxes[:, 3]) - np.floor(boxes[:, 1])).max())
+    x, x_weights = _taps(x0, x1, size, taps_x)
+    y, y_weights = _taps(y0, y1, size, taps_y)
+    top = y0.floor().long()
     # Rows beyond a view's last are read, where the store has them, and never used.
-    first = there(starts + top * widths * 3, torch.int64).reshape(-1, 1, 1, 1)
-    width = there(widths, torch.int64).reshape(-1, 1, 1, 1)
+    width = whole[:, 1].reshape(-1, 1, 1, 1)
+    first = whole[:, 0].reshape(-1, 1, 1, 1) + 3 * width * top.reshape(-1, 1, 1, 1)
     line = torch.arange(rows, device=store.device).reshape(1, -1, 1, 1)
     channel = torch.arange(3, device=store.device)
     base = first + 3 * width * line + channel  # (n, rows, 1, 3)
-    x, x_weights = there(columns, torch.int64), there(column_weights, torch.float32)
     wide: Tensor | None = None
-    for tap in range(columns.shape[2]):
+    for tap in range(taps_x):
         index = (base + 3 * x[:, None, :, tap, None]).clamp_(max=store.numel() - 1)
         part = store[index] * x_weights[:, None, :, tap, None]  # (n, rows, size, 3)
         wide = part if wide is None else wide.add_(part)
     assert wide is not None
     wide = wide.add_(0.5).floor_()
-    y, y_weights = (
-        there(lines - top[:, None, None], torch.int64),
-        there(line_weights, torch.float32),
-    )
+    y = y - top[:, None, None]
     made: Tensor | None = None
-    for tap in range(lines.shape[2]):
+    for tap in range(taps_y):
         index = y[:, :, tap, None, None].expand(-1, -1, size, 3)
         part = wide.gather(1, index) * y_weights[:, :, tap, None, None]
         made = part if made is None else made.add_(part)
@@ -240,17 +233,23 @@ def resample(
     return made.add_(0.5).to(torch.uint8).permute(0, 3, 1, 2)
 
 
-def _taps(low: np.ndarray, high: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Positions int64 and weights float64 (n, size, taps) of a triangle filter along one axis."""
+def _taps(low: Tensor, high: Tensor, size: int, taps: int) -> tuple[Tensor, Tensor]:
+    """Positions int64 and weights float32 (n, size, taps) of a triangle filter along one axis.
+
+    Args:
+        low: float64 (n,), where the box begins.
+        high: float64 (n,), where it ends.
+        size: Pixels of the view.
+        taps: As many as the widest filter may touch.
+    """
     low, high = low[:, None], high[:, None]
-    first, last = np.floor(low), np.ceil(high) - 1
+    first, last = low.floor()[..., None], (high.ceil() - 1)[..., None]
     scale = (high - low) / size
-    support = np.maximum(scale, 1.0)
-    centre = low + (np.arange(size) + 0.5) * scale  # (n, size)
-    begin = np.floor(centre - support + 0.5)
-    position = begin[..., None] + np.arange(int(np.ceil(2 * support.max())) + 1)
-    weight = np.maximum(0.0, 1 - np.abs((position + 0.5 - centre[..., None]) / support[..., None]))
-    weight[(position < first[..., None]) | (position > last[..., None])] = 0.0
-    weight /= weight.sum(axis=2, keepdims=True)
-    position = np.clip(position, first[..., None], last[..., None])
-    return position.astype(np.int64), weight
+    support = scale.clamp(min=1.0)
+    counts = torch.arange(max(size, taps), dtype=torch.float64, device=low.device)
+    centre = low + (counts[:size] + 0.5) * scale  # (n, size)
+    position = (centre - support + 0.5).floor()[..., None] + counts[:taps]
+    weight = 1 - ((position + 0.5 - centre[..., None]) / support[..., None]).abs()
+    weight = weight.clamp_(min=0.0).mul_((position >= first) & (position <= last))
+    weight = weight / weight.sum(dim=2, keepdim=True)
+    return position.clamp(first, last).long(), weight.float()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from densecl_ext.data.augmentation import KEY_VIEW, QUERY_VIEW, ViewParameters, draw_parameters
+from densecl_ext.data.augmentation import draw_batch
 from densecl_ext.data.base import EpochLoader, TwoViews, candidates, normalisation
 from densecl_ext.data.batch_augmentation import augment, resample
 from densecl_ext.data.images import decode, reason_of
@@ -20,6 +21,9 @@ from densecl_ext.data.source import ImageSource
 
 # Views that a GPU resamples at once: the rows in between take up to 4 MB each at 224 pixels.
 _RESAMPLED = 128
+
+# Of the views that a GPU changes at once, as float32: several batches of small views.
+_CHANGED_BYTES = 256 << 20
 
 
 class MemoryLoader(EpochLoader):
@@ -47,7 +51,6 @@ class MemoryLoader(EpochLoader):
     ) -> None:
         super().__init__(files, **settings)
         self.cache_size = math.ceil(1.25 * self.size) if cache_size is None else cache_size
-        self._scale, self._offset = normalisation(self.augmentation, self.device)
         self._unreadable: dict[int, str] = {}
         self._images: list[np.ndarray | None] = []  # uint8 (h, w, 3)
         self._source = np.zeros((len(files), 2), dtype=np.int64)  # width, height of the file's
@@ -65,8 +68,15 @@ class MemoryLoader(EpochLoader):
             )
         self._store: Tensor | None = None
         self._starts = np.zeros(0, dtype=np.int64)
-        if self.device.type != "cpu":
+        self.to(self.device, self.dtype)
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> MemoryLoader:
+        """Itself: the views' device and dtype from now on; the images do not come back to a CPU."""
+        self.device, self.dtype = device, dtype
+        self._scale, self._offset = normalisation(self.augmentation, device)
+        if device.type != "cpu":
             self._move()
+        return self
 
     def _load(self, index: int) -> tuple[np.ndarray | None, str]:
         from PIL import Image
@@ -110,34 +120,36 @@ class MemoryLoader(EpochLoader):
                 self._images[index] = None
 
     def _batches(self, epoch: int, requests: Iterator[list[int]]) -> Iterator[TwoViews]:
-        for samples in requests:
-            files = [self._file_for(epoch, sample) for sample in samples]
-            drawn = [
-                draw_parameters(
-                    self.augmentation,
-                    seed=self.seed,
-                    epoch=epoch,
-                    sample=sample,
-                    view=view,
-                    width=int(self._source[file, 0]),
-                    height=int(self._source[file, 1]),
-                )
-                for view in (QUERY_VIEW, KEY_VIEW)
-                for sample, file in zip(samples, files, strict=True)
-            ]
-            crops = torch.tensor(
-                [(*one.box, one.flip) for one in drawn],
-                dtype=torch.float32,
-                pin_memory=self.device.type == "cuda",
-            ).to(self.device, non_blocking=True)
-            pixels = augment(self._cropped(files + files, drawn), drawn)
-            views = torch.addcmul(self._offset, pixels.float(), self._scale).to(self.dtype)
-            layout = torch.channels_last if self.channels_last else torch.contiguous_format
-            views = views.contiguous(memory_format=layout)
-            count = len(samples)
-            yield TwoViews(
-                views[:count], views[count:], crops[:count], crops[count:], torch.tensor(files)
-            )
+        together = 1
+        if self._store is not None:  # a GPU waits for its launches: few for much
+            together = max(1, _CHANGED_BYTES // (24 * self.size**2 * self.own_size))
+        while batches := list(islice(requests, together)):
+            yield from self._made(epoch, batches)
+
+    def _made(self, epoch: int, batches: list[list[int]]) -> Iterator[TwoViews]:
+        """Some batches, whose views are made together; each view is what it is alone."""
+        samples = [sample for batch in batches for sample in batch]
+        files = [self._file_for(epoch, sample) for sample in samples]
+        drawn = draw_batch(
+            self.augmentation,
+            seed=self.seed,
+            epoch=epoch,
+            samples=samples,
+            sizes=self._source[files],
+        )
+        crops = torch.from_numpy(np.column_stack([drawn.box, drawn.flip]).astype(np.float32))
+        if self.device.type == "cuda":
+            crops = crops.pin_memory()
+        crops = crops.to(self.device, non_blocking=True)
+        pixels = augment(self._cropped(files + files, drawn.box), drawn)
+        views = torch.addcmul(self._offset, pixels.float(), self._scale).to(self.dtype)
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        views = views.contiguous(memory_format=layout)
+        sizes = [len(batch) for batch in batches]
+        views_q, views_k = (half.split(sizes) for half in views.chunk(2))
+        crops_q, crops_k = (half.split(sizes) for half in crops.chunk(2))
+        index = torch.tensor(files).split(sizes)
+        yield from map(TwoViews, views_q, views_k, crops_q, crops_k, index)
 
     def _file_for(self, epoch: int, sample: int) -> int:
         for index in candidates(self.seed, epoch, sample, len(self.files)):
@@ -146,10 +158,10 @@ class MemoryLoader(EpochLoader):
             self._skip(index, self._unreadable[index])
         raise AssertionError("one file reads")
 
-    def _cropped(self, files: list[int], drawn: list[ViewParameters]) -> Tensor:
+    def _cropped(self, files: list[int], boxes: np.ndarray) -> Tensor:
         """Cut out and resized, uint8 (views, 3, size, size)."""
         shrunk = self._stored[files] / self._source[files]
-        boxes = np.array([one.box for one in drawn]) * np.concatenate([shrunk, shrunk], axis=1)
+        boxes = boxes * np.concatenate([shrunk, shrunk], axis=1)
         if self._store is None:
             made = np.stack(
                 [self._cut(file, box) for file, box in zip(files, boxes.tolist(), strict=True)]
