@@ -6,6 +6,7 @@ these its candidates. The losses have a file of their own, losses.py, the traini
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -244,21 +245,13 @@ def ema_mul_add(targets: list[Tensor], sources: list[Tensor]) -> None:
     torch._foreach_add_(targets, sources, alpha=1.0 - MOMENTUM)
 
 
+@functools.cache
 def resnet50_shapes() -> list[tuple[int, ...]]:
     """Shapes of torchvision's ResNet-50 parameters, in order: 161 of them, 25,557,032 numbers."""
+    from torchvision.models import resnet50
 
-    def unit(out: int, inner: int, kernel: int) -> list[tuple[int, ...]]:
-        return [(out, inner, kernel, kernel), (out,), (out,)]  # convolution, norm scale and offset
-
-    shapes = unit(64, 3, 7)
-    channels = 64
-    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
-        for block in range(blocks):
-            shapes += unit(width, channels, 1) + unit(width, width, 3) + unit(4 * width, width, 1)
-            if block == 0:
-                shapes += unit(4 * width, channels, 1)
-            channels = 4 * width
-    return [*shapes, (1000, channels), (1000,)]
+    with torch.device("meta"):
+        return [tuple(parameter.shape) for parameter in resnet50().parameters()]
 
 
 @dataclass(frozen=True)

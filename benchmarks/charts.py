@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.verdicts import Entry, duration, machine_words, size, suite_of, times
+from benchmarks.verdicts import Entry, duration, machine_words, size, times
 
 # Okabe and Ito's palette, which colour-blind readers tell apart.
 COLOURS = {
@@ -45,7 +45,7 @@ def draw(rows: Sequence[Entry], results: dict[str, Any], out: Path) -> list[str]
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    suite, info, written = suite_of(results), results["machine_info"], []
+    suite, info, written = results["suite"], results["machine_info"], []
     if info is None or suite not in BARS:
         return []
     machine = info["device"]["name"] if suite == "gpu" else machine_words(info)

@@ -1,32 +1,23 @@
 """Two augmented 224 px views of photographs: images a second of one core, of several loaders.
 
-    python -m benchmarks.loaders --photos DIR [--rounds 3]
-
 Each runs in a process of its own, without worker processes and with one thread for each pool, over
 the same images with MoCo v2's augmentation. Counted is the processor time of the process, all its
-threads together: what one core would do alone, whatever else the machine does. Rounds take turns.
+threads together: what one core would do alone, whatever else the machine does.
 """
 
 from __future__ import annotations
 
-import argparse
-import os
-import statistics
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
-from benchmarks.processes import Lost, Worker
+from benchmarks.cases import NotAvailable
+from benchmarks.timing import first_line
+from benchmarks.worker import Settings
 
 BATCH, SIZE = 32, 224
-OURS: dict[str, dict[str, Any]] = {
-    "ours, torchvision": {"backend": "torchvision", "workers": 0},
-    "ours, torchvision, reduced JPEG": {"backend": "torchvision", "workers": 0,
-                                        "reduced_jpeg": True},
-    "ours, DALI": {"backend": "dali", "workers": 1},
-    "ours, memory": {"backend": "memory", "workers": 1},
-}  # fmt: skip
+SECONDS = 6.0  # of processor time
 
 
 def ours(photos: str, **settings: Any) -> Iterator[int]:
@@ -71,44 +62,29 @@ def of_lightly(photos: str) -> Iterator[int]:
         yield from (len(views[0]) for views, *_ in loader)
 
 
-def measure(name: str, photos: str, seconds: float) -> float:
-    """Images per second of processor time, once the loader runs."""
+def rate(name: str, photos: str, settings: Settings) -> dict[str, Any]:
+    """A row of results.json: images per second of processor time, once the loader runs."""
     import torch
 
     torch.set_num_threads(1)
-    others = {"timm": of_timm, "lightly": of_lightly}
-    batches = ours(photos, **OURS[name]) if name in OURS else others[name](photos)
-    for _ in range(3):
-        next(batches)
+    try:
+        batches = RATES[name](photos)
+        for _ in range(3):
+            next(batches)
+    except ImportError as reason:
+        raise NotAvailable(first_line(reason)) from None
     seen, began = 0, time.process_time()
-    while (taken := time.process_time() - began) < seconds:
+    while (taken := time.process_time() - began) < (0.5 if settings.quick else SECONDS):
         seen += next(batches)
-    return seen / taken
+    row = {"row": f"views-{name}", "title": f"two {SIZE} px views, {name}, batches of {BATCH}"}
+    return row | {"images_per_second": seen / taken}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--photos", required=True)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=6.0)
-    options = parser.parse_args()
-    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that follow
-    rates: dict[str, list[float]] = {name: [] for name in (*OURS, "timm", "lightly")}
-    for _ in range(options.rounds):
-        for name, found in rates.items():
-            worker = Worker()
-            try:
-                found.append(worker.call(600.0, measure, name, options.photos, options.seconds))
-            except Lost as error:
-                print(f"{name}: {error}", file=sys.stderr)
-            finally:
-                worker.close()
-    print("| loader | images/s of a core | rounds |\n|---|---|---|")
-    for name, found in rates.items():
-        if found:
-            told = ", ".join(f"{rate:.1f}" for rate in found)
-            print(f"| {name} | {statistics.median(found):.1f} | {told} |")
-
-
-if __name__ == "__main__":
-    main()
+RATES: dict[str, Callable[[str], Iterator[int]]] = {
+    "torchvision": partial(ours, backend="torchvision", workers=0),
+    "torchvision, reduced JPEG": partial(ours, backend="torchvision", workers=0, reduced_jpeg=True),
+    "DALI": partial(ours, backend="dali", workers=1),
+    "memory": partial(ours, backend="memory", workers=1),
+    "timm": of_timm,
+    "lightly": of_lightly,
+}

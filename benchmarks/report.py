@@ -24,7 +24,6 @@ from benchmarks.verdicts import (
     percent,
     rate,
     size,
-    suite_of,
     times,
     verdicts,
 )
@@ -54,6 +53,7 @@ CEILINGS = {
     "launch_alone": ("smallest kernel, alone in a graph", duration),
     "launch_from_python": ("smallest kernel, called from Python", duration),
 }
+LOADING = "Images per second of processor time: what one core does alone, without worker processes."
 PARTS = ("momentum", "query_forward", "key_forward", "matching", "losses", "enqueue", "backward",
          "optimizer")  # fmt: skip
 
@@ -63,7 +63,7 @@ def write(out: Path, results: dict[str, Any], *, last: bool = False) -> None:
 
     Only the results matter on a machine that is lent: whatever goes wrong with the rest is said.
     """
-    name, table_name = ("step", "step") if suite_of(results) == "step" else ("results", "table")
+    name, table_name = ("step", "step") if results["suite"] == "step" else ("results", "table")
     written: list[str] = []
 
     def replace(name: str, text: str) -> None:
@@ -93,7 +93,7 @@ def asked_table(results: dict[str, Any], *, measured_alone: bool = False) -> str
 
 def markdown(results: dict[str, Any]) -> str:
     """table.md, step.md."""
-    suite, ran = suite_of(results), entries(results)
+    suite, ran = results["suite"], entries(results)
     met = [verdict.met for verdict in verdicts(results)]
     parts = [f"# {TITLES[suite]}", *machine_lines(results)]
     if "kernel" in results:
@@ -126,13 +126,12 @@ def markdown(results: dict[str, Any]) -> str:
         if features := [row for row in losses if row.case["features"] != 128]:
             parts += ["## Feature sizes", table([ours_in_words(row) for row in features])]
     if suite == "cpu":
-        infos = [benchmark["extra_info"] for benchmark in results["benchmarks"]]
         rates = [
-            {"loader": info["title"], "device": info["device"],
-             "rate": f"{info['images_per_second']:.0f} images/s"}
-            for info in infos if "images_per_second" in info
+            {"loader": info["title"], "rate": f"{info['images_per_second']:.0f} images/s"}
+            for info in results["rows"] if "images_per_second" in info
         ]  # fmt: skip
-        parts += ["## Data loading", table(rates) if rates else "Not measured: see below."]
+        parts += ["## Data loading", LOADING if rates else "Not measured: see below."]
+        parts += [table(rates)] if rates else []
     if results.get("skipped"):
         parts += ["## Skipped", skipped_lines(results["skipped"])]
     return "\n\n".join(parts) + "\n"
@@ -144,7 +143,7 @@ def machine_lines(results: dict[str, Any]) -> list[str]:
     if info is None:
         return [f"The machine is not known: {results['skipped'].get('machine', NOT_RUN)}."]
     described, lines = [], []
-    if suite_of(results) != "cpu":
+    if results["suite"] != "cpu":
         told = [f"{k} {v}" for k, v in info["device"].items() if k not in ("name", "kind")]
         described.append(f"{info['device']['name']} ({', '.join(told)})")
         for when in ("state", "state_after"):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import os
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,11 +13,12 @@ from typing import Any
 
 import torch
 
-from benchmarks import worker
+from benchmarks import loaders, worker
 from benchmarks.processes import Lost, Worker
 from benchmarks.report import write
 from benchmarks.rows import Row, rows
 from benchmarks.timing import CAPTURE_FAILED
+from benchmarks.verdicts import Entry
 
 # Seconds without an answer.
 LIMITS = {"cpu": 900.0, "gpu": 60.0, "step": 110.0}
@@ -40,7 +40,7 @@ class Run:
         self.results: dict[str, Any] = {
             "suite": options.suite, "machine_info": None,
             "datetime": datetime.datetime.now(datetime.timezone.utc).isoformat(),
-            "quick": options.quick, "benchmarks": [], "skipped": {},
+            "quick": options.quick, "rows": [], "skipped": {},
         }  # fmt: skip
         if told := [f"{name}={os.environ[name]}" for name in SWITCHES if os.environ.get(name)]:
             self.results["kernel"] = "; ".join(told)
@@ -55,15 +55,15 @@ class Run:
             for row in rows(suite):
                 if all(word in row.id for word in words):
                     self._tell(row.id, self.row(row))
-            for backend in ("dali", "torchvision") if suite == "cpu" else ():
-                if all(word in f"views-{backend}" for word in words):
-                    self._tell(f"views-{backend}", self._views(backend))
+            for name in loaders.RATES if suite == "cpu" else ():
+                if all(word in f"views-{name}" for word in words):
+                    self._tell(f"views-{name}", self._views(name))
         finally:
             self._worker.close()
             self._memory.close()
             write(self._out, self.results)
 
-    def ask(self, limit: float, function: Callable[..., Any], *given: Any, **variables: str) -> Any:
+    def ask(self, limit: float, function: Callable[..., Any], *given: Any) -> Any:
         """The worker's answer: {"info": what the function returns}, or why there is none.
 
         It is ended where it hangs and where the device takes no more work from it.
@@ -71,7 +71,7 @@ class Run:
         left = self._end - time.monotonic()
         if left <= 0:
             return {"skipped": f"not run: the {self._options.seconds:.0f} s were over"}
-        request = worker.answer, self._settings, variables, function, *given
+        request = worker.answer, self._settings, function, *given
         try:
             found = self._worker.call(min(limit, max(left, 15.0)), *request)
         except Lost as error:
@@ -92,17 +92,13 @@ class Run:
         limit = LIMITS[self._options.suite]
         if any("compile" in name for name in row.baselines):
             limit = max(limit, COMPILE_LIMIT)
-        found = self.ask(limit, worker.run_row, row, **self._variables(row))
+        found = self.ask(limit, worker.run_row, row)
         if "info" in found:
             made = found["info"]["candidates"].values()
             if any(one["missing"].get("graph", "").startswith(CAPTURE_FAILED) for one in made):
                 self._worker.close()  # which can capture nothing more
             self._add_memory(row, found["info"])
         return found
-
-    def _variables(self, row: Row) -> dict[str, str]:
-        """The instruction set that is forced while a row is measured."""
-        return {"DENSECL_CPU_ISA": row.isa} if row.isa else {}
 
     def _add_memory(self, row: Row, info: dict[str, Any]) -> None:
         """Peak extra bytes of the candidates that ran and are asked for."""
@@ -111,19 +107,19 @@ class Run:
             if name in row.beside:
                 case, who = row.beside[name], "ours"
             case = case.shrunk() if self._options.quick else case
-            given = self._settings, self._variables(row), worker.peak_of, case, who
+            given = self._settings, worker.peak_of, case, who
             try:
                 found = self._memory.call(MEMORY_LIMIT, worker.answer, *given)
             except Lost:
                 found = {}
             info["candidates"][name]["peak_bytes"] = found.get("info", {}).get("bytes")
 
-    def _views(self, backend: str) -> dict[str, Any]:
+    def _views(self, name: str) -> dict[str, Any]:
         photos = os.environ.get("DENSECL_BENCH_PHOTOS", "")
         if not photos:
             return {"skipped": "DENSECL_BENCH_PHOTOS names no folder of photographs"}
         self._worker.close()  # loaders start processes and threads: in a fresh one
-        return self.ask(300.0, worker.rate_of_views, backend, photos)
+        return self.ask(600.0, loaders.rate, name, photos)
 
     def _tell(self, name: str, found: dict[str, Any]) -> None:
         """Keep an answer, and say it in a line."""
@@ -131,8 +127,8 @@ class Run:
         if told:
             self.results["skipped"][name] = told
         if "row" in (info := found.get("info", {})):
-            self.results["benchmarks"].append({"extra_info": info})
+            self.results["rows"].append(info)
         write(self._out, self.results)
-        for who, made in info.get("candidates", {}).items():
-            told = f"{told or 'measured'}, {who} {1e6 * statistics.median(made['seconds']):,.1f} us"
+        for who in info.get("candidates", {}):
+            told = f"{told or 'measured'}, {who} {1e6 * Entry(info).seconds(who):,.1f} us"
         print(f"{name}: {told or 'measured'}", flush=True)

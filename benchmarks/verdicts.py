@@ -27,12 +27,7 @@ class Entry:
         self.info = info
         self.id, self.title, self.case = info["row"], info["title"], info["case"]
         self.absent: dict[str, str] = info["absent"]
-        # Older results tell no more than the seconds of calls.
-        self.found: dict[str, dict[str, Any]] = {
-            name: {"modes": {"calls": made["seconds"]}, "missing": {}, "traffic": 0.0, "images": 0}
-            | made
-            for name, made in info["candidates"].items()
-        }
+        self.found: dict[str, dict[str, Any]] = info["candidates"]
         self.images = max((made["images"] for made in self.found.values()), default=0)
         in_graphs = any("graph" in made["modes"] for made in self.found.values())
         self.on_gpu = in_graphs or info["device"] == "cuda"
@@ -67,15 +62,9 @@ def load(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def suite_of(results: dict[str, Any]) -> str:
-    """Which of rows.py's tables was measured; a CPU's where the file says nothing."""
-    return results.get("suite", "cpu")
-
-
 def entries(results: dict[str, Any]) -> list[Entry]:
     """The measured rows, in the order they ran."""
-    infos = [benchmark["extra_info"] for benchmark in results["benchmarks"]]
-    return [Entry(info) for info in infos if "candidates" in info]
+    return [Entry(info) for info in results["rows"] if "candidates" in info]
 
 
 def ceilings(results: dict[str, Any]) -> dict[str, Any]:
@@ -86,8 +75,7 @@ def ceilings(results: dict[str, Any]) -> dict[str, Any]:
 def failures(results: dict[str, Any]) -> list[str]:
     """Rows that failed, and candidates that computed something else or failed where ours did."""
     found = [f"{name}: {why}" for name, why in results["skipped"].items() if "failed" in why]
-    for benchmark in results["benchmarks"]:
-        info = benchmark["extra_info"]
+    for info in results["rows"]:
         for name, why in info.get("absent", {}).items():
             if why.startswith("wrong") or (name == "ours" and why.startswith("failed")):
                 found.append(f"{info['row']}: {name}: {why}")
@@ -110,7 +98,7 @@ def verdicts(results: dict[str, Any]) -> list[Verdict]:
     by_id = {row.id: row for row in entries(results)}
     return [
         judge(asked, by_id.get(row.id), row.id, results)
-        for row in rows(suite_of(results))
+        for row in rows(results["suite"])
         for asked in row.asked
     ]
 

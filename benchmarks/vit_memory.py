@@ -26,7 +26,7 @@ def measure(variant: str, case: StepCase, threads: int = 2) -> dict[str, Any]:
     """Bytes and loss of one variant's step; empty where it died, as for want of memory."""
     process, settings = Worker(), Settings(torch.device("cpu"), threads=threads)
     try:
-        found = process.call(1800.0, answer, settings, {}, peak_of, case, VARIANTS[variant])
+        found = process.call(1800.0, answer, settings, peak_of, case, VARIANTS[variant])
     except Lost:
         found = {}
     finally:

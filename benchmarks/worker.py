@@ -6,8 +6,6 @@ import contextlib
 import ctypes
 import gc
 import os
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +14,13 @@ from typing import Any
 import torch
 
 from benchmarks import machine
-from benchmarks.cases import Candidate, Case, NotAvailable, candidate_of, environment
+from benchmarks.cases import Candidate, Case, NotAvailable, candidate_of
 from benchmarks.rows import Row
 from benchmarks.timing import MODES, Clock, CudaClock, first_line, measure
 from densecl_ext import _host
 
 OUT_OF_MEMORY = "out of memory"
 RESET = Path("/proc/self/clear_refs")
-BATCH, SIZE = 32, 224  # of the loaders' views
 
 
 @dataclass(frozen=True)
@@ -42,19 +39,16 @@ class Settings:
         return Clock(MODES if self.suite == "gpu" else ("calls",))
 
 
-def answer(
-    settings: Settings, variables: dict[str, str], function: Callable[..., Any], *given: Any
-) -> dict[str, Any]:
+def answer(settings: Settings, function: Callable[..., Any], *given: Any) -> dict[str, Any]:
     """What a function returns, as "info", or why it could not: "skipped" or "error".
 
-    "works" says whether the process can go on. The environment's `variables` hold inside.
+    "works" says whether the process can go on.
     """
     torch.backends.cudnn.benchmark = True  # as the trainer has it
     if settings.threads:
         torch.set_num_threads(settings.threads)
     try:
-        with environment(variables):
-            found = {"info": function(*given, settings)}
+        found = {"info": function(*given, settings)}
     except NotAvailable as reason:
         found = {"skipped": str(reason)}
     except torch.OutOfMemoryError:
@@ -110,7 +104,6 @@ def run_row(row: Row, settings: Settings) -> dict[str, Any]:
     info["absent"] |= failed
     info["candidates"] = {
         name: {
-            "seconds": made.samples.get("graph") or made.samples["calls"],
             "modes": {m: made.samples[m] for m in MODES if m in made.samples},
             "missing": made.missing,
             "work": cases.get(name, case).work, "traffic": cases.get(name, case).traffic,
@@ -145,7 +138,8 @@ def prepare(
             if name.startswith("eager"):
                 require_memory(case, device)
             before = start_peak(device)
-            candidate = candidate_of(case, name, inputs)
+            forced = f"ours [DENSECL_CPU_ISA={info['isa']}]" if info["isa"] else "ours"
+            candidate = candidate_of(case, forced if name == "ours" else name, inputs)
             results = candidate.results()
             if case.whole_memory and device.type == "cuda":
                 peaks[name] = torch.cuda.max_memory_allocated(device) - before
@@ -226,33 +220,3 @@ def peak_of(case: Case, name: str, settings: Settings) -> dict[str, Any]:
         peak = machine.bytes_of("/proc/self/status", "VmHWM")
     value = float(result) if isinstance(result, torch.Tensor) and result.numel() == 1 else None
     return {"bytes": max(0, peak - before), "value": value}
-
-
-def rate_of_views(backend: str, photos: str, settings: Settings) -> dict[str, Any]:
-    """Two augmented 224 px views of every photograph of a folder: images per second."""
-    from densecl_ext.data import build_loader
-
-    device, samples = settings.device, []
-    try:
-        loader = build_loader(photos, batch_size=BATCH, size=SIZE, backend=backend, device=device)
-    except ImportError as reason:
-        raise NotAvailable(first_line(reason)) from None
-    batches = min(len(loader) - 3, 4 if settings.quick else 16)
-    if batches < 1:
-        raise NotAvailable(f"{photos} holds too few photographs for {BATCH} a batch")
-    with contextlib.closing(loader):
-        for epoch in range(1 if settings.quick else 3):
-            loader.set_epoch(epoch)
-            for count, _ in enumerate(loader, 1):
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)
-                if count == 3:  # worker processes run, queues of finished batches are empty
-                    start = time.perf_counter()
-                if count == 3 + batches:
-                    samples.append(BATCH * batches / (time.perf_counter() - start))
-                    break
-    return {
-        "row": f"views-{backend}", "title": f"two {SIZE} px views, {backend}, batches of {BATCH}",
-        "device": device.type, "images_per_second": statistics.median(samples),
-        "samples": samples,
-    }  # fmt: skip

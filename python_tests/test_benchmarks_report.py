@@ -32,14 +32,15 @@ def measured(suite: str, candidates: dict[str, Any], **info: Any) -> dict[str, A
     } | info  # fmt: skip
     return {
         "suite": suite, "machine_info": MACHINE, "datetime": "2030-01-02T03:04:05",
-        "benchmarks": [{"extra_info": info}], "quick": False,
+        "rows": [info], "quick": False,
         "skipped": {"other": "this machine lacks avx2"},
     }  # fmt: skip
 
 
 def on_cpu() -> dict[str, Any]:
     def candidate(seconds: float, peak: int, work: float) -> dict[str, Any]:
-        return {"seconds": [9.0, seconds, seconds / 2], "peak_bytes": peak, "work": work}
+        modes = {"calls": [9.0, seconds, seconds / 2]}
+        return {"modes": modes, "peak_bytes": peak, "work": work, "missing": {}, "images": 0}
 
     ours, eager = candidate(0.5, 3_000_000, 1e9), candidate(2.0, 6_000_000, 2e9)
     return measured("cpu", {"ours": ours, "eager": eager})
@@ -48,8 +49,7 @@ def on_cpu() -> dict[str, Any]:
 def on_gpu() -> dict[str, Any]:
     def candidate(**modes: float) -> dict[str, Any]:
         samples = {mode: [seconds] * 3 for mode, seconds in modes.items()}
-        first = samples.get("graph") or samples["calls"]
-        return {"seconds": first, "modes": samples, "missing": {}, "work": 1e9, "traffic": 1e6,
+        return {"modes": samples, "missing": {}, "work": 1e9, "traffic": 1e6, "images": 0,
                 "peak_bytes": 5_000_000}  # fmt: skip
 
     candidates = {
@@ -64,7 +64,7 @@ def on_gpu() -> dict[str, Any]:
 
 def on_step() -> dict[str, Any]:
     def candidate(seconds: float, peak: int) -> dict[str, Any]:
-        return {"seconds": [seconds], "modes": {"calls": [seconds]}, "work": 0.0, "images": 32,
+        return {"modes": {"calls": [seconds]}, "work": 0.0, "images": 32, "traffic": 0.0,
                 "peak_bytes": peak, "missing": {"graph": "timed as it is called"}}  # fmt: skip
 
     candidates = {"ours": candidate(0.1, 18 * 10**9), "reference": candidate(0.13, 30 * 10**9)}
@@ -133,13 +133,13 @@ def test_tables() -> None:
     assert "| 100 us (100 us to 100 us) | 300 us (300 us to 300 us) |" in text
     text = report.markdown(on_step())
     assert "no loader takes part" in text and "320 images/s" in text and "200 us, 0.2 %" in text
-    empty = on_step() | {"machine_info": None, "benchmarks": []}
+    empty = on_step() | {"machine_info": None, "rows": []}
     assert "The machine is not known" in report.markdown(empty)
 
 
 def test_a_row_without_ours_still_shows_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     results = on_gpu()
-    info = results["benchmarks"][0]["extra_info"]
+    info = results["rows"][0]
     del info["candidates"]["ours"]
     info["absent"]["ours"] = "wrong: gradient is off"
     asked = (Asked("seconds", "", 1.0),)

@@ -104,16 +104,16 @@ def test_the_papers_own_hours():
 def test_a_measured_step_is_read(tmp_path, capsys):
     def row(id, **rates):
         candidates = {
-            who: {"images": 32, "seconds": [32 / rate for rate in found]}
+            who: {"images": 32, "modes": {"calls": [32 / rate for rate in found]}}
             for who, found in rates.items()
         }
-        return {"extra_info": {"row": id, "title": id, "case": {}, "absent": {}, "device": "cuda",
-                               "candidates": candidates}}  # fmt: skip
+        return {"row": id, "title": id, "case": {}, "absent": {}, "device": "cuda",
+                "candidates": candidates}  # fmt: skip
 
     rows = [row("step-32", ours=[90.0, 110.0, 100.0], reference=[900.0]),
             row("step-256", graph=[120.0])]  # fmt: skip
     path = tmp_path / "step.json"
-    path.write_text(json.dumps({"benchmarks": rows}))
+    path.write_text(json.dumps({"rows": rows}))
     assert scale.measured(path) == (pytest.approx(120.0), 32, "step-256, graph")
     pytest.importorskip("matplotlib")
     assert scale.main(["--machine", "h100", "--step", str(path), "--out", str(tmp_path)]) == 0
@@ -122,7 +122,7 @@ def test_a_measured_step_is_read(tmp_path, capsys):
     assert (tmp_path / "scale.png").is_file()
     with pytest.raises(SystemExit):
         scale.main(["--step", str(path)])  # whose rate?
-    path.write_text(json.dumps({"benchmarks": rows[:0]}))
+    path.write_text(json.dumps({"rows": rows[:0]}))
     with pytest.raises(ValueError, match="no measured step of ours"):
         scale.measured(path)
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -172,7 +171,7 @@ def measured(path: Path) -> tuple[float, int, str]:
         ValueError: the file has none with a rate.
     """
     rates = [
-        (found["images"] / statistics.median(found["seconds"]), found["images"], f"{row.id}, {who}")
+        (found["images"] / row.seconds(who), found["images"], f"{row.id}, {who}")
         for row in entries(load(path))
         for who, found in row.found.items()
         if who != "reference"
