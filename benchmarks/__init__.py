@@ -8,8 +8,8 @@ rows.py                       the one table: what is measured against whom, what
 cases.py, losses.py, step.py  inputs of one size, and every way to compute the result
 run.py, processes.py          the rows one by one, and how a process that hangs or faults ends
 worker.py, timing.py          what that process does: interleaved rounds, by the device's own clock
+loaders.py                    two views of photographs: ours, timm's, lightly's
 machine.py, ceiling.cpp       the machine, its arithmetic and copy ceilings
 verdicts.py, report.py, charts.py  what people read
-scale.py                      on paper: images/s, hours and cost of many GPUs (docs/scale.md)
 vit_memory.py                 peak memory of a vision transformer's step, beside the formula's
 """
