@@ -99,6 +99,7 @@ def test_rows_are_complete_and_survive_the_pipe() -> None:
             names = {name.partition(" [")[0] for name in row.baselines}
             assert names <= set(row.case.names)
             assert set(row.memory) <= {"ours", *row.baselines, *row.beside}
+            assert not (row.isa and row.memory)  # the peak is measured without what is forced
             for case in (row.case, *row.beside.values()):
                 assert pickle.loads(pickle.dumps(case)) == case
                 assert json.loads(json.dumps(case.message()))["kind"] == type(case).__name__
