@@ -1,6 +1,7 @@
 """MoCo v2's augmentation, drawn as numbers: what to do to an image, apart from doing it.
 
-Both loaders take their randomness from :func:`draw_parameters`, so they agree on every crop, flip,
+All loaders take their randomness from :func:`draw_parameters` or, for many samples at once, from
+:func:`draw_batch`, which gives the same. So they agree on every crop, flip,
 factor and order by construction and differ only in the arithmetic of the pixels. A draw is
 addressed, not sequential: it depends on the seed, the epoch, the sample and the view, and on
 nothing that ran before, which is what makes workers, prefetching and resuming irrelevant to the
