@@ -1,27 +1,42 @@
 """What is measured: a case is one size of one op, with every way to compute its result.
 
-A case is plain data, so that it can be sent to another process; it builds its inputs, and from
-these its candidates. The losses have a file of their own, losses.py, the training step step.py.
+A function builds it: it draws the inputs on a device. Rows hold such functions with their sizes
+bound by functools.partial, which can be sent to another process. The loss is in losses.py, the
+training step in step.py.
 """
 
 from __future__ import annotations
 
-import functools
+import inspect
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from typing import Any, ClassVar
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from densecl_ext import ops, reference
+from densecl_ext import _host, ops, reference
 
 Results = tuple[Tensor, ...]
 MOMENTUM = 0.999
+FORMULA = "normalise + matmul + max"
+FOREACH = ("_foreach_mul_ + _foreach_add_", "_foreach_lerp_")
+PUBLISHED_QUEUE = "clone + slice assignment"
+INDEXED = ("index_copy_", "index_copy_, device pointer")
+# Sizes that take no time, by the name of the function: for tests, and to warm a process up.
+SMALL: dict[str, dict[str, Any]] = {
+    "dense_match": {"pairs": 2, "channels": 64, "positions": 25},
+    "ema_update_": {"count": 8},
+    "enqueue_": {"batch": 4, "queue_length": 64, "features": 16},
+    "info_nce": {"rows": 48, "queue_length": 512},
+    "step": {"backbone": "tiny", "batch": 8, "size": 32, "queue_length": 128},
+    "step_loss": {"pairs": 4, "queue_length": 256, "features": 32, "channels": 64},
+}
 
 
 class NotAvailable(RuntimeError):
@@ -37,89 +52,70 @@ class Candidate:
     waits: str = ""  # why a CUDA graph cannot hold it
 
 
-@dataclass(frozen=True)
+@dataclass
 class Case:
-    """One size of one op. `names` are its candidates, ours first."""
+    """One size of one op."""
 
-    title: ClassVar[Any]
-    names: ClassVar[tuple[str, ...]]
-    small: ClassVar[dict[str, Any]]  # a size that takes no time
-    images: ClassVar[Any] = 0  # of one call, where images/s are what counts
-    whole_memory: ClassVar[bool] = False  # peak memory counts all that a candidate is made of
-    work: ClassVar[Any] = 0.0  # FLOP of one call, 0 where bytes are what counts
-    traffic: ClassVar[Any] = 0.0  # bytes that one call must at least read and write
-    eager_bytes: ClassVar[Any] = 0.0  # what the published formula holds at its peak
+    title: str
+    names: tuple[str, ...]  # of the candidates, ours first
+    candidate: Callable[[str], Candidate]  # by name; "reference" is the tests' truth
+    errors: Callable[[Results, Results], dict[str, float]]  # of a candidate's against the truth
+    bound: float  # of each error
+    work: float = 0.0  # FLOP of one call, 0 where bytes are what counts
+    traffic: float = 0.0  # bytes that one call must at least read and write
+    images: int = 0  # of one call, where images/s are what counts
+    eager_bytes: float = 0.0  # what the published formula holds at its peak
+    whole_memory: bool = False  # peak memory counts all that a candidate is made of
+    parts: Callable[[str, Callable[[], Any]], dict[str, float]] | None = None  # seconds, by name
 
-    def inputs(self, device: torch.device) -> Any:
-        raise NotImplementedError
-
-    def candidate(self, name: str, inputs: Any) -> Candidate:
-        """By name; "reference" is what every candidate must agree with: the tests' truth."""
-        raise NotImplementedError
-
-    def expected(self, inputs: Any) -> Results:
-        return self.candidate("reference", inputs).results()
+    def expected(self) -> Results:
+        """The truth; none of a whole step, which a test holds against the published one."""
+        return () if self.parts else self.candidate("reference").results()
 
     def check(self, name: str, got: Results, expected: Results) -> dict[str, float]:
-        """Errors against the expected results; AssertionError where they are too large."""
-        raise NotImplementedError
-
-    def parts(self, name: str, run: Callable[[], Any], device: torch.device) -> dict[str, float]:
-        """Seconds of what a call consists of, by name; of a training step alone."""
-        return {}
-
-    def message(self) -> dict[str, Any]:
-        """The case as results.json holds it."""
-        return {"kind": type(self).__name__, **asdict(self)}
-
-    def shrunk(self) -> Case:
-        """At a size that takes no time: for tests, and to warm a process up."""
-        return replace(self, **self.small)
+        """Errors against the truth; AssertionError where one is too large."""
+        errors = self.errors(got, expected)
+        for what, error in errors.items():
+            if not error <= self.bound:
+                far = f"{what} is off by {error:.2e}, allowed {self.bound:.0e}"
+                raise AssertionError(f"{name}: {far}")
+        return errors
 
 
-def candidate_of(case: Case, name: str, inputs: Any) -> Candidate:
+def sizes(build: partial[Case]) -> dict[str, Any]:
+    """What a case is, as results.json holds it."""
+    found = inspect.signature(build).parameters.items()
+    return {"kind": build.func.__name__} | {n: p.default for n, p in found if n != "device"}
+
+
+def shrunk(build: partial[Case]) -> partial[Case]:
+    """At a size that takes no time."""
+    return partial(build, **SMALL[build.func.__name__])
+
+
+def candidate_of(case: Case, name: str) -> Candidate:
     """By name; "ours [NAME=value ...]" runs under those environment settings.
 
     Raises:
         NotAvailable: it cannot run here.
     """
     base, _, settings = name.partition(" [")
-    made = case.candidate(base, inputs)
+    made = case.candidate(base)
     if not settings:
         return made
     if "DENSECL_CUDA" in settings and not torch.cuda.is_available():
         raise NotAvailable("on a GPU only")
     values = dict(setting.split("=", 1) for setting in settings.rstrip("]").split())
-    # As a decorator it sets the variables for every call.
-    run, results = environment(values)(made.run), environment(values)(made.results)
-    return Candidate(run, results, made.waits)
-
-
-@contextmanager
-def environment(settings: dict[str, str]) -> Iterator[None]:
-    """The variables have these values inside; costs less than patch.dict, for it is timed too."""
-    before = {name: os.environ[name] for name in settings if name in os.environ}
-    os.environ.update(settings)
-    try:
-        yield
-    finally:
-        for name in settings:
-            del os.environ[name]
-        os.environ.update(before)
+    if (isa := values.get("DENSECL_CPU_ISA")) and isa not in _host.available_isas():
+        raise NotAvailable(f"this machine lacks {isa}")
+    under = patch.dict(os.environ, values)  # as a decorator: at every call
+    return Candidate(under(made.run), under(made.results), made.waits)
 
 
 def relative(got: Tensor, expected: Tensor, floor: float = 1e-30) -> float:
     """L2 error in units of the expected tensor's length, or of the floor where that is longer."""
     expected = expected.double()
     return float((got.double() - expected).norm() / expected.norm().clamp(min=floor))
-
-
-def within(errors: dict[str, float], bound: float, name: str) -> dict[str, float]:
-    """The errors, or AssertionError where one is beyond the bound."""
-    for what, error in errors.items():
-        if not error <= bound:
-            raise AssertionError(f"{name}: {what} is off by {error:.2e}, allowed {bound:.0e}")
-    return errors
 
 
 def normal_numbers(device: torch.device) -> Callable[..., Tensor]:
@@ -134,52 +130,36 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
-@dataclass(frozen=True)
-class MatchCase(Case):
-    """dense_match of N image pairs with `positions` positions each."""
+def dense_match(
+    device: torch.device, *, pairs: int, channels: int = 2048, positions: int = 49,
+    dtype: str = "float32", channels_last: bool = False,
+) -> Case:  # fmt: skip
+    """Matching of image pairs with a number of positions each."""
+    draw, shape = normal_numbers(device), (pairs, channels, positions)
+    query, noise = draw(*shape), draw(*shape)
+    key = query[:, :, draw(positions).argsort()] + noise
+    inputs = [features.to(getattr(torch, dtype)).contiguous() for features in (query, key)]
+    if channels_last:
+        inputs = [features.mT.contiguous().mT for features in inputs]
 
-    names = ("ours", "normalise + matmul + max", "torch.compile")
-    small = {"pairs": 2, "channels": 64, "positions": 25}
-    pairs: int
-    channels: int = 2048
-    positions: int = 49
-    dtype: str = "float32"
-    channels_last: bool = False
-
-    @property
-    def title(self) -> str:
-        size = f"N={self.pairs} C={self.channels:,} {self.positions}x{self.positions}"
-        return f"dense_match, {size}, {self.dtype}{', channels-last' * self.channels_last}"
-
-    def inputs(self, device: torch.device) -> list[Tensor]:
-        draw, shape = normal_numbers(device), (self.pairs, self.channels, self.positions)
-        query, noise = draw(*shape), draw(*shape)
-        key = query[:, :, draw(self.positions).argsort()] + noise
-        found = [features.to(getattr(torch, self.dtype)).contiguous() for features in (query, key)]
-        if self.channels_last:
-            return [features.mT.contiguous().mT for features in found]
-        return found
-
-    def candidate(self, name: str, inputs: list[Tensor]) -> Candidate:
+    def candidate(name: str) -> Candidate:
         known = {"ours": ops.dense_match, "reference": reference.dense_match}
         function = known.get(name, match_as_published)
         if name == "torch.compile":
             function = compiled(function)
         return Candidate(lambda: function(*inputs), lambda: (function(*inputs),))
 
-    def check(self, name: str, got: Results, expected: Results) -> dict[str, float]:
+    def errors(got: Results, expected: Results) -> dict[str, float]:
         # Near-ties may fall either way; the keys are noisy copies, so there are none to speak of.
         wrong = (got[0] != expected[0]).double().mean()
-        return within({"share of different matches": float(wrong)}, 1e-3, name)
+        return {"share of different matches": float(wrong)}
 
-    @property
-    def work(self) -> float:
-        return 2.0 * self.pairs * self.channels * self.positions**2
-
-    @property
-    def traffic(self) -> float:
-        size = getattr(torch, self.dtype).itemsize
-        return 2.0 * self.pairs * self.channels * self.positions * size
+    size = f"N={pairs} C={channels:,} {positions}x{positions}, {dtype}"
+    return Case(
+        f"dense_match, {size}{', channels-last' * channels_last}",
+        ("ours", FORMULA, "torch.compile"), candidate, errors, 1e-3,
+        work=2.0 * pairs * channels * positions**2, traffic=2.0 * inputs[0].nbytes,
+    )  # fmt: skip
 
 
 def match_as_published(query: Tensor, key: Tensor) -> Tensor:
@@ -188,51 +168,41 @@ def match_as_published(query: Tensor, key: Tensor) -> Tensor:
     return (query.transpose(1, 2) @ key).max(dim=2)[1]
 
 
-@dataclass(frozen=True)
-class EmaCase(Case):
-    """Momentum update of ResNet-50's parameters, or of the first `count` of them."""
+def ema_update_(device: torch.device, *, count: int = 161) -> Case:
+    """Momentum update of ResNet-50's parameters, or of the first few of them."""
+    draw, shapes = normal_numbers(device), resnet50_shapes()[:count]
+    targets, sources = ([draw(*shape) for shape in shapes] for _ in range(2))
+    updates: dict[str, Callable[[list[Tensor], list[Tensor]], Any]] = {
+        "ours": partial(ops.ema_update_, momentum=MOMENTUM),
+        "reference": partial(reference.ema_update_, momentum=MOMENTUM),
+        "loop": ema_loop,
+        FOREACH[0]: ema_mul_add,
+        FOREACH[1]: lambda a, b: torch._foreach_lerp_(a, b, 1.0 - MOMENTUM),
+    }
 
-    title = "ema_update_, ResNet-50's 161 parameters"
-    names = ("ours", "loop", "_foreach_mul_ + _foreach_add_", "_foreach_lerp_")
-    small = {"count": 8}
-    count: int = 161
-
-    def inputs(self, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
-        draw, shapes = normal_numbers(device), resnet50_shapes()[: self.count]
-        return [draw(*shape) for shape in shapes], [draw(*shape) for shape in shapes]
-
-    def candidate(self, name: str, inputs: tuple[list[Tensor], list[Tensor]]) -> Candidate:
-        targets, sources = inputs
-        waits = ""
-        if name == "loop":
-            targets = [target.clone() for target in targets]
-            waits = "gives every parameter new storage"
-        update: Callable[[list[Tensor]], Any] = {
-            "ours": lambda targets: ops.ema_update_(targets, sources, MOMENTUM),
-            "reference": lambda targets: reference.ema_update_(targets, sources, MOMENTUM),
-            "loop": lambda targets: ema_loop(targets, sources, MOMENTUM),
-            "_foreach_mul_ + _foreach_add_": lambda targets: ema_mul_add(targets, sources),
-            "_foreach_lerp_": lambda t: torch._foreach_lerp_(t, sources, 1.0 - MOMENTUM),
-        }[name]
+    def candidate(name: str) -> Candidate:
+        update, waits = updates[name], "gives every parameter new storage" * (name == "loop")
+        own = [target.clone() for target in targets] if waits else targets
 
         def results() -> Results:
             copies = [target.clone() for target in targets]
-            update(copies)
+            update(copies, sources)
             return tuple(copies)
 
-        return Candidate(lambda: update(targets), results, waits)
+        return Candidate(lambda: update(own, sources), results, waits)
 
-    def check(self, name: str, got: Results, expected: Results) -> dict[str, float]:
-        worst = max(relative(a, b) for a, b in zip(got, expected, strict=True))
-        return within({"relative error": worst}, 1e-6, name)
+    def errors(got: Results, expected: Results) -> dict[str, float]:
+        return {"relative error": max(map(relative, got, expected))}
 
-    @property
-    def traffic(self) -> float:  # both are read, the target is written
-        return 12.0 * sum(math.prod(shape) for shape in resnet50_shapes()[: self.count])
+    return Case(
+        "ema_update_, ResNet-50's 161 parameters",
+        ("ours", "loop", *FOREACH), candidate, errors, 1e-6,
+        traffic=12.0 * sum(map(math.prod, shapes)),  # both are read, the target is written
+    )  # fmt: skip
 
 
 @torch.no_grad()
-def ema_loop(targets: Sequence[Tensor], sources: Sequence[Tensor], momentum: float) -> None:
+def ema_loop(targets: Sequence[Tensor], sources: Sequence[Tensor], momentum: float = 0.999) -> None:
     """MoCo's and DenseCL's published code, parameter by parameter."""
     for target, source in zip(targets, sources, strict=True):
         target.data = target.data * momentum + source.data * (1.0 - momentum)
@@ -245,7 +215,7 @@ def ema_mul_add(targets: list[Tensor], sources: list[Tensor]) -> None:
     torch._foreach_add_(targets, sources, alpha=1.0 - MOMENTUM)
 
 
-@functools.cache
+@cache
 def resnet50_shapes() -> list[tuple[int, ...]]:
     """Shapes of torchvision's ResNet-50 parameters, in order: 161 of them, 25,557,032 numbers."""
     from torchvision.models import resnet50
@@ -254,55 +224,42 @@ def resnet50_shapes() -> list[tuple[int, ...]]:
         return [tuple(parameter.shape) for parameter in resnet50().parameters()]
 
 
-@dataclass(frozen=True)
-class EnqueueCase(Case):
+def enqueue_(device: torch.device, *, batch: int, queue_length: int, features: int = 128) -> Case:
     """Writing B new keys of D numbers into a queue of K."""
+    draw = normal_numbers(device)
+    queue, keys = F.normalize(draw(queue_length, features), dim=1), draw(batch, features)
+    steps: dict[str, Callable[..., Any]] = {
+        "ours": ops.enqueue_,
+        "reference": reference.enqueue_,
+        PUBLISHED_QUEUE: enqueue_as_published,
+        INDEXED[0]: lambda rows, pointer, keys: by_index(rows, pointer, keys, int(pointer)),
+        INDEXED[1]: lambda rows, pointer, keys: by_index(rows, pointer, keys, pointer),
+    }
 
-    names = ("ours", "clone + slice assignment", "index_copy_", "index_copy_, device pointer")
-    small = {"batch": 4, "queue_length": 64, "features": 16}
-    batch: int
-    queue_length: int
-    features: int = 128
-
-    @property
-    def title(self) -> str:
-        size = f"B={self.batch} K={self.queue_length:,} D={self.features}"
-        return f"enqueue_, {size}, float32"
-
-    def inputs(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        draw = normal_numbers(device)
-        queue = F.normalize(draw(self.queue_length, self.features), dim=1)
-        return queue, draw(self.batch, self.features)
-
-    def candidate(self, name: str, inputs: tuple[Tensor, Tensor]) -> Candidate:
-        queue, keys = inputs
-        step = {
-            "ours": ops.enqueue_,
-            "reference": reference.enqueue_,
-            "clone + slice assignment": enqueue_as_published,
-            "index_copy_": lambda *state: enqueue_by_index(*state, int(state[1])),
-            "index_copy_, device pointer": lambda *state: enqueue_by_index(*state, state[1]),
-        }[name]
-        published = name == "clone + slice assignment"
+    def candidate(name: str) -> Candidate:
+        step, published = steps[name], name == PUBLISHED_QUEUE
 
         def state() -> tuple[Tensor, Tensor]:
             rows = queue.T.contiguous() if published else queue.clone()  # published: (D, K)
-            return rows, torch.zeros(1, dtype=torch.int64, device=queue.device)
-
-        own = state()
+            return rows, torch.zeros(1, dtype=torch.int64, device=device)
 
         def results() -> Results:
             rows, pointer = state()
             step(rows, pointer, keys)
             return (rows.T if published else rows), pointer
 
-        waits = "reads the pointer on the host" if name in self.names[1:3] else ""
+        own = state()
+        waits = "reads the pointer on the host" * (name in (PUBLISHED_QUEUE, INDEXED[0]))
         return Candidate(lambda: step(*own, keys), results, waits)
 
-    def check(self, name: str, got: Results, expected: Results) -> dict[str, float]:
-        errors = {"relative error": relative(got[0], expected[0])}
-        errors["pointer"] = float((got[1] - expected[1]).abs().max())
-        return within(errors, 1e-6, name)
+    def errors(got: Results, expected: Results) -> dict[str, float]:
+        pointer = float((got[1] - expected[1]).abs().max())
+        return {"relative error": relative(got[0], expected[0]), "pointer": pointer}
+
+    return Case(
+        f"enqueue_, B={batch} K={queue_length:,} D={features}, float32",
+        ("ours", PUBLISHED_QUEUE, *INDEXED), candidate, errors, 1e-6,
+    )  # fmt: skip
 
 
 @torch.no_grad()
@@ -320,7 +277,7 @@ def enqueue_as_published(queue: Tensor, pointer: Tensor, keys: Tensor) -> Tensor
 
 
 @torch.no_grad()
-def enqueue_by_index(queue: Tensor, pointer: Tensor, keys: Tensor, start: int | Tensor) -> None:
+def by_index(queue: Tensor, pointer: Tensor, keys: Tensor, start: int | Tensor) -> None:
     """What PyTorch alone can do for a (K, D) queue that wraps round anywhere."""
     rows = (start + torch.arange(len(keys), device=queue.device)) % len(queue)
     queue.index_copy_(0, rows, F.normalize(keys, dim=1))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.verdicts import Entry, duration, machine_words, size, times
+from benchmarks.verdicts import Entry, duration, size, times
 
 # Okabe and Ito's palette, which colour-blind readers tell apart.
 COLOURS = {
@@ -14,7 +14,6 @@ COLOURS = {
     "torch.compile": "#e69f00", "torch.compile autocast": "#f0c45c", "flash attention": "#009e73",
     "cuDNN attention": "#56b4e9", "lightly": "#cc79a7",
 }  # fmt: skip
-OTHERS = ("#8a8f98", "#e69f00", "#009e73", "#cc79a7")
 LINES = {
     "eager PyTorch, float32": ("#6d737c", "s"),
     "ours, float32 queue": ("#0072b2", "o"),
@@ -26,8 +25,7 @@ STYLE: Any = {
     "grid.color": "#d9dde2", "legend.frameon": False, "savefig.dpi": 160,
 }  # fmt: skip
 BARS = {
-    "cpu": ("nce-f32", "nce-bf16", "nce-avx2-f32", "nce-m256-f32", "nce-m32-f32", "match", "ema",
-            "enqueue"),
+    "cpu": ("nce-f32", "nce-bf16", "nce-m256-f32", "nce-m32-f32", "match", "ema", "enqueue"),
     "gpu": ("nce", "nce-compile", "nce-m256", "nce-f32", "match-f32-cl", "match-bf16-cl", "ema",
             "enqueue", "step-loss"),
 }  # fmt: skip
@@ -35,32 +33,26 @@ BARS = {
 AXES = {"m": ("rows", "queue_length", {"cpu": 65536, "gpu": 65536}),
         "k": ("queue_length", "rows", {"cpu": 1568, "gpu": 12544})}  # fmt: skip
 NAMES = {"rows": "M, rows of the batch", "queue_length": "K, length of the queue"}
-Line = dict[int, tuple[float, float | None]]
+Point = tuple[float, int | None]  # seconds, bytes
 
 
-def draw(rows: Sequence[Entry], results: dict[str, Any], out: Path) -> list[str]:
-    """Write what the rows suffice for; returns the files' names."""
+def draw(rows: Sequence[Entry], suite: str, machine: str, out: Path) -> None:
+    """Write the charts that the rows suffice for."""
+    if suite not in BARS:
+        return
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    suite, info, written = results["suite"], results["machine_info"], []
-    if info is None or suite not in BARS:
-        return []
-    machine = info["device"]["name"] if suite == "gpu" else machine_words(info)
-    prefix = "cuda_" if suite == "gpu" else ""
     with pyplot.rc_context(STYLE):
-        own = [row for row in rows if "ours" in row.found]
-        made = {"speedup": speedups(own, BARS[suite])}
-        made |= {f"scaling_{axis}": scaling(rows, suite, axis) for axis in AXES}
+        made = {"speedup": speedups(rows, BARS[suite])}
+        made |= {f"scaling_{axis}": scaling(losses(rows), suite, axis) for axis in AXES}
         for name, (figure, title) in made.items():
             if figure is not None:
                 figure.suptitle(f"{title}: {machine}", x=0.01, ha="left", weight="bold")
-                figure.savefig(out / f"{prefix}{name}.png")
+                figure.savefig(out / f"{'cuda_' if suite == 'gpu' else ''}{name}.png")
                 pyplot.close(figure)
-                written.append(f"{prefix}{name}.png")
-    return written
 
 
 def speedups(rows: Sequence[Entry], wanted: Sequence[str]) -> tuple[Any, str]:
@@ -68,25 +60,30 @@ def speedups(rows: Sequence[Entry], wanted: Sequence[str]) -> tuple[Any, str]:
     from matplotlib import pyplot
     from matplotlib.ticker import LogLocator
 
-    by_id = {row.id: row for row in rows}
-    chosen = [by_id[name] for name in wanted if name in by_id and baselines(by_id[name])]
-    if not chosen:
+    bars = {
+        row: [name for name in row.found if not name.startswith("ours")]
+        for name in wanted for row in rows if row.id == name and "ours" in row.found
+    }  # fmt: skip
+    bars = {row: names for row, names in bars.items() if names}
+    if not bars:
         return None, ""
-    lines = sum(len(baselines(row)) + 1.6 for row in chosen)
-    figure, axes = pyplot.subplots(figsize=(9.5, 0.23 * lines + 1.2), layout="constrained")
-    y, ratios, names = 0.0, [1.0], {}
-    for row in chosen:
+    height = 0.23 * sum(len(names) + 1.6 for names in bars.values()) + 1.2
+    figure, axes = pyplot.subplots(figsize=(9.5, height), layout="constrained")
+    y, ratios, labels = 0.0, [1.0], {}
+    for row, names in bars.items():
         heading = f" {row.title}: {duration(row.seconds('ours'))}"
         axes.text(1.0, y - 0.15, heading, weight="bold", va="center", fontsize=9.5)
-        for name, other in zip(baselines(row), OTHERS * 3, strict=False):
+        for name in names:
             y += 1.0
             ours, theirs, _ = row.pair("ours", name)
             ratios.append(theirs / ours)
-            axes.barh(y, ratios[-1] - 1.0, left=1.0, height=0.72, color=COLOURS.get(name, other))
+            axes.barh(
+                y, ratios[-1] - 1.0, left=1.0, height=0.72, color=COLOURS.get(name, "#8a8f98")
+            )
             axes.text(max(ratios[-1], 1.0), y, f" {times(ratios[-1])}", va="center", fontsize=9)
-            names[y] = f"{name}  {duration(theirs)}"
+            labels[y] = f"{name}  {duration(theirs)}"
         y += 1.6
-    axes.set_yticks(list(names), names.values(), fontsize=9)
+    axes.set_yticks(list(labels), labels.values(), fontsize=9)
     axes.tick_params(axis="y", length=0)
     axes.set(xscale="log", ylim=(y - 0.6, -0.8), xlim=(min(0.9, 0.8 * min(ratios)),
              1.5 * max(ratios)), xlabel="times faster than the baseline, logarithmic")  # fmt: skip
@@ -99,40 +96,45 @@ def speedups(rows: Sequence[Entry], wanted: Sequence[str]) -> tuple[Any, str]:
     return figure, "densecl_ext against today's code"
 
 
-def baselines(row: Entry) -> list[str]:
-    """The candidates that are not ours."""
-    return [name for name in row.found if not name.startswith("ours")]
+def losses(rows: Sequence[Entry]) -> list[Entry]:
+    """Loss and gradient at every size, sorted; of two rows of a size, that which has its memory."""
+    found: dict[tuple[Any, ...], Entry] = {}
+    for row in rows:
+        if row.case["kind"] == "info_nce" and row.case["gradient"] and "ours" in row.found:
+            key = tuple(row.case[n] for n in ("dtype", "features", "queue_length", "rows"))
+            if key not in found or found[key].peak("ours") is None:
+                found[key] = row
+    return [found[key] for key in sorted(found)]
 
 
-def curves(rows: Sequence[Entry], suite: str, axis: str) -> tuple[dict[str, Line], list[int]]:
-    """The points of a chart's lines, and the sizes at which eager does not fit.
+def curves(rows: Sequence[Entry], suite: str, axis: str) -> tuple[dict[str, dict[int, Point]], int]:
+    """The points of a chart's lines, and the first size at which eager does not fit, or 0.
 
     No lines where none has two points: there is no such chart.
     """
     varied, kept, fixed = AXES[axis]
-    lines: dict[str, Line] = {label: {} for label in LINES}
-    missing: list[int] = []
+    lines: dict[str, dict[int, Point]] = {label: {} for label in LINES}
+    too_large = 0
     for row in rows:
-        case = row.case
-        if case["kind"] != "InfoNceCase" or row.info["isa"] is not None or "ours" not in row.found:
+        x, dtype = row.case[varied], row.case["dtype"]
+        label, of_size = f"ours, {dtype} queue", row.case[kept] == fixed.get(suite)
+        if label not in lines or row.case["features"] != 128 or not of_size:
             continue
-        if case["features"] != 128 or not case["gradient"] or case[kept] != fixed.get(suite):
-            continue
-        x, dtype = case[varied], case["dtype"]
-        add_point(lines[f"ours, {dtype} queue"], x, row, "ours")
+        lines[label][x] = row.seconds("ours"), row.peak("ours")
         if "eager" in row.found and (dtype == "float32" or row.on_gpu):
             # in float32 whatever the queue's dtype; on a CPU a float32 row tells as much
-            add_point(lines["eager PyTorch, float32"], x, row, "eager")
+            eager = row.seconds("eager"), row.peak("eager")
+            lines["eager PyTorch, float32"].setdefault(x, eager)
         elif "does not fit" in row.absent.get("eager", ""):
-            missing.append(x)
-    return (lines if max(map(len, lines.values())) > 1 else {}), missing
+            too_large = too_large or x
+    return (lines if max(map(len, lines.values())) > 1 else {}), too_large
 
 
 def scaling(rows: Sequence[Entry], suite: str, axis: str) -> tuple[Any, str]:
     """Two panels, time and peak memory, over M or K; eager ends where it no longer fits."""
     from matplotlib import pyplot
 
-    lines, missing = curves(rows, suite, axis)
+    lines, too_large = curves(rows, suite, axis)
     if not lines:
         return None, ""
     varied, kept, fixed = AXES[axis]
@@ -141,11 +143,10 @@ def scaling(rows: Sequence[Entry], suite: str, axis: str) -> tuple[Any, str]:
     crowded = {tick for tick, after in zip(ticks, ticks[1:], strict=False) if after < 3 * tick}
     for column, (panel, words) in enumerate(zip(panels, (duration, size), strict=True)):
         for label, (colour, marker) in LINES.items():
-            points = [(x, point[column]) for x, point in sorted(lines[label].items())]
-            points = [point for point in points if point[1]]
+            points = [(x, y[column]) for x, y in sorted(lines[label].items()) if y[column]]
             panel.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=5,
                        label=label if points else None, lw=1.8)  # fmt: skip
-            if points and "eager" in label and missing and min(missing) > points[-1][0]:
+            if points and "eager" in label and too_large > points[-1][0]:
                 panel.annotate("no longer fits", points[-1], xytext=(8, 2), fontsize=9,
                                textcoords="offset points", color=colour, va="center")  # fmt: skip
         panel.loglog()
@@ -158,9 +159,3 @@ def scaling(rows: Sequence[Entry], suite: str, axis: str) -> tuple[Any, str]:
     panels[0].legend(loc="upper left", fontsize=9)
     at = f"{NAMES[kept][0]} = {fixed[suite]:,}, D = 128"
     return figure, f"info_nce over {NAMES[varied][0]} ({at})"
-
-
-def add_point(line: Line, x: int, row: Entry, name: str) -> None:
-    """A row's time and memory; of two rows of one size, that which has both."""
-    if x not in line or row.peak(name) is not None:
-        line[x] = (row.seconds(name), row.peak(name))

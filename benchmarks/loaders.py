@@ -13,8 +13,7 @@ from functools import partial
 from typing import Any
 
 from benchmarks.cases import NotAvailable
-from benchmarks.timing import first_line
-from benchmarks.worker import Settings
+from benchmarks.timing import Settings, first_line
 
 BATCH, SIZE = 32, 224
 SECONDS = 6.0  # of processor time

@@ -5,8 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,111 +18,88 @@ from benchmarks.cases import (
     Results,
     compiled,
     normal_numbers,
-    relative,
-    within,
+    relative,  # fmt: skip
 )
 from densecl_ext import ops, reference
 
 TEMPERATURE = 0.2
+BEFORE, FLASH, CUDNN = "ours, before backward", "flash attention", "cuDNN attention"
+NAMES = ("ours", BEFORE, "eager", "eager TF32", "eager autocast", "torch.compile",
+         "torch.compile autocast", FLASH, CUDNN, "lightly")  # fmt: skip
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 Attention = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # rows, keys -> output, log-sum-exp
 
 
-class Rows(NamedTuple):
-    """Arguments of the loss."""
+def info_nce(
+    device: torch.device, *, rows: int, queue_length: int, features: int = 128,
+    dtype: str = "float32", gradient: bool = True,
+) -> Case:  # fmt: skip
+    """M rows against K negatives, as in training: a gradient for the query alone."""
+    draw = normal_numbers(device)
+    query = draw(rows, features)  # (M, D) float32
+    positive = query + draw(rows, features)
+    unit = F.normalize(draw(queue_length, features), dim=1)
+    queue = unit.to(getattr(torch, dtype))  # (K, D)
+    query.requires_grad_(gradient)
 
-    query: Tensor  # (M, D) float32, requires grad where the gradient is wanted
-    positive: Tensor  # (M, D) float32
-    queue: Tensor  # (K, D) in the case's dtype
-
-
-@dataclass(frozen=True)
-class InfoNceCase(Case):
-    """info_nce of M rows against K negatives, as in training: a gradient for the query alone."""
-
-    names = ("ours", "ours, before backward", "eager", "eager TF32", "eager autocast",
-             "torch.compile", "torch.compile autocast", "flash attention", "cuDNN attention",
-             "lightly")  # fmt: skip
-    small = {"rows": 48, "queue_length": 512}
-    rows: int
-    queue_length: int
-    features: int = 128
-    dtype: str = "float32"
-    gradient: bool = True
-
-    @property
-    def title(self) -> str:
-        what = "info_nce" if self.gradient else "info_nce, loss alone"
-        return f"{what}, M={self.rows:,} K={self.queue_length:,} D={self.features}, {self.dtype}"
-
-    def inputs(self, device: torch.device) -> Rows:
-        draw = normal_numbers(device)
-        query = draw(self.rows, self.features)
-        positive = query + draw(self.rows, self.features)
-        queue = F.normalize(draw(self.queue_length, self.features), dim=1)
-        query.requires_grad_(self.gradient)
-        return Rows(query, positive, queue.to(getattr(torch, self.dtype)))
-
-    def candidate(self, name: str, inputs: Rows) -> Candidate:
-        function, (query, positive, queue) = self._function(name, inputs), inputs
-        if "autocast" not in name and name.startswith(("eager", "torch.compile")):
-            queue = queue.float()
-
-        def results() -> Results:
-            with tf32_products(name == "eager TF32"), torch.set_grad_enabled(self.gradient):
-                loss = function(query, positive, queue)
-                if not self.gradient or name == "ours, before backward":
-                    return (loss.detach(),)
-                return loss.detach(), *torch.autograd.grad(loss, query)
-
-        return Candidate(results, results)
-
-    def _function(self, name: str, inputs: Rows) -> Loss:
-        if self.dtype == "float32" and ("autocast" in name or name == "cuDNN attention"):
+    def loss_of(name: str) -> Loss:
+        if dtype == "float32" and ("autocast" in name or name == CUDNN):
             raise NotAvailable("16-bit queues only")
-        if name == "cuDNN attention" and not inputs.queue.is_cuda:
+        if name == CUDNN and not queue.is_cuda:
             raise NotAvailable("on a GPU only")
         if name == "lightly":
-            return lightly_loss(inputs.queue.float())
-        if name.endswith("attention"):
-            return attention_formulation(flash_attention if "flash" in name else cudnn_attention)
+            return lightly_loss(queue.float())
+        if name in (FLASH, CUDNN):
+            return attention_formulation(flash_attention if name == FLASH else cudnn_attention)
         if name.startswith("ours"):
             return ops.info_nce
         eager = eager_autocast if "autocast" in name else reference.info_nce
         return compiled(eager) if name.startswith("torch.compile") else eager
 
-    def expected(self, inputs: Rows) -> Results:
-        return in_chunks(inputs)[: 2 if self.gradient else 1]
+    def truth() -> Results:
+        return in_chunks(query, positive, queue)[: 1 + gradient]
 
-    def check(self, name: str, got: Results, expected: Results) -> dict[str, float]:
-        errors = {"loss": float((got[0].double() - expected[0].double()).abs())}
-        if self.gradient and len(got) > 1:
+    def candidate(name: str) -> Candidate:
+        if name == "reference":
+            return Candidate(truth, truth)
+        loss_function, exact = loss_of(name), name in ("eager", "eager TF32", "torch.compile")
+        own = queue.float() if exact else queue
+
+        def results() -> Results:
+            with tf32_products(name == "eager TF32"), torch.set_grad_enabled(gradient):
+                loss = loss_function(query, positive, own)
+                if not gradient or name == BEFORE:
+                    return (loss.detach(),)
+                return loss.detach(), *torch.autograd.grad(loss, query)
+
+        return Candidate(results, results)
+
+    def errors(got: Results, expected: Results) -> dict[str, float]:
+        found = {"loss": float((got[0].double() - expected[0].double()).abs())}
+        if gradient and len(got) > 1:
             # The gradient is a difference of two terms of this size; with D = 1 nothing is left.
-            terms = self.features**-0.5 / (TEMPERATURE * self.rows**0.5)
-            errors["gradient"] = relative(got[1], expected[1], floor=terms)
-        return within(errors, 1e-4 if self.dtype == "float32" else 2e-2, name)
+            terms = features**-0.5 / (TEMPERATURE * rows**0.5)
+            found["gradient"] = relative(got[1], expected[1], floor=terms)
+        return found
 
-    @property
-    def work(self) -> float:
-        return (4.0 if self.gradient else 2.0) * self.rows * self.queue_length * self.features
+    size = f"M={rows:,} K={queue_length:,} D={features}, {dtype}"
+    return Case(
+        f"info_nce, {'' if gradient else 'loss alone, '}{size}", NAMES, candidate, errors,
+        1e-4 if dtype == "float32" else 2e-2,
+        work=(4.0 if gradient else 2.0) * rows * queue_length * features,
+        eager_bytes=4.2 * 4.0 * rows * (queue_length + 1),  # about four matrices of logits
+    )  # fmt: skip
 
-    @property
-    def eager_bytes(self) -> float:
-        """About four matrices of logits."""
-        return 4.2 * 4.0 * self.rows * (self.queue_length + 1)
 
-
-def in_chunks(inputs: Rows, logits: int = 2**28) -> Results:
+def in_chunks(query: Tensor, positive: Tensor, queue: Tensor, logits: int = 2**28) -> Results:
     """The published formula in float32, few enough rows at a time for the logits to fit."""
-    queue, count = inputs.queue.float(), len(inputs.query)
+    queue, count = queue.float(), len(query)
     chunk = max(1, logits // len(queue))
     loss, gradients = 0.0, []
-    for query, positive in zip(
-        inputs.query.detach().split(chunk), inputs.positive.split(chunk), strict=True
-    ):
-        query.requires_grad_()
-        part = reference.info_nce(query, positive, queue, reduction="sum")
-        gradients.append(torch.autograd.grad(part, query)[0] / count)
+    for rows, others in zip(query.detach().split(chunk), positive.split(chunk), strict=True):
+        rows.requires_grad_()
+        part = reference.info_nce(rows, others, queue, reduction="sum")
+        gradients.append(torch.autograd.grad(part, rows)[0] / count)
         loss = loss + part.detach().double() / count
     return loss.float(), torch.cat(gradients)
 

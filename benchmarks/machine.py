@@ -12,6 +12,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,28 @@ import torch
 
 import densecl_ext.info
 from benchmarks.losses import tf32_products
-from benchmarks.timing import Clock, first_line
+from benchmarks.timing import Clock, Settings, first_line
 
 HERE = Path(__file__).resolve().parent
 QUERIED = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.draw",
            "power.limit", "temperature.gpu", "clocks_event_reasons.active")  # fmt: skip
 
 
-def describe(device: torch.device) -> dict[str, Any]:
-    """Processor, instruction sets, threads and versions; nothing that names owner or host."""
+def describe(settings: Settings) -> dict[str, Any]:
+    """What the machine is and what it reaches; nothing that names owner or host."""
     known = densecl_ext.info.collect()
-    cpu = known["cpu"]
+    cpu, gpu, before = known["cpu"], settings.device.type == "cuda", state()
+    device: dict[str, Any] = {"name": "no GPU: the CPU in its place", "kind": "cpu"}
+    if gpu:
+        found = torch.cuda.get_device_properties(settings.device)
+        device = {
+            "name": found.name, "kind": "cuda", "capability": f"{found.major}.{found.minor}",
+            "multiprocessors": found.multi_processor_count,
+            "memory_gb": round(found.total_memory / 1e9, 1),
+            "l2_mb": round(found.L2_cache_size / 1e6, 1),
+            "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(),
+            "tf32_products": torch.backends.cuda.matmul.allow_tf32,
+        }  # fmt: skip
     return {
         "processor": cpu["model"], "cores": cpu.get("cores_usable", cpu["cores"]),
         "instruction_sets": cpu["kernels_that_run_here"], "selected": cpu["selected"],
@@ -40,7 +52,9 @@ def describe(device: torch.device) -> dict[str, Any]:
         "numpy": known["libraries"]["numpy"], "densecl_ext": densecl_ext.__version__,
         "compiler": known["build"]["compiler"], "commit": commit(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "device": describe_gpu(device), "state": state(),
+        "device": device, "state": before,
+        "ceilings": ceilings(settings.clock(), settings.device, quick=settings.quick),
+        "state_after": state(),
     }  # fmt: skip
 
 
@@ -59,21 +73,6 @@ def bytes_of(path: str, key: str) -> int:
     return 0
 
 
-def describe_gpu(device: torch.device) -> dict[str, Any]:
-    """Name, size and versions, for a GPU; for a CPU only that it is one."""
-    if device.type != "cuda":
-        return {"name": "no GPU: the CPU in its place", "kind": device.type}
-    found = torch.cuda.get_device_properties(device)
-    return {
-        "name": found.name, "kind": device.type, "capability": f"{found.major}.{found.minor}",
-        "multiprocessors": found.multi_processor_count,
-        "memory_gb": round(found.total_memory / 1e9, 1),
-        "l2_mb": round(found.L2_cache_size / 1e6, 1),
-        "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(),
-        "tf32_products": torch.backends.cuda.matmul.allow_tf32,
-    }  # fmt: skip
-
-
 def state() -> dict[str, str]:
     """Driver, clocks and power as nvidia-smi tells them now; or why it does not."""
     query = f"--query-gpu={','.join(QUERIED)}"
@@ -82,8 +81,7 @@ def state() -> dict[str, str]:
         run = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError) as error:
         return {"nvidia-smi": first_line(error)}
-    values = [value.strip() for value in run.stdout.strip().split(",")]
-    return dict(zip(QUERIED, values, strict=False))
+    return dict(zip(QUERIED, map(str.strip, run.stdout.split(",")), strict=False))
 
 
 def ceilings(clock: Clock, device: torch.device, *, quick: bool) -> dict[str, Any]:
@@ -100,6 +98,7 @@ def ceilings(clock: Clock, device: torch.device, *, quick: bool) -> dict[str, An
     size, megabytes, tries = (8192, 2048, 9) if gpu else (2048, 256, 7)
     if quick:
         size, megabytes, tries = 128, 8, 2
+    one = torch.zeros(1, device=device)
 
     def gemm(dtype: torch.dtype, tf32: bool = False) -> float:
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
@@ -110,29 +109,27 @@ def ceilings(clock: Clock, device: torch.device, *, quick: bool) -> dict[str, An
     def copy() -> float:
         source = torch.ones(megabytes << 18, device=device)
         target = torch.empty_like(source).fill_(0.0)
-        return 2.0 * 4 * source.numel() / best(clock, lambda: target.copy_(source), tries)
+        return 2.0 * source.nbytes / best(clock, lambda: target.copy_(source), tries)
 
     def launch(calls: int) -> float:
-        one = torch.zeros(1, device=device)
-        replay = clock.capture(one.zero_, calls)
-        samples = []
+        replay, samples = clock.capture(one.zero_, calls), []
         for _ in range(9):
             clock.flush()  # the host gets ahead of the device
             samples.append(clock.seconds(replay, 1) / calls)
         return sorted(samples)[4]
 
     probes: dict[str, Callable[[], Any]] = {
-        "gemm_bfloat16": lambda: gemm(torch.bfloat16),
-        "gemm_float32": lambda: gemm(torch.float32),
-        "copy": copy,
-    }
+        "gemm_bfloat16": partial(gemm, torch.bfloat16),
+        "gemm_float32": partial(gemm, torch.float32), "copy": copy,
+    }  # fmt: skip
     if gpu:
-        one = torch.zeros(1, device=device)
-        probes["gemm_tf32"] = lambda: gemm(torch.float32, True)
-        probes["launch"], probes["launch_alone"] = lambda: launch(50), lambda: launch(1)
-        probes["launch_from_python"] = lambda: best(clock, one.zero_, 9, 200)
+        probes |= {
+            "gemm_tf32": partial(gemm, torch.float32, True), "launch": partial(launch, 50),
+            "launch_alone": partial(launch, 1),
+            "launch_from_python": partial(best, clock, one.zero_, 9, 200),
+        }  # fmt: skip
     else:
-        probes["fma"] = lambda: fma_ceilings(torch.get_num_threads(), quick=quick)
+        probes["fma"] = partial(fma_ceilings, torch.get_num_threads(), quick=quick)
     found: dict[str, Any] = {}
     for name, probe in probes.items():
         try:
@@ -151,16 +148,13 @@ def best(clock: Clock, run: Callable[[], Any], tries: int, calls: int = 1) -> fl
 
 def fma_ceilings(threads: int, *, quick: bool) -> dict[str, float]:
     """FLOP/s of multiply-add chains on a number of threads."""
-    compiler = os.environ.get("CXX") or shutil.which("c++")
-    if compiler is None:
-        raise RuntimeError("no C++ compiler")
+    compiler = os.environ.get("CXX") or shutil.which("c++") or "c++"
     with tempfile.TemporaryDirectory() as folder:
-        library = Path(folder) / "ceiling.so"
+        library = f"{folder}/ceiling.so"
         command = [*compiler.split(), "-std=c++17", "-O2", "-shared", "-fPIC"]
-        command += [str(HERE / "ceiling.cpp"), "-o", str(library)]
-        if subprocess.run(command, capture_output=True, check=False).returncode != 0:
-            raise RuntimeError("the C++ compiler refuses ceiling.cpp")
-        loaded = ctypes.CDLL(str(library))
+        command += [str(HERE / "ceiling.cpp"), "-o", library]
+        subprocess.run(command, capture_output=True, check=True)
+        loaded = ctypes.CDLL(library)
     # Some 10 ms a try: short enough that one of many is not interrupted.
     steps, tries = (20_000, 2) if quick else (3_000_000, 25)
     found = {}

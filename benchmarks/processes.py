@@ -26,55 +26,52 @@ class Lost(RuntimeError):
 class Worker:
     """Calls functions in a process that starts when it is first needed, and again when lost."""
 
-    def __init__(self) -> None:
-        self._process: BaseProcess | None = None
-        self._pipe: Connection | None = None
+    _process: BaseProcess | None = None
+    _pipe: Connection
 
     def call(self, limit: float, function: Callable[..., Any], *given: Any) -> Any:
-        """What the function returns; the process and its children are ended where it does not.
+        """What the function returns, or raises.
 
         Raises:
-            Lost: no answer, or no sensible one, within the time limit.
+            Lost: no answer, or no sensible one, within the limit; the process and its children are
+                ended.
         """
-        process, pipe = self._started()
-        late = threading.Event()
-
-        def give_up() -> None:
-            late.set()
-            kill(process)
-
-        timer = threading.Timer(limit, give_up)
+        process, late = self._started(), threading.Event()
+        timer = threading.Timer(limit, lambda: (late.set(), kill(process)))
         timer.start()
         try:
-            pipe.send((function, given))
-            while not pipe.poll(0.1):
+            self._pipe.send((function, given))
+            while not self._pipe.poll(0.1):
                 # A grandchild may hold the pipe, and a driver a process that was killed.
                 if ended(process) or late.is_set():
                     raise EOFError
-            return pipe.recv()
-        except (OSError, EOFError):  # it ends, or somebody ended it
-            text = f"the process ended: {status_text(self.close())}"
-            raise Lost(f"no answer within {limit:.0f} s" if late.is_set() else text) from None
-        except Exception as error:
-            self.close()
-            raise Lost(f"answered nonsense: {type(error).__name__}: {error}") from error
+            value, raised = self._pipe.recv()
+        except Exception as error:  # it ends, or somebody ended it, or this is no answer
+            status, words = self.close(), f"answered nonsense: {type(error).__name__}: {error}"
+            if isinstance(error, (OSError, EOFError)):
+                name = signal.Signals(-status).name if status and status < 0 else f"status {status}"
+                words = f"the process ended: {name}"
+            raise Lost(f"no answer within {limit:.0f} s" if late.is_set() else words) from error
         finally:
             timer.cancel()
+        if raised is not None:
+            raise raised
+        return value
 
-    def _started(self) -> tuple[BaseProcess, Connection]:
-        if self._process is None or self._pipe is None:
+    def _started(self) -> BaseProcess:
+        if self._process is None:
             spawn = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
             self._pipe, theirs = spawn.Pipe()
             self._process = spawn.Process(target=serve, args=(theirs,))
             self._process.start()
             theirs.close()
-        return self._process, self._pipe
+        return self._process
 
     def close(self) -> int | None:
         """End the process and its children; its exit status."""
-        if self._process is None or self._pipe is None:
-            return None
         process, self._process = self._process, None
+        if process is None:
+            return None
         self._pipe.close()
         process.join(1.0)  # where it waits for work, it ends by itself
         kill(process)
@@ -103,11 +100,8 @@ def serve(pipe: Connection) -> None:
     with contextlib.suppress(EOFError):
         while True:
             function, given = pipe.recv()
-            pipe.send(function(*given))
-
-
-def status_text(status: int | None) -> str:
-    """An exit status in words."""
-    if status is not None and status < 0:
-        return signal.Signals(-status).name
-    return f"exit status {status}"
+            try:
+                answer = function(*given), None
+            except Exception as error:
+                answer = None, error
+            pipe.send(answer)

@@ -13,14 +13,11 @@ from typing import Any
 
 from benchmarks import charts
 from benchmarks.verdicts import (
-    ISA_NAMES,
     NOT_RUN,
     Entry,
     bandwidth,
-    ceilings,
     duration,
     entries,
-    machine_words,
     percent,
     rate,
     size,
@@ -54,6 +51,8 @@ CEILINGS = {
     "launch_from_python": ("smallest kernel, called from Python", duration),
 }
 LOADING = "Images per second of processor time: what one core does alone, without worker processes."
+ISA_NAMES = {"serial": "plain C++", "neon": "NEON", "avx2": "AVX2", "avx512": "AVX-512",
+             "avx512bf16": "AVX-512 BF16"}  # fmt: skip
 PARTS = ("momentum", "query_forward", "key_forward", "matching", "losses", "enqueue", "backward",
          "optimizer")  # fmt: skip
 
@@ -64,24 +63,24 @@ def write(out: Path, results: dict[str, Any], *, last: bool = False) -> None:
     Only the results matter on a machine that is lent: whatever goes wrong with the rest is said.
     """
     name, table_name = ("step", "step") if results["suite"] == "step" else ("results", "table")
-    written: list[str] = []
 
     def replace(name: str, text: str) -> None:
         (out / f".{name}").write_text(text, encoding="utf-8")
         (out / f".{name}").replace(out / name)
-        written.append(name)
 
     replace(f"{name}.json", json.dumps(results, indent=1) + "\n")
     try:
         replace(f"{table_name}.md", markdown(results))
         if last:
             print(asked_table(results, measured_alone=True))
-            written += charts.draw(entries(results), results, out)
+            if info := results["machine_info"]:
+                machine = info["device"]["name"] if results["suite"] == "gpu" else processor(info)
+                charts.draw(entries(results), results["suite"], machine, out)
     except Exception as error:
         if last:
             print(f"tables or charts are missing: {type(error).__name__}: {error}")
     if last:
-        print(f"wrote {', '.join(written)} in {out}")
+        print(f"written: {out / name}.json, table and charts beside it")
 
 
 def asked_table(results: dict[str, Any], *, measured_alone: bool = False) -> str:
@@ -94,6 +93,7 @@ def asked_table(results: dict[str, Any], *, measured_alone: bool = False) -> str
 def markdown(results: dict[str, Any]) -> str:
     """table.md, step.md."""
     suite, ran = results["suite"], entries(results)
+    limits = results["machine_info"].get("ceilings", {})
     met = [verdict.met for verdict in verdicts(results)]
     parts = [f"# {TITLES[suite]}", *machine_lines(results)]
     if "kernel" in results:
@@ -114,64 +114,64 @@ def markdown(results: dict[str, Any]) -> str:
     for row in ran:
         others = len(row.found) + len(row.absent) - 1 - len(row.info["beside"])
         if suite != "cpu" or (others > 0 and not row.id.startswith("scale")):
-            of = f" ({row.info['device']})" if suite == "cpu" else ""
-            limits = ceilings(results)
-            parts += [f"### {row.title}{of}", candidate_table(row, limits), *notes(row)]
-    losses = [row for row in ran if row.case["kind"] == "InfoNceCase" and "ours" in row.found]
-    if losses := [row for row in losses if row.info["isa"] is None]:
-        drawn = [axis for axis in charts.AXES if charts.curves(ran, suite, axis)[0]]
+            parts += [f"### {row.title}", candidate_table(row, limits), *notes(row)]
+    if losses := charts.losses(ran):
+        drawn = [axis for axis in charts.AXES if charts.curves(losses, suite, axis)[0]]
         parts += ["## Growth"]
         parts += [f"![time and memory against {a.upper()}]({prefix}scaling_{a}.png)" for a in drawn]
-        parts += ["Loss and gradient:", scaling_table(losses)]
-        if features := [row for row in losses if row.case["features"] != 128]:
-            parts += ["## Feature sizes", table([ours_in_words(row) for row in features])]
+        parts += ["Loss and gradient:", growth_table(losses)]
     if suite == "cpu":
         rates = [
             {"loader": info["title"], "rate": f"{info['images_per_second']:.0f} images/s"}
             for info in results["rows"] if "images_per_second" in info
         ]  # fmt: skip
-        parts += ["## Data loading", LOADING if rates else "Not measured: see below."]
-        parts += [table(rates)] if rates else []
+        parts += ["## Data loading", LOADING if rates else "Not measured: see below.", table(rates)]
     if results.get("skipped"):
         parts += ["## Skipped", skipped_lines(results["skipped"])]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def processor(info: dict[str, Any]) -> str:
+    """As in `AMD EPYC, 2 threads, AVX-512`."""
+    threads = f"{info['threads']} thread{'' if info['threads'] == 1 else 's'}"
+    return f"{info['processor']}, {threads}, {ISA_NAMES.get(info['selected'], info['selected'])}"
 
 
 def machine_lines(results: dict[str, Any]) -> list[str]:
     """The machine, its state, its ceilings."""
     info = results["machine_info"]
-    if info is None:
+    if not info:
         return [f"The machine is not known: {results['skipped'].get('machine', NOT_RUN)}."]
-    described, lines = [], []
+    described = [
+        processor(info), f"{info['cores']} cores, {info['memory_gb']:g} GB",
+        f"torch {info['torch']}, Python {info['python_version']}, densecl_ext "
+        f"{info['densecl_ext']}", f"GPU: {info['gpu'] or 'none'}", results["datetime"][:16],
+    ]  # fmt: skip
+    lines = []
     if results["suite"] != "cpu":
         told = [f"{k} {v}" for k, v in info["device"].items() if k not in ("name", "kind")]
-        described.append(f"{info['device']['name']} ({', '.join(told)})")
+        described.insert(0, f"{info['device']['name']} ({', '.join(told)})")
         for when in ("state", "state_after"):
             told = [f"{key} {value}" for key, value in info.get(when, {}).items()]
             lines.append(f"nvidia-smi, {when.replace('_', ' ')}: {', '.join(told)}.")
-    processor, threads, isa = machine_words(info).rsplit(", ", 2)
-    described += [
-        f"{processor}, {info['cores']} cores, {threads}, {info['memory_gb']:g} GB",
-        f"kernels: {isa}", f"torch {info['torch']}, Python {info['python_version']}, densecl_ext "
-        f"{info['densecl_ext']}", f"GPU: {info['gpu'] or 'none'}", results["datetime"][:16],
-    ]  # fmt: skip
-    limits = dict(ceilings(results))
-    fma = limits.pop("fma", {})
+    limits = info.get("ceilings", {})
+    fma = limits.get("fma", {})
     fma = {"": fma} if isinstance(fma, str) else fma
-    found = {f"multiply-add units, {ISA_NAMES.get(k, k)}": (v, rate) for k, v in fma.items()}
-    found |= {name: (limits.get(key), of) for key, (name, of) in CEILINGS.items()}
+    found = [(f"multiply-add units, {ISA_NAMES.get(k, k)}", v, rate) for k, v in fma.items()]
+    found += [(name, limits[key], of) for key, (name, of) in CEILINGS.items() if key in limits]
     cells = [
         {"ceiling": name, "best of several tries": value if isinstance(value, str) else of(value)}
-        for name, (value, of) in found.items()
-        if value is not None
+        for name, value, of in found
     ]
     lines.insert(0, "; ".join(described) + ".")
     return [*lines, "Ceilings, measured in the same run:", table(cells)] if cells else lines
 
 
 def candidate_table(row: Entry, limits: dict[str, Any]) -> str:
-    """All candidates of a row, ours first."""
-    modes = {m: m for m in ("graph", "cold", "calls")} if row.on_gpu else {"calls": "time"}
+    """Every candidate's times, and what they mean; on a GPU in every mode."""
+    modes = {"calls": "time"}
+    if row.on_gpu:
+        modes = {mode: mode for mode in ("graph", "cold", "calls")}
     cells = []
     for name, found in row.found.items():
         line = {"": name}
@@ -204,7 +204,7 @@ def share_of_limit(row: Entry, name: str, limits: dict[str, Any]) -> str:
     if not (ours and isinstance(gemm, float) and isinstance(copy, float)):
         return ""
     least = max(row.work(name) / gemm, row.found[name]["traffic"] / copy)
-    return f"{100 * least / row.seconds(name):.0f} %" if least else ""
+    return percent(least / row.seconds(name)) if least else ""
 
 
 def notes(row: Entry) -> list[str]:
@@ -223,32 +223,23 @@ def notes(row: Entry) -> list[str]:
             for name in parts.keys() & line.keys() - {"step"}:
                 line[name] = f"{duration(parts[name])}, {percent(parts[name] / parts['step'])}"
             cells.append(line)
-    if cells:
-        found.append(table(cells))
-    return found
+    return [*found, table(cells)]
 
 
-def scaling_table(found: Sequence[Entry]) -> str:
-    """Ours and eager at every M and K with D = 128."""
+def growth_table(losses: Sequence[Entry]) -> str:
+    """Ours and eager at every size of the loss."""
     cells = []
-    for row in sorted(found, key=lambda r: [r.case[n] for n in ("dtype", "queue_length", "rows")]):
-        if row.case["features"] != 128 or not row.case["gradient"]:
-            continue
-        line = ours_in_words(row) | {"extra memory": size(row.peak("ours"))}
-        line |= {"eager": row.absent.get("eager", ""), "its extra memory": size(row.peak("eager"))}
-        if "eager" in row.found:
-            line["eager"] = duration(row.seconds("eager"))
-        cells.append(line)
+    for row in losses:
+        ours, case = row.seconds("ours"), row.case
+        speed = rate(row.work("ours") / ours)
+        eager = duration(row.seconds("eager")) if "eager" in row.found else row.absent.get("eager")
+        cells.append({
+            "queue": case["dtype"], "M": f"{case['rows']:,}", "K": f"{case['queue_length']:,}",
+            "D": str(case["features"]), "ours": duration(ours), "rate": speed,
+            "extra memory": size(row.peak("ours")), "eager": eager or "",
+            "its extra memory": size(row.peak("eager")),
+        })  # fmt: skip
     return table(cells)
-
-
-def ours_in_words(row: Entry) -> dict[str, str]:
-    """A loss's size, and our time and rate."""
-    case, ours = row.case, row.seconds("ours")
-    shape = {"M": f"{case['rows']:,}", "K": f"{case['queue_length']:,}"}
-    shape = shape if case["features"] == 128 else {"D": str(case["features"])}
-    speed = rate(row.work("ours") / ours)
-    return {"queue": case["dtype"], **shape, "ours": duration(ours), "rate": speed}
 
 
 def skipped_lines(skipped: dict[str, str]) -> str:
@@ -261,14 +252,14 @@ def skipped_lines(skipped: dict[str, str]) -> str:
 
 
 def table(cells: Sequence[dict[str, str]]) -> str:
-    """A Markdown table of lines whose keys are the columns."""
+    """A Markdown table of lines whose keys are the columns; without lines, nothing."""
     from tabulate import tabulate  # a machine without it still gets results.json
 
-    return tabulate(cells, "keys", tablefmt="github", disable_numparse=True)
+    return tabulate(cells, "keys", tablefmt="github", disable_numparse=True) if cells else ""
 
 
 def interval(samples: Sequence[float] | None, *, spread: bool) -> str:
-    """Median and percentiles in"""
+    """Median, and where wanted the 10th and 90th percentile."""
     if not samples:
         return ""
     ordered, last = sorted(samples), len(samples) - 1

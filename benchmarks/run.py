@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import os
 import time
@@ -13,11 +14,12 @@ from typing import Any
 
 import torch
 
-from benchmarks import loaders, worker
+from benchmarks import loaders, machine, worker
+from benchmarks.cases import NotAvailable
 from benchmarks.processes import Lost, Worker
 from benchmarks.report import write
 from benchmarks.rows import Row, rows
-from benchmarks.timing import CAPTURE_FAILED
+from benchmarks.timing import CAPTURE_FAILED, first_line
 from benchmarks.verdicts import Entry
 
 # Seconds without an answer.
@@ -38,7 +40,7 @@ class Run:
         self._settings = worker.Settings(device, options.suite, options.quick, threads)
         self._worker, self._memory = Worker(), Worker()
         self.results: dict[str, Any] = {
-            "suite": options.suite, "machine_info": None,
+            "suite": options.suite, "machine_info": {},
             "datetime": datetime.datetime.now(datetime.timezone.utc).isoformat(),
             "quick": options.quick, "rows": [], "skipped": {},
         }  # fmt: skip
@@ -46,89 +48,76 @@ class Run:
             self.results["kernel"] = "; ".join(told)
 
     def everything(self) -> None:
-        """The machine, the rows, the loaders."""
-        suite, words = self._options.suite, self._options.k.split()
+        """The machine, the rows, the loaders; every answer is kept and said in a line."""
+        steps: list[tuple[str, Callable[..., str], Any]] = [("machine", self._machine, None)]
+        steps += [(row.id, self._row, row) for row in rows(self._options.suite)]
+        if self._options.suite == "cpu":
+            steps += [(f"views-{name}", self._views, name) for name in loaders.RATES]
         try:
-            found = self.ask(60.0 + LIMITS[suite], worker.describe)
-            self.results["machine_info"] = found.get("info")
-            self._tell("machine", found)
-            for row in rows(suite):
-                if all(word in row.id for word in words):
-                    self._tell(row.id, self.row(row))
-            for name in loaders.RATES if suite == "cpu" else ():
-                if all(word in f"views-{name}" for word in words):
-                    self._tell(f"views-{name}", self._views(name))
+            for name, step, what in steps:
+                if what and not all(word in name for word in self._options.k.split()):
+                    continue
+                try:
+                    told = step(what)
+                except NotAvailable as reason:
+                    told = self.results["skipped"][name] = str(reason)
+                write(self._out, self.results)
+                print(f"{name}: {told}", flush=True)
         finally:
             self._worker.close()
             self._memory.close()
-            write(self._out, self.results)
 
     def ask(self, limit: float, function: Callable[..., Any], *given: Any) -> Any:
-        """The worker's answer: {"info": what the function returns}, or why there is none.
+        """What the worker's function returns. A worker that hangs or fails is ended.
 
-        It is ended where it hangs and where the device takes no more work from it.
+        Raises:
+            NotAvailable: why there is no answer.
         """
-        left = self._end - time.monotonic()
+        left, over = self._end - time.monotonic(), f"the {self._options.seconds:.0f} s were over"
         if left <= 0:
-            return {"skipped": f"not run: the {self._options.seconds:.0f} s were over"}
-        request = worker.answer, self._settings, function, *given
+            raise NotAvailable(f"not run: {over}")
         try:
-            found = self._worker.call(min(limit, max(left, 15.0)), *request)
+            return self._worker.call(min(limit, max(left, 15.0)), function, *given, self._settings)
+        except NotAvailable:
+            raise
         except Lost as error:
-            if time.monotonic() > self._end:
-                return {"skipped": f"cut off: the {self._options.seconds:.0f} s were over"}
-            return {"error": f"failed: {error}"}
-        if "error" in found:
-            found["error"] = f"failed: {found['error']}"
-        if not found.pop("works"):
+            late = time.monotonic() > self._end
+            raise NotAvailable(f"cut off: {over}" if late else f"failed: {error}") from None
+        except Exception as error:
             self._worker.close()
-        return found
+            raise NotAvailable(f"failed: {type(error).__name__}: {first_line(error)}") from None
 
-    def row(self, row: Row) -> dict[str, Any]:
-        """A row's answer, with the memory of its candidates."""
+    def _machine(self, _: None) -> str:
+        limit = 60.0 + LIMITS[self._options.suite]
+        self.results["machine_info"] = self.ask(limit, machine.describe)
+        return "measured"
+
+    def _row(self, row: Row) -> str:
         if self._options.suite == "gpu" and row.id.startswith("nce"):
             variants = (f"ours [{variant}]" for variant in self._options.variant)
             row = replace(row, baselines=(*row.baselines, *variants))
-        limit = LIMITS[self._options.suite]
-        if any("compile" in name for name in row.baselines):
-            limit = max(limit, COMPILE_LIMIT)
-        found = self.ask(limit, worker.run_row, row)
-        if "info" in found:
-            made = found["info"]["candidates"].values()
-            if any(one["missing"].get("graph", "").startswith(CAPTURE_FAILED) for one in made):
-                self._worker.close()  # which can capture nothing more
-            self._add_memory(row, found["info"])
-        return found
+        compiles = any("compile" in name for name in row.baselines)
+        limit = max(LIMITS[self._options.suite], COMPILE_LIMIT * compiles)
+        info = self.ask(limit, worker.run_row, row)
+        made = info["candidates"]
+        reasons = [one["missing"].get("graph", "") for one in made.values()]
+        reasons += info["absent"].values()
+        if any(reason.startswith(("failed", CAPTURE_FAILED)) for reason in reasons):
+            self._worker.close()  # the device may take, and capture, nothing more
+        for name in made if self._settings.device.type == "cpu" else ():
+            if "compile" not in name and "[" not in name:
+                build, who = (row.beside[name], "ours") if name in row.beside else (row.case, name)
+                given = worker.peak_of, build, who, self._settings
+                with contextlib.suppress(Exception):
+                    made[name]["peak_bytes"] = self._memory.call(MEMORY_LIMIT, *given)
+        self.results["rows"].append(info)
+        times = (f"{name} {1e6 * Entry(info).seconds(name):,.1f} us" for name in made)
+        return ", ".join(("measured", *times))
 
-    def _add_memory(self, row: Row, info: dict[str, Any]) -> None:
-        """Peak extra bytes of the candidates that ran and are asked for."""
-        for name in filter(info["candidates"].__contains__, row.memory):
-            case, who = row.case, name
-            if name in row.beside:
-                case, who = row.beside[name], "ours"
-            case = case.shrunk() if self._options.quick else case
-            given = self._settings, worker.peak_of, case, who
-            try:
-                found = self._memory.call(MEMORY_LIMIT, worker.answer, *given)
-            except Lost:
-                found = {}
-            info["candidates"][name]["peak_bytes"] = found.get("info", {}).get("bytes")
-
-    def _views(self, name: str) -> dict[str, Any]:
+    def _views(self, name: str) -> str:
         photos = os.environ.get("DENSECL_BENCH_PHOTOS", "")
         if not photos:
-            return {"skipped": "DENSECL_BENCH_PHOTOS names no folder of photographs"}
+            raise NotAvailable("DENSECL_BENCH_PHOTOS names no folder of photographs")
         self._worker.close()  # loaders start processes and threads: in a fresh one
-        return self.ask(600.0, loaders.rate, name, photos)
-
-    def _tell(self, name: str, found: dict[str, Any]) -> None:
-        """Keep an answer, and say it in a line."""
-        told = found.get("error") or found.get("skipped")
-        if told:
-            self.results["skipped"][name] = told
-        if "row" in (info := found.get("info", {})):
-            self.results["rows"].append(info)
-        write(self._out, self.results)
-        for who in info.get("candidates", {}):
-            told = f"{told or 'measured'}, {who} {1e6 * Entry(info).seconds(who):,.1f} us"
-        print(f"{name}: {told or 'measured'}", flush=True)
+        self.results["rows"].append(self.ask(600.0, loaders.rate, name, photos))
+        return "measured"

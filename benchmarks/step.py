@@ -6,61 +6,41 @@ random views that lie on the device already: no loader takes part.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.cases import Candidate, Case, Results, ema_loop, normal_numbers, relative, within
+from benchmarks.cases import Candidate, Case, Results, ema_loop, normal_numbers, relative
 from densecl_ext import DenseCL, DenseCLLoss, ops, reference
 from densecl_ext.nn.phases import Stopwatch
 from densecl_ext.train import TrainingStep
 
 VIT = "timm/vit_small_patch16_224"
-COMPARED = ("ours", "reference")
-WARM_UP = 6  # with a CUDA graph the fourth step captures
+GRAPH, ENCODERS = "CUDA graph", "encoders alone"
+CAPTURED_AT = 6  # steps until a CUDA graph is there and used
 
 
-@dataclass(frozen=True)
-class StepCase(Case):
+def step(
+    device: torch.device, *, batch: int, backbone: str = "resnet50", size: int = 224,
+    queue_length: int = 65536, precision: str = "bf16",
+) -> Case:  # fmt: skip
     """A step on a batch of images; a candidate is a model of its own."""
+    draw, tiny = normal_numbers(device), backbone == "tiny"
+    views = [draw(batch, 3, size, size) for _ in range(2)]
+    views = [view.contiguous(memory_format=torch.channels_last) for view in views]
 
-    names = (*COMPARED, "lambda 0", "CUDA graph", "compiled", "backbone alone")
-    small = {"backbone": "tiny", "batch": 8, "size": 32, "queue_length": 128}
-    whole_memory = True
-    batch: int
-    backbone: str = "resnet50"
-    size: int = 224
-    queue_length: int = 65536
-    precision: str = "bf16"
-
-    @property
-    def title(self) -> str:
-        name = {"resnet50": "ResNet-50", VIT: "ViT-S/16"}.get(self.backbone, self.backbone)
-        return f"training step, {name}, batch {self.batch}"
-
-    @property
-    def images(self) -> int:  # type: ignore[override]
-        return self.batch
-
-    def inputs(self, device: torch.device) -> list[Tensor]:
-        draw = normal_numbers(device)
-        views = [draw(self.batch, 3, self.size, self.size) for _ in range(2)]
-        return [view.contiguous(memory_format=torch.channels_last) for view in views]
-
-    def candidate(self, name: str, inputs: list[Tensor]) -> Candidate:
-        device = inputs[0].device
+    def candidate(name: str) -> Candidate:
         torch.manual_seed(0)
-        half = self.precision == "bf16" and name != "reference"
-        tiny = self.backbone == "tiny"
+        half = precision == "bf16" and name != "reference"
         model = DenseCL(
-            tiny_backbone() if tiny else self.backbone,
-            queue_length=self.queue_length,
+            tiny_backbone() if tiny else backbone,
+            queue_length=queue_length,
             queue_dtype=torch.bfloat16 if half else torch.float32,
             queue_init="random",
             loss_lambda=0.0 if name == "lambda 0" else 0.5,
@@ -70,99 +50,79 @@ class StepCase(Case):
         parameters = [p for p in model.parameters() if p.requires_grad]
         rates = {"lr": 0.03, "momentum": 0.9, "weight_decay": 1e-4, "fused": True}
         optimizer = torch.optim.SGD(parameters, **rates)  # type: ignore[arg-type]
-        options = {"cuda_graph": name == "CUDA graph", "compile": name == "compiled"}
-        step = TrainingStep(model, optimizer, precision=self.precision, **options)
+        options = {"cuda_graph": name == GRAPH, "compile": name == "compiled"}
+        whole = TrainingStep(model, optimizer, precision=precision, **options)
 
         def run() -> Tensor:
             with published_ops() if name == "reference" else nullcontext():
-                return step(*inputs).loss
+                return whole(*views).loss
 
         def encoders_alone() -> Tensor:
-            query, key = model.neck(model.backbone(inputs[0])), model.momentum_encoder(inputs[1])
+            query, key = model.neck(model.backbone(views[0])), model.momentum_encoder(views[1])
             loss = (query.vector * key.vector).sum() + (query.grid * key.grid).sum()
             loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             return loss.detach()
 
-        chosen = encoders_alone if name == "backbone alone" else run
-        return Candidate(
-            chosen, lambda: ([chosen() for _ in range(WARM_UP)][-1],), "timed as it is called"
-        )
+        chosen = encoders_alone if name == ENCODERS else run
+        steps = range(CAPTURED_AT if name in (GRAPH, "compiled") else 2)
+        return Candidate(chosen, lambda: ([chosen() for _ in steps][-1],), "timed as it is called")
 
-    def expected(self, inputs: list[Tensor]) -> Results:
-        return ()
-
-    def check(self, name: str, got: Results, expected: Results) -> dict[str, float]:
-        """Only that the loss is finite: a test holds the published step against ours."""
-        if not bool(torch.isfinite(got[0])):
-            raise AssertionError(f"{name}: the loss is {float(got[0])}")
-        return {}
-
-    def parts(self, name: str, run: Callable[[], Any], device: torch.device) -> dict[str, float]:
+    def parts(name: str, run: Callable[[], Any]) -> dict[str, float]:
         """Seconds of a step's parts, and of all of it; a graph's cannot be told apart."""
-        if name == "CUDA graph":
+        if name in (GRAPH, ENCODERS):
             return {}
         run()
         with Stopwatch(device) as stopwatch:
             start = time.perf_counter()
             for _ in range(4):
                 run()
-            parts = stopwatch.seconds()
-            whole = time.perf_counter() - start
-        return {name: seconds / 4 for name, seconds in parts.items()} | {"step": whole / 4}
+            found = stopwatch.seconds() | {"step": time.perf_counter() - start}
+        return {name: seconds / 4 for name, seconds in found.items()}
+
+    def errors(got: Results, expected: Results) -> dict[str, float]:
+        return {} if bool(torch.isfinite(got[0])) else {"loss": math.nan}
+
+    network = {"resnet50": "ResNet-50", VIT: "ViT-S/16"}.get(backbone, backbone)
+    return Case(
+        f"training step, {network}, batch {batch}",
+        ("ours", "reference", "lambda 0", GRAPH, "compiled", ENCODERS), candidate, errors, 0.0,
+        images=batch, whole_memory=True, parts=parts,
+    )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class StepLossCase(Case):
+def step_loss(
+    device: torch.device, *, pairs: int, queue_length: int = 65536, features: int = 128,
+    channels: int = 2048, grid: int = 7, dtype: str = "bfloat16",
+) -> Case:  # fmt: skip
     """What a step does with the encoders' outputs: matching, both losses, their gradients."""
+    draw, half = normal_numbers(device), getattr(torch, dtype)
+    query = [draw(pairs, features)]  # (N, D), then (N, D, S, S), (N, C, S, S)
+    query += [draw(pairs, size, grid, grid) for size in (features, channels)]
+    key = [output + draw(*output.shape) for output in query]
+    queues = [F.normalize(draw(queue_length, features), dim=1).to(half) for _ in range(2)]
+    tensors = [query[0].requires_grad_(), key[0], query[1].requires_grad_(), key[1], *queues]
+    maps = [side[2].to(half, memory_format=torch.channels_last) for side in (query, key)]
 
-    names = ("ours", "reference")
-    small = {"pairs": 4, "queue_length": 256, "features": 32, "channels": 64}
-    pairs: int
-    queue_length: int = 65536
-    features: int = 128
-    channels: int = 2048
-    grid: int = 7
-    dtype: str = "bfloat16"
-
-    @property
-    def title(self) -> str:
-        size = f"N={self.pairs} K={self.queue_length:,}"
-        return f"matching and both losses, {size}, {self.dtype}"
-
-    def inputs(self, device: torch.device) -> tuple[list[Tensor], dict[str, Tensor]]:
-        draw, dtype = normal_numbers(device), getattr(torch, self.dtype)
-        sides = self.pairs, self.grid, self.grid
-        query = [draw(self.pairs, self.features)]  # (N, D), then (N, D, S, S), (N, C, S, S)
-        query += [draw(sides[0], size, *sides[1:]) for size in (self.features, self.channels)]
-        key = [output + draw(*output.shape) for output in query]
-        queues = [F.normalize(draw(self.queue_length, self.features), dim=1) for _ in range(2)]
-        rows = [query[0].requires_grad_(), key[0], query[1].requires_grad_(), key[1]]
-        maps = (x[2].to(dtype, memory_format=torch.channels_last) for x in (query, key))
-        features = dict(zip(("query_features", "key_features"), maps, strict=True))
-        return [*rows, *(queue.to(dtype) for queue in queues)], features
-
-    def candidate(self, name: str, inputs: tuple[list[Tensor], dict[str, Tensor]]) -> Candidate:
-        tensors, features = inputs
-
+    def candidate(name: str) -> Candidate:
         def results() -> Results:
             with nullcontext() if name == "ours" else published_ops():
-                loss = DenseCLLoss()(*tensors, **features).loss
+                loss = DenseCLLoss()(*tensors, query_features=maps[0], key_features=maps[1]).loss
             return loss.detach(), *torch.autograd.grad(loss, (tensors[0], tensors[2]))
 
         return Candidate(results, results)
 
-    def check(self, name: str, got: Results, expected: Results) -> dict[str, float]:
-        errors = {"loss": float((got[0].double() - expected[0].double()).abs())}
-        for what, a, b in zip(("gradient", "grid's gradient"), got[1:], expected[1:], strict=True):
-            errors[what] = relative(a, b)
-        return within(errors, 2e-2, name)
+    def errors(got: Results, expected: Results) -> dict[str, float]:
+        found = {"loss": float((got[0].double() - expected[0].double()).abs())}
+        names = ("gradient", "grid's gradient")
+        return found | dict(zip(names, map(relative, got[1:], expected[1:]), strict=True))
 
-    @property
-    def work(self) -> float:
-        rows = self.pairs * (1 + self.grid**2)
-        return 4.0 * rows * self.queue_length * self.features
+    return Case(
+        f"matching and both losses, N={pairs} K={queue_length:,}, {dtype}",
+        ("ours", "reference"), candidate, errors, 2e-2,
+        work=4.0 * pairs * (1 + grid**2) * queue_length * features,
+    )  # fmt: skip
 
 
 def tiny_backbone() -> nn.Module:

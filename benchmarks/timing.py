@@ -13,9 +13,8 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -95,97 +94,103 @@ class CudaClock(Clock):
         return graph.replay
 
 
-@dataclass
-class Prepared:
-    """A candidate ready for the rounds."""
+@dataclass(frozen=True)
+class Settings:
+    """Of a process."""
 
-    run: Run
-    calls: int  # in a sample of "graph" and of "calls"
-    round_seconds: float
-    graphs: tuple[Run, Run] | None = None  # of that many calls, and of one
-    samples: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
-    missing: dict[str, str] = field(default_factory=dict)  # why a mode is
+    device: torch.device
+    suite: str = "cpu"
+    quick: bool = False
+    threads: int = 0  # 0: torch's choice
+
+    def clock(self) -> Clock:
+        """A GPU's, or a CPU's that stands in for one in a GPU's suite."""
+        torch.backends.cudnn.benchmark = True  # as the trainer has it
+        if self.threads:
+            torch.set_num_threads(self.threads)
+        if self.device.type == "cuda":
+            return CudaClock(self.device)
+        return Clock(MODES if self.suite == "gpu" else ("calls",))
 
 
-def prepare(candidate: Candidate, clock: Clock, waits: str, sample: float) -> Prepared:
-    """Warm up, find out how many calls fill a sample, capture unless something `waits`.
+def samplers(
+    candidate: Candidate, clock: Clock, waits: str, sample: float
+) -> tuple[dict[str, Callable[[], float]], str, float]:
+    """By mode what takes a sample: seconds of one call; why there is no graph; a round's seconds.
 
-    Raises whatever the candidate raises.
+    Finds out how many calls fill a sample. Raises whatever the candidate raises.
     """
-    run = candidate.run
+    run, found = candidate.run, {}
     run()
     single = clock.seconds(run, 1)
     if single < clock.sample:  # the first timing of a short call says little
         single = clock.seconds(run, 5) / 5
     calls = max(1, min(clock.most_calls, math.ceil(sample / max(single, 1e-7))))
-    made = Prepared(run, calls, single * (calls if len(clock.modes) == 1 else 3 * calls + 2))
+
+    # In front of what is timed there is work that gives the host the time to launch it, so that
+    # the events do not see the launch; it fills the cache, or empties it.
+    def warm() -> float:
+        several()
+        return clock.seconds(several, 1) / calls
+
+    def cold() -> float:
+        clock.flush()
+        return clock.seconds(one, 1)
+
+    def plain() -> float:
+        if len(clock.modes) > 1:
+            run()
+        return clock.seconds(run, calls) / calls
+
     if "graph" in clock.modes and not waits:
         try:
-            replay = clock.capture(run, calls)
-            made.graphs = replay, replay if calls == 1 else clock.capture(run, 1)
+            several = clock.capture(run, calls)
+            one = several if calls == 1 else clock.capture(run, 1)
+            found = {"graph": warm, "cold": cold}
         except Exception as error:
             waits = f"{CAPTURE_FAILED}{first_line(error)}"
-    if "graph" in clock.modes and waits:
-        made.missing = {"graph": waits, "cold": waits}
-    return made
-
-
-def take_sample(prepared: Prepared, clock: Clock) -> None:
-    """One round of a candidate: a sample in every mode it can run in."""
-    samples, calls = prepared.samples, prepared.calls
-    if prepared.graphs:
-        several, one = prepared.graphs
-        # The work in front of the timed one gives the host the time to launch it, so that the
-        # events do not see the launch; here it also fills the cache, below it empties it.
-        several()
-        samples["graph"].append(clock.seconds(several, 1) / calls)
-        clock.flush()
-        samples["cold"].append(clock.seconds(one, 1))
-    if len(clock.modes) > 1:
-        prepared.run()
-    samples["calls"].append(clock.seconds(prepared.run, calls) / calls)
+    cost = single * (calls if len(clock.modes) == 1 else 3 * calls + 2)
+    return {**found, "calls": plain}, waits, cost
 
 
 def measure(
-    candidates: Mapping[str, Candidate],
-    clock: Clock,
-    *,
-    seconds: float,
-    least: int,
-    most: int,
-    sample: float | None = None,
-) -> tuple[dict[str, Prepared], dict[str, str]]:
+    candidates: Mapping[str, Candidate], clock: Clock, *, seconds: float, least: int, most: int,
+    sample: float = 0.0,
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:  # fmt: skip
     """Interleaved rounds of all candidates within a time limit.
 
     After a capture that failed torch's allocator thinks that it still goes on, and no other one
     succeeds in this process: the remaining candidates are then called only, and say so.
 
     Returns:
-        The timings by candidate, and why a candidate has none.
+        By candidate {"modes": {mode: seconds of one call, a sample a round}, "missing": {mode: why
+        there is none}}; and why a candidate has no times.
     """
-    ready: dict[str, Prepared] = {}
-    failed: dict[str, str] = {}
-    broken = ""
+    ready, timed, failed = {}, {}, {}
+    broken, cost = "", 0.0
     for name, candidate in candidates.items():
+        waits = candidate.waits or broken
         try:
-            made = prepare(candidate, clock, candidate.waits or broken, sample or clock.sample)
+            takes, waits, took = samplers(candidate, clock, waits, sample or clock.sample)
         except Exception as error:
             failed[name] = first_line(error)
             continue
-        ready[name] = made
-        if made.missing.get("graph", "").startswith(CAPTURE_FAILED):
+        if waits.startswith(CAPTURE_FAILED):
             broken = f"not captured, since that of {name} had failed"
-    cost = sum(prepared.round_seconds for prepared in ready.values())
+        missing = {mode: waits for mode in clock.modes if mode not in takes}
+        timed[name] = {"modes": {mode: [] for mode in takes}, "missing": missing}
+        ready[name], cost = takes, cost + took
     rounds = max(least, min(most, int(seconds / max(cost, 1e-9)))) | 1  # odd, for the median
     gc.collect()
     gc.disable()
     try:
         for _ in range(rounds):
-            for prepared in ready.values():
-                take_sample(prepared, clock)
+            for name, takes in ready.items():
+                for mode, take in takes.items():
+                    timed[name]["modes"][mode].append(take())
     finally:
         gc.enable()
-    return ready, failed
+    return timed, failed
 
 
 def first_line(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""What the measuring process does: __main__.py has its functions called in a process of its own."""
+"""What the measuring process does: run.py has these functions called in a process of its own."""
 
 from __future__ import annotations
 
@@ -6,152 +6,72 @@ import contextlib
 import ctypes
 import gc
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks import machine
-from benchmarks.cases import Candidate, Case, NotAvailable, candidate_of
+from benchmarks.cases import Candidate, Case, NotAvailable, candidate_of, shrunk, sizes
 from benchmarks.rows import Row
-from benchmarks.timing import MODES, Clock, CudaClock, first_line, measure
-from densecl_ext import _host
+from benchmarks.timing import Settings, first_line, measure
 
-OUT_OF_MEMORY = "out of memory"
 RESET = Path("/proc/self/clear_refs")
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Of a process."""
-
-    device: torch.device
-    suite: str = "cpu"
-    quick: bool = False
-    threads: int = 0  # 0: torch's choice
-
-    def clock(self) -> Clock:
-        """A GPU's, or a CPU's that stands in for one in a GPU's suite."""
-        if self.device.type == "cuda":
-            return CudaClock(self.device)
-        return Clock(MODES if self.suite == "gpu" else ("calls",))
-
-
-def answer(settings: Settings, function: Callable[..., Any], *given: Any) -> dict[str, Any]:
-    """What a function returns, as "info", or why it could not: "skipped" or "error".
-
-    "works" says whether the process can go on.
-    """
-    torch.backends.cudnn.benchmark = True  # as the trainer has it
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
-    try:
-        found = {"info": function(*given, settings)}
-    except NotAvailable as reason:
-        found = {"skipped": str(reason)}
-    except torch.OutOfMemoryError:
-        found = {"error": OUT_OF_MEMORY}
-    except Exception as error:
-        found = {"error": f"{type(error).__name__}: {first_line(error)}"}
-    return found | {"works": still_works(settings.device)}
-
-
-def still_works(device: torch.device) -> bool:
-    """Whether the device takes more work: after a fault no call of this process succeeds."""
-    try:
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-            torch.cuda.empty_cache()
-        torch.zeros(1, device=device).add_(1).item()
-    except RuntimeError:
-        return False
-    return True
-
-
-def describe(settings: Settings) -> dict[str, Any]:
-    """What the machine is and what it reaches."""
-    info = machine.describe(settings.device)
-    info["ceilings"] = machine.ceilings(settings.clock(), settings.device, quick=settings.quick)
-    return info | {"state_after": machine.state()}
-
-
 def run_row(row: Row, settings: Settings) -> dict[str, Any]:
-    """A row of results.json, without its memory: agreement first, then interleaved rounds."""
-    if row.isa is not None and row.isa not in _host.available_isas():
-        raise NotAvailable(f"this machine lacks {row.isa}")
+    """A row of results.json, without a CPU's memory: agreement first, then interleaved rounds."""
     device, quick, clock = settings.device, settings.quick, settings.clock()
-    cases = {"ours": row.case, **row.beside}
+    builds = {"ours": row.case, **row.beside}
     if quick:
-        cases = {name: case.shrunk() for name, case in cases.items()}
-    case = cases["ours"]
+        builds = {name: shrunk(build) for name, build in builds.items()}
+    case = builds["ours"](device)
+    expected = case.expected()
     info: dict[str, Any] = {
-        "row": row.id, "title": row.title, "device": device.type, "isa": row.isa,
-        "case": case.message(), "absent": {}, "errors": {}, "beside": list(cases)[1:],
-        "host_waits": None, "parts": {},
+        "row": row.id, "title": case.title + row.note, "device": device.type,
+        "case": sizes(row.case), "absent": {}, "errors": {}, "beside": list(row.beside),
+        "host_waits": None, "parts": {}, "candidates": {},
     }  # fmt: skip
-    peaks: dict[str, int] = {}
-    candidates = prepare(("ours", *row.baselines), cases, device, info, peaks)
-    if "ours" in candidates:
-        info["host_waits"] = host_waits(candidates["ours"], device)
-    least, most = (3, 3) if quick else (5, 51) if settings.suite != "cpu" else (3, 41)
-    sample = 0.4 if row.case.images and not quick else None
-    timed, failed = measure(
-        candidates, clock, seconds=row.seconds, least=least, most=most, sample=sample
-    )
-    info["absent"] |= failed
-    info["candidates"] = {
-        name: {
-            "modes": {m: made.samples[m] for m in MODES if m in made.samples},
-            "missing": made.missing,
-            "work": cases.get(name, case).work, "traffic": cases.get(name, case).traffic,
-            "images": case.images, "peak_bytes": peaks.get(name),
-        }
-        for name, made in timed.items()
-    }  # fmt: skip
-    for name in timed if case.images else ():
-        with contextlib.suppress(RuntimeError):  # the times are there already
-            info["parts"][name] = case.parts(name, candidates[name].run, device)
-    return info
-
-
-def prepare(
-    names: tuple[str, ...],
-    cases: dict[str, Case],
-    device: torch.device,
-    info: dict[str, Any],
-    peaks: dict[str, int],
-) -> dict[str, Candidate]:
-    """Candidates that run and agree; into `info` why the others do not, and how well they agree."""
-    case, *others = cases.values()
-    inputs = case.inputs(device)
-    expected = case.expected(inputs)
-    candidates: dict[str, Candidate] = {}
-    beside = dict(zip(info["beside"], others, strict=True))
-    for name in (*names, *beside):
+    ready: dict[str, Candidate] = {}
+    for name in ("ours", *row.baselines, *row.beside):
         try:
-            if other := beside.get(name):
-                candidates[name] = other.candidate("ours", other.inputs(device))
-                continue
             if name.startswith("eager"):
                 require_memory(case, device)
-            before = start_peak(device)
-            forced = f"ours [DENSECL_CPU_ISA={info['isa']}]" if info["isa"] else "ours"
-            candidate = candidate_of(case, forced if name == "ours" else name, inputs)
-            results = candidate.results()
-            if case.whole_memory and device.type == "cuda":
-                peaks[name] = torch.cuda.max_memory_allocated(device) - before
-            info["errors"][name] = case.check(name, results, expected)
-            candidates[name] = candidate
+            before, of = start_peak(device), case
+            if name in row.beside:
+                of = builds[name](device)
+                candidate = of.candidate("ours")
+            else:
+                candidate = candidate_of(case, name)
+                info["errors"][name] = case.check(name, candidate.results(), expected)
+            if device.type == "cuda" and not of.whole_memory:
+                before = start_peak(device)
+                candidate.run()
+            ready[name] = candidate
+            info["candidates"][name] = {
+                "work": of.work, "traffic": of.traffic, "images": of.images,
+                "peak_bytes": peak(device, before) if device.type == "cuda" else None,
+            }  # fmt: skip
         except NotAvailable as reason:
             info["absent"][name] = str(reason)
         except AssertionError as error:
             info["absent"][name] = f"wrong: {first_line(error)}"
         except Exception as error:
             info["absent"][name] = f"failed: {first_line(error)}"
-    return candidates
+    if "ours" in ready:
+        info["host_waits"] = host_waits(ready["ours"], device)
+    least, most = (3, 3) if quick else (5, 51) if settings.suite != "cpu" else (3, 41)
+    timed, failed = measure(
+        ready, clock, seconds=row.seconds, least=least, most=most,
+        sample=0.4 if case.images and not quick else 0.0,
+    )  # fmt: skip
+    info["absent"] |= failed
+    info["candidates"] = {name: made | info["candidates"][name] for name, made in timed.items()}
+    for name in timed if case.parts else ():
+        with contextlib.suppress(RuntimeError):  # the times are there already
+            info["parts"][name] = case.parts(name, ready[name].run)
+    return info
 
 
 def require_memory(case: Case, device: torch.device) -> None:
@@ -180,11 +100,6 @@ def host_waits(candidate: Candidate, device: torch.device) -> str | None:
     return ""
 
 
-def memory_supported() -> bool:
-    """Whether this system tells a process's peak."""
-    return os.access(RESET, os.W_OK)
-
-
 def start_peak(device: torch.device) -> int:
     """Bytes in use now; from here on the peak is looked for.
 
@@ -195,7 +110,7 @@ def start_peak(device: torch.device) -> int:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
-    if not memory_supported():
+    if not os.access(RESET, os.W_OK):
         return 0
     # Free heap goes back to the system, or the next call would find it already resident.
     getattr(ctypes.CDLL(None), "malloc_trim", lambda _: 0)(0)
@@ -203,20 +118,21 @@ def start_peak(device: torch.device) -> int:
     return machine.bytes_of("/proc/self/status", "VmRSS")
 
 
-def peak_of(case: Case, name: str, settings: Settings) -> dict[str, Any]:
-    """Bytes that one call needs beyond what was there before it, and what it returned."""
-    device = settings.device
-    small = case.shrunk()
-    candidate_of(small, name, small.inputs(device)).run()  # thread pools, lazy imports
-    run = candidate_of(case, name, case.inputs(device)).run
-    if device.type == "cuda" or case.whole_memory:
-        run()  # what is made once, as an optimizer's momenta
-    before = start_peak(device)
-    result = run()
+def peak(device: torch.device, before: int) -> int:
+    """The most bytes that were in use since, beyond those before."""
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        peak = torch.cuda.max_memory_allocated(device)
-    else:
-        peak = machine.bytes_of("/proc/self/status", "VmHWM")
-    value = float(result) if isinstance(result, torch.Tensor) and result.numel() == 1 else None
-    return {"bytes": max(0, peak - before), "value": value}
+        return torch.cuda.max_memory_allocated(device) - before
+    return max(0, machine.bytes_of("/proc/self/status", "VmHWM") - before)
+
+
+def peak_of(build: partial[Case], name: str, settings: Settings) -> int:
+    """On a CPU: bytes that one call needs beyond what was there before it."""
+    settings.clock()
+    candidate_of(shrunk(build)(settings.device), name).run()  # thread pools, lazy imports
+    case = (shrunk(build) if settings.quick else build)(settings.device)
+    run = candidate_of(case, name).run
+    if case.whole_memory:
+        run()  # what is made once, as an optimizer's momenta
+    before = start_peak(settings.device)
+    run()
+    return peak(settings.device, before)

@@ -9,6 +9,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,24 +19,34 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks import rows, run, verdicts, worker
-from benchmarks.cases import Case, EmaCase, EnqueueCase, NotAvailable, candidate_of, resnet50_shapes
+from benchmarks.cases import (
+    Case,
+    NotAvailable,
+    candidate_of,
+    ema_update_,
+    enqueue_,
+    resnet50_shapes,
+    shrunk,
+    sizes,
+)
 from benchmarks.losses import (
     AttentionLoss,
-    InfoNceCase,
     attention_formulation,
     cudnn_attention,
     flash_attention,
     in_chunks,
+    info_nce,
 )
 from benchmarks.rows import Row
+from densecl_ext import reference
 from python_tests import faulty_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 ALL = [row for suite in ("cpu", "gpu") for row in rows.rows(suite)]
-CASES = {
-    "-".join(map(str, (type(c).__name__, getattr(c, "dtype", ""), getattr(c, "gradient", "")))): c
-    for c in (row.case for row in ALL)
+BUILDS = {
+    "-".join(str(sizes(build).get(n, "")) for n in ("kind", "dtype", "gradient")): build
+    for build in (row.case for row in ALL if row.case.func.__name__ != "step")
 }
 
 
@@ -47,17 +58,16 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_baselines_agree(case: Case) -> None:
-    case = case.shrunk()
-    inputs = case.inputs(CPU)
-    expected = case.expected(inputs)
+@pytest.mark.parametrize("build", BUILDS.values(), ids=BUILDS)
+def test_baselines_agree(build: partial[Case]) -> None:
+    case = shrunk(build)(CPU)
+    expected = case.expected()
     agreed = []
     for name in case.names:
         if name.startswith("torch.compile"):  # a quarter of a minute; checked when measured
             continue
         try:
-            candidate = candidate_of(case, name, inputs)
+            candidate = candidate_of(case, name)
         except NotAvailable:
             continue
         case.check(name, candidate.results(), expected)
@@ -68,9 +78,8 @@ def test_baselines_agree(case: Case) -> None:
 
 
 def test_a_wrong_result_is_noticed() -> None:
-    case = InfoNceCase(16, 64, 8)
-    inputs = case.inputs(CPU)
-    loss, gradient = case.expected(inputs)
+    case = info_nce(CPU, rows=16, queue_length=64, features=8)
+    loss, gradient = case.expected()
     case.check("right", (loss, gradient), (loss, gradient))
     with pytest.raises(AssertionError, match="wrong: gradient is off"):
         case.check("wrong", (loss, 1.001 * gradient), (loss, gradient))
@@ -80,15 +89,19 @@ def test_a_wrong_result_is_noticed() -> None:
 
 def test_ours_under_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     """A variant's variables hold while it runs, and no longer."""
-    case = EmaCase(2)
     seen = []
-    monkeypatch.setattr("densecl_ext.ops.ema_update_", lambda *_: seen.append(os.environ.get("A")))
-    variant = candidate_of(case, "ours [A=1 B=2]", case.inputs(CPU))
-    variant.run()
-    candidate_of(case, "ours", case.inputs(CPU)).run()
+    monkeypatch.setattr(
+        "densecl_ext.ops.ema_update_", lambda *_, **__: seen.append(os.environ.get("A"))
+    )
+    case = ema_update_(CPU, count=2)
+    candidate_of(case, "ours [A=1 B=2]").run()
+    candidate_of(case, "ours").run()
     assert seen == ["1", None] and "B" not in os.environ
     with pytest.raises(NotAvailable, match="on a GPU only"):
-        candidate_of(case, "ours [DENSECL_CUDA_SWEEP=base]", case.inputs(CPU))
+        candidate_of(case, "ours [DENSECL_CUDA_SWEEP=base]")
+    isa = "neon" if "x86" in os.uname().machine else "avx2"
+    with pytest.raises(NotAvailable, match=f"this machine lacks {isa}"):
+        candidate_of(case, f"ours [DENSECL_CPU_ISA={isa}]")
 
 
 def test_rows_are_complete_and_survive_the_pipe() -> None:
@@ -97,39 +110,36 @@ def test_rows_are_complete_and_survive_the_pipe() -> None:
         assert len({row.id for row in found}) == len(found)
         for row in found:
             names = {name.partition(" [")[0] for name in row.baselines}
-            assert names <= set(row.case.names)
-            assert set(row.memory) <= {"ours", *row.baselines, *row.beside}
-            assert not (row.isa and row.memory)  # the peak is measured without what is forced
-            for case in (row.case, *row.beside.values()):
-                assert pickle.loads(pickle.dumps(case)) == case
-                assert json.loads(json.dumps(case.message()))["kind"] == type(case).__name__
+            case = shrunk(row.case)(CPU)
+            assert names <= set(case.names)
+            for build in (row.case, *row.beside.values()):
+                copied = pickle.loads(pickle.dumps(build))
+                assert sizes(copied) == sizes(build) == json.loads(json.dumps(sizes(build)))
             for asked in row.asked:
                 others = set(asked.against.split(" | ")) if asked.against else set()
                 assert others <= {*row.baselines, *row.beside}
                 assert asked.who in ("ours", *row.baselines)
-                if asked.measure in ("memory", "extra"):
-                    assert {"ours", asked.against or "ours"} <= set(row.memory)
-                assert asked.measure != "copy" or row.case.traffic > 0.0
+                assert asked.measure != "copy" or case.traffic > 0.0
 
 
 def test_resnet50_shapes() -> None:
     shapes = resnet50_shapes()
-    assert (len(shapes), EmaCase().count) == (161, 161)
+    assert len(shapes) == sizes(partial(ema_update_))["count"] == 161
     assert sum(torch.Size(shape).numel() for shape in shapes) == 25_557_032
 
 
 def test_reference_of_the_large_sizes_is_the_formula_in_chunks() -> None:
-    case = InfoNceCase(50, 64, 16)
-    inputs = case.inputs(CPU)
-    expected = case.candidate("eager", inputs).results()
-    loss, gradient = in_chunks(inputs, logits=640)  # ten rows at a time
-    torch.testing.assert_close(loss, expected[0])
-    torch.testing.assert_close(gradient, expected[1])
+    rows = [torch.randn(50, 16, requires_grad=True), torch.randn(50, 16), torch.randn(64, 16)]
+    rows[2] = torch.nn.functional.normalize(rows[2], dim=1)
+    expected = reference.info_nce(*rows)
+    loss, gradient = in_chunks(*rows, logits=640)  # ten rows at a time
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, rows[0])[0])
 
 
 def test_attention_takes_the_log_sum_exp_as_either_kernel_gives_it() -> None:
     """Flash attention's is (1, 1, M), cuDNN's (1, 1, M, 1)."""
-    inputs = InfoNceCase(20, 64, 16).inputs(CPU)
+    inputs = [torch.randn(20, 16, requires_grad=True), torch.randn(20, 16), torch.randn(64, 16)]
 
     def like_cudnn(rows: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         output, lse = flash_attention(rows, keys)
@@ -137,8 +147,8 @@ def test_attention_takes_the_log_sum_exp_as_either_kernel_gives_it() -> None:
 
     losses = []
     for kernel in (flash_attention, like_cudnn):
-        loss = attention_formulation(kernel)(inputs.query, inputs.positive, inputs.queue)
-        (gradient,) = torch.autograd.grad(loss, inputs.query)
+        loss = attention_formulation(kernel)(*inputs)
+        (gradient,) = torch.autograd.grad(loss, inputs[0])
         losses.append((loss.detach(), gradient))
     torch.testing.assert_close(losses[0], losses[1], rtol=0.0, atol=0.0)
 
@@ -153,6 +163,10 @@ def test_attention_on_a_gpu_by_shape(dtype: torch.dtype) -> None:
             context = SimpleNamespace()
             loss = AttentionLoss.forward(context, query, positive, queue, kernel)
             assert loss.shape == () and context.gradient.shape == query.shape
+
+
+def load(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def options(suite: str = "gpu", **changed: Any) -> argparse.Namespace:
@@ -181,7 +195,7 @@ def test_rows_survive_the_faults_of_others(tmp_path: Path, monkeypatch: pytest.M
 
     measured_run.ask = impatient  # type: ignore[method-assign]
     measured_run.everything()
-    results = verdicts.load(tmp_path / "results.json")
+    results = load(tmp_path / "results.json")
     assert set(results["skipped"]) == {"ema", "enqueue", "match-f32"}
     assert results["skipped"]["ema"] == "failed: no answer within 5 s"
     assert results["skipped"]["enqueue"] == "failed: the process ended: SIGSEGV"
@@ -204,19 +218,23 @@ def test_rows_are_left_out_when_the_time_is_over(tmp_path: Path) -> None:
     assert "The machine is not known" in (tmp_path / "table.md").read_text()
 
 
-@pytest.mark.parametrize(("why", "closed"), [("capture failed: syncs", 1), ("reads", 0)])
-def test_after_a_failed_capture_the_next_row_gets_a_new_process(
-    why: str, closed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("graph", "absent", "closed"),
+    [("capture failed: syncs", "", 1), ("", "failed: a fault", 1), ("reads", "does not fit", 0)],
+)
+def test_after_a_failure_the_next_row_gets_a_new_process(
+    graph: str, absent: str, closed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured_run = run.Run(tmp_path, options())
-    candidates = {"ours": {"missing": {}}, "eager": {"missing": {"graph": why}}}
-    answer = {"info": {"candidates": candidates}}
+    candidates = {"ours": {"missing": {"graph": graph}, "images": 0, "modes": {"calls": [1.0]}}}
+    answer = {"row": "", "title": "", "case": {}, "device": "cpu", "absent": {"eager": absent},
+              "candidates": candidates}  # fmt: skip
     measured_run.ask = lambda *_, **__: answer  # type: ignore[method-assign]
     closings: list[int] = []
     monkeypatch.setattr(measured_run._worker, "close", lambda: closings.append(1))
-    monkeypatch.setattr(measured_run, "_add_memory", lambda *_: None)
-    assert measured_run.row(rows.rows("gpu")[0]) is answer
-    assert len(closings) == closed
+    monkeypatch.setattr(measured_run, "_memory", SimpleNamespace(call=lambda *_: 3))
+    assert measured_run._row(rows.rows("gpu")[0]) == "measured, ours 1,000,000.0 us"
+    assert len(closings) == closed and candidates["ours"]["peak_bytes"] == 3
 
 
 @pytest.mark.parametrize(("suite", "words"), [("cpu", "enqueue"), ("step", "step-32")])
@@ -232,24 +250,17 @@ def test_quick_run_writes_everything(suite: str, words: str, tmp_path: Path) -> 
     # The CUDA graph's reason is in the table; it fails no row.
     assert ran.returncode == 0, ran.stdout + ran.stderr
     results, table = {"cpu": ("results.json", "table.md"), "step": ("step.json", "step.md")}[suite]
-    (entry,) = verdicts.entries(verdicts.load(tmp_path / results))
+    (entry,) = verdicts.entries(load(tmp_path / results))
     assert entry.seconds("ours") > 0.0 and "A quick run" in (tmp_path / table).read_text()
     if suite == "step":
         assert "CUDA graph" in entry.absent and "images/s" in (tmp_path / table).read_text()
         assert {"momentum", "losses", "backward", "optimizer"} <= entry.info["parts"]["ours"].keys()
         return
     assert (entry.peak("ours") or 0) < 10_000_000
-    assert tuple(entry.found) == EnqueueCase.names
+    assert tuple(entry.found) == shrunk(partial(enqueue_))(CPU).names
     chart = (tmp_path / "speedup.png").stat()
     subprocess.run(
         [sys.executable, "-m", "benchmarks", "--report-only", "--out", str(tmp_path)],
         cwd=ROOT, check=True, capture_output=True,
     )  # fmt: skip
     assert (tmp_path / "speedup.png").stat().st_mtime > chart.st_mtime
-
-
-def test_a_row_with_unknown_instruction_set_is_skipped() -> None:
-    case = EmaCase(2)
-    row = Row("ema", "ema", case, isa="neon" if "x86" in os.uname().machine else "avx2")
-    with pytest.raises(NotAvailable, match="this machine lacks"):
-        worker.run_row(row, worker.Settings(CPU, quick=True))

@@ -46,11 +46,10 @@ def worker() -> Iterator[Worker]:
     [
         (faulty_worker.hang, 1.0, "no answer within 1 s"),
         (faulty_worker.half, 1.0, "no answer within 1 s"),
-        (faulty_worker.leave, 30.0, "the process ended: exit status 3"),
+        (faulty_worker.leave, 30.0, "the process ended: status 3"),
         (faulty_worker.fault, 30.0, "the process ended: SIGSEGV"),
-        (faulty_worker.unforeseen, 30.0, "the process ended: exit status 1"),
         (faulty_worker.garbage, 30.0, "answered nonsense: UnpicklingError"),
-        (faulty_worker.orphan, 30.0, "the process ended: exit status 3"),
+        (faulty_worker.orphan, 30.0, "the process ended: status 3"),
     ],
 )
 def test_a_lost_worker_is_named_and_the_next_one_answers(
@@ -69,6 +68,13 @@ def test_a_lost_worker_is_named_and_the_next_one_answers(
     for line in capfd.readouterr().err.splitlines():
         if line.startswith("child "):
             assert gone(int(line.split()[1]))
+
+
+def test_what_the_function_raises_is_raised_here(worker: Worker) -> None:
+    first = worker.call(60.0, faulty_worker.work)
+    with pytest.raises(RuntimeError, match="of a kind of its own"):
+        worker.call(30.0, faulty_worker.unforeseen)
+    assert worker.call(60.0, faulty_worker.work) == first
 
 
 def test_a_worker_that_is_not_there_yet_is_ended_too(worker: Worker) -> None:

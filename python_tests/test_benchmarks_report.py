@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks import report, verdicts
-from benchmarks.losses import InfoNceCase
+from benchmarks.cases import sizes
+from benchmarks.losses import info_nce
 from benchmarks.rows import Asked, Row, rows
 
 ROOT = Path(__file__).resolve().parent.parent
-CASE = InfoNceCase(32, 64, 128)
+CASE = partial(info_nce, rows=32, queue_length=64)
 MACHINE = {
     "processor": "some CPU", "cores": 2, "threads": 2, "memory_gb": 8.0, "selected": "avx2",
     "torch": "2", "python_version": "3", "densecl_ext": "0", "gpu": None,
@@ -26,8 +29,8 @@ MACHINE = {
 def measured(suite: str, candidates: dict[str, Any], **info: Any) -> dict[str, Any]:
     """results.json of one row."""
     info = {
-        "row": "row", "title": "a row", "device": "cpu", "isa": None, "beside": [],
-        "case": CASE.message(), "absent": {"lightly": "lightly is not installed"},
+        "row": "row", "title": "a row", "device": "cpu", "beside": [],
+        "case": sizes(CASE), "absent": {"lightly": "lightly is not installed"},
         "candidates": candidates,
     } | info  # fmt: skip
     return {
@@ -109,10 +112,8 @@ def test_verdicts(
     met: bool | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    lost = [Row(name, name, CASE, asked=(asked,)) for name in ("other", "third")]
-    monkeypatch.setattr(
-        verdicts, "rows", lambda suite: [Row("row", "a row", CASE, asked=(asked,)), *lost]
-    )
+    lost = [Row(name, CASE, asked=(asked,)) for name in ("other", "third")]
+    monkeypatch.setattr(verdicts, "rows", lambda suite: [Row("row", CASE, asked=(asked,)), *lost])
     (verdict, *missing) = verdicts.verdicts(results)
     assert (verdict.ours, verdict.ratio, verdict.met) == (ours, ratio, met)
     assert [v.ratio for v in missing] == ["this machine lacks avx2", verdicts.NOT_RUN]
@@ -133,7 +134,7 @@ def test_tables() -> None:
     assert "| 100 us (100 us to 100 us) | 300 us (300 us to 300 us) |" in text
     text = report.markdown(on_step())
     assert "no loader takes part" in text and "320 images/s" in text and "200 us, 0.2 %" in text
-    empty = on_step() | {"machine_info": None, "rows": []}
+    empty = on_step() | {"machine_info": {}, "rows": []}
     assert "The machine is not known" in report.markdown(empty)
 
 
@@ -143,7 +144,7 @@ def test_a_row_without_ours_still_shows_the_others(monkeypatch: pytest.MonkeyPat
     del info["candidates"]["ours"]
     info["absent"]["ours"] = "wrong: gradient is off"
     asked = (Asked("seconds", "", 1.0),)
-    monkeypatch.setattr(verdicts, "rows", lambda suite: [Row("row", "a row", CASE, asked=asked)])
+    monkeypatch.setattr(verdicts, "rows", lambda suite: [Row("row", CASE, asked=asked)])
     (verdict,) = verdicts.verdicts(results)
     assert (verdict.ratio, verdict.met) == ("wrong: gradient is off", None)
     assert "| fast" in report.markdown(results)
@@ -170,10 +171,23 @@ def test_committed_results_give_their_committed_tables(name: str, table: str) ->
         lines = (re.sub(r"[ -]+", " ", line) for line in text.splitlines())
         return {line for line in lines if line.strip("| ")}
 
-    fresh = report.markdown(verdicts.load(path))
+    fresh = report.markdown(json.loads(path.read_text(encoding="utf-8")))
     assert cells(fresh) == cells((path.parent / table).read_text(encoding="utf-8"))
     for picture in re.findall(r"!\[.*\]\((.*)\)", fresh):  # one that cannot be drawn is not shown
         assert (path.parent / picture).is_file()
+
+
+@pytest.mark.parametrize("suite", ["cpu", "gpu"], ids=str.upper)
+def test_every_row_of_a_suite_can_be_written(suite: str, tmp_path: Path) -> None:
+    """A row of each id, whatever its dtype; the charts are drawn from those that have a place."""
+    pytest.importorskip("matplotlib")
+    results = on_gpu() if suite == "gpu" else on_cpu()
+    (info,) = results["rows"]
+    results["rows"] = [info | {"row": row.id, "case": sizes(row.case)} for row in rows(suite)]
+    report.write(tmp_path, results, last=True)
+    prefix = "cuda_" if suite == "gpu" else ""
+    for name in ("speedup", "scaling_m", "scaling_k"):
+        assert (tmp_path / f"{prefix}{name}.png").is_file()
 
 
 def test_a_chart_keeps_the_point_that_knows_its_memory() -> None:
@@ -182,8 +196,4 @@ def test_a_chart_keeps_the_point_that_knows_its_memory() -> None:
     known, unknown = row, verdicts.Entry(copy.deepcopy(row.info))
     unknown.found["ours"]["peak_bytes"] = None
     for order in ((known, unknown), (unknown, known)):
-        line: dict[int, tuple[float, float | None]] = {}
-        for entry in order:
-            charts.add_point(line, 32, entry, "ours")
-        assert line == {32: (1e-4, 5_000_000)}
-    assert charts.baselines(row) == ["fast", "slow", "loop"]
+        assert charts.losses(order) == [known]

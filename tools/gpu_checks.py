@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.step import StepCase
+from benchmarks import cases
+from benchmarks.step import step as training_step
 from densecl_ext import ops
 from densecl_ext.nn.batchnorm import SplitBatchNorm
 
@@ -281,14 +282,13 @@ def thread(device: Device) -> None:
 
 def step(device: Device, graph: bool) -> None:
     """Six training steps of a tiny network; captured ones as eager ones."""
-    case = StepCase(**StepCase.small)
-    inputs = case.inputs(device)
-    loss = case.candidate("ours", inputs).results()[0]
+    case = training_step(device, **cases.SMALL["step"])
+    loss = case.candidate("ours").results()[0]
     if not bool(torch.isfinite(loss)):
         raise AssertionError(f"the loss is {float(loss)}")
     if graph:
         needs_gpu(device)
-        close("captured step", case.candidate("CUDA graph", inputs).results()[0], loss, 1e-2)
+        close("captured step", case.candidate("CUDA graph").results()[0], loss, 1e-2)
 
 
 RAGGED = ((3, 70, 16), (130, 400, 128), (49, 257, 256))

@@ -10,6 +10,7 @@ Speeds are bytes, FLOP or images per second; times seconds; sizes bytes. docs/sc
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import sys
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from benchmarks.verdicts import entries, load
+from benchmarks.verdicts import entries
 from densecl_ext.backbones import build_backbone
 from densecl_ext.nn.necks import DenseCLNeck
 
@@ -172,7 +173,7 @@ def measured(path: Path) -> tuple[float, int, str]:
     """
     rates = [
         (found["images"] / row.seconds(who), found["images"], f"{row.id}, {who}")
-        for row in entries(load(path))
+        for row in entries(json.loads(path.read_text(encoding="utf-8")))
         for who, found in row.found.items()
         if who != "reference"
     ]
