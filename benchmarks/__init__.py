@@ -6,10 +6,9 @@ results/README.md says how to fill the tables.
 
 rows.py                       the one table: what is measured against whom, what is asked of it
 cases.py, losses.py, step.py  inputs of one size, and every way to compute the result
-run.py, processes.py          the rows one by one, and how a process that hangs or faults ends
+run.py, processes.py          the command: rows one by one, in a process that may hang or fault
 worker.py, timing.py          what that process does: interleaved rounds, by the device's own clock
 loaders.py                    two views of photographs: ours, timm's, lightly's
 machine.py, ceiling.cpp       the machine, its arithmetic and copy ceilings
 verdicts.py, report.py, charts.py  what people read
-vit_memory.py                 peak memory of a vision transformer's step, beside the formula's
 """
