@@ -23,6 +23,7 @@ RESET = Path("/proc/self/clear_refs")
 def run_row(row: Row, settings: Settings) -> dict[str, Any]:
     """A row of results.json, without a CPU's memory: agreement first, then interleaved rounds."""
     device, quick, clock = settings.device, settings.quick, settings.clock()
+    gpu = device.type == "cuda"
     builds = {"ours": row.case, **row.beside}
     if quick:
         builds = {name: shrunk(build) for name, build in builds.items()}
@@ -38,20 +39,21 @@ def run_row(row: Row, settings: Settings) -> dict[str, Any]:
         try:
             if name.startswith("eager"):
                 require_memory(case, device)
-            before, of = start_peak(device), case
+            before = start_peak(device) if gpu and case.whole_memory else 0
+            of = case
             if name in row.beside:
                 of = builds[name](device)
                 candidate = of.candidate("ours")
             else:
                 candidate = candidate_of(case, name)
                 info["errors"][name] = case.check(name, candidate.results(), expected)
-            if device.type == "cuda" and not of.whole_memory:
+            if gpu and not case.whole_memory:
                 before = start_peak(device)
                 candidate.run()
             ready[name] = candidate
             info["candidates"][name] = {
                 "work": of.work, "traffic": of.traffic, "images": of.images,
-                "peak_bytes": peak(device, before) if device.type == "cuda" else None,
+                "peak_bytes": peak(device, before) if gpu else None,
             }  # fmt: skip
         except NotAvailable as reason:
             info["absent"][name] = str(reason)
