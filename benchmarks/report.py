@@ -182,7 +182,8 @@ def candidate_table(row: Entry, limits: dict[str, Any]) -> str:
             ours, theirs, _ = row.pair("ours", name)
             line["time / ours"] = times(theirs / ours)
         if row.images:
-            line["rate"] = f"{row.images / row.seconds(name):,.0f} images/s"
+            speed = row.images / row.seconds(name)
+            line["rate"] = f"{speed:,.0f} images/s" if speed >= 10 else f"{speed:.2f} images/s"
         elif found["work"]:
             line["rate"] = rate(found["work"] / row.seconds(name))
         if row.on_gpu:
