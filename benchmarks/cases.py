@@ -65,8 +65,8 @@ class Case:
     traffic: float = 0.0  # bytes that one call must at least read and write
     images: int = 0  # of one call, where images/s are what counts
     eager_bytes: float = 0.0  # what the published formula holds at its peak
-    whole_memory: bool = False  # peak memory counts all that a candidate is made of
-    parts: Callable[[str, Callable[[], Any]], dict[str, float]] | None = None  # seconds, by name
+    # Of a whole step: seconds of its parts, by name. Its peak memory counts all that it is made of.
+    parts: Callable[[str, Callable[[], Any]], dict[str, float]] | None = None
 
     def expected(self) -> Results:
         """The truth; none of a whole step, which a test holds against the published one."""

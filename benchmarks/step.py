@@ -66,7 +66,7 @@ def step(
             return loss.detach()
 
         chosen = encoders_alone if name == ENCODERS else run
-        steps = range(CAPTURED_AT if name in (GRAPH, "compiled") else 2)
+        steps = range(CAPTURED_AT if device.type == "cuda" else 2)
         return Candidate(chosen, lambda: ([chosen() for _ in steps][-1],), "timed as it is called")
 
     def parts(name: str, run: Callable[[], Any]) -> dict[str, float]:
@@ -88,7 +88,7 @@ def step(
     return Case(
         f"training step, {network}, batch {batch}",
         ("ours", "reference", "lambda 0", GRAPH, "compiled", ENCODERS), candidate, errors, 0.0,
-        images=batch, whole_memory=True, parts=parts,
+        images=batch, parts=parts,
     )  # fmt: skip
 
 

@@ -39,7 +39,7 @@ def run_row(row: Row, settings: Settings) -> dict[str, Any]:
         try:
             if name.startswith("eager"):
                 require_memory(case, device)
-            before = start_peak(device) if gpu and case.whole_memory else 0
+            before = start_peak(device) if gpu and case.parts else 0
             of = case
             if name in row.beside:
                 of = builds[name](device)
@@ -47,7 +47,7 @@ def run_row(row: Row, settings: Settings) -> dict[str, Any]:
             else:
                 candidate = candidate_of(case, name)
                 info["errors"][name] = case.check(name, candidate.results(), expected)
-            if gpu and not case.whole_memory:
+            if gpu and not case.parts:
                 before = start_peak(device)
                 candidate.run()
             ready[name] = candidate
@@ -133,7 +133,7 @@ def peak_of(build: partial[Case], name: str, settings: Settings) -> int:
     candidate_of(shrunk(build)(settings.device), name).run()  # thread pools, lazy imports
     case = (shrunk(build) if settings.quick else build)(settings.device)
     run = candidate_of(case, name).run
-    if case.whole_memory:
+    if case.parts:
         run()  # what is made once, as an optimizer's momenta
     before = start_peak(settings.device)
     run()
