@@ -12,8 +12,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from benchmarks.cases import NotAvailable
-from benchmarks.timing import Settings, first_line
+from benchmarks.timing import Settings
 
 BATCH, SIZE = 32, 224
 SECONDS = 6.0  # of processor time
@@ -66,12 +65,9 @@ def rate(name: str, photos: str, settings: Settings) -> dict[str, Any]:
     import torch
 
     torch.set_num_threads(1)
-    try:
-        batches = RATES[name](photos)
-        for _ in range(3):
-            next(batches)
-    except ImportError as reason:
-        raise NotAvailable(first_line(reason)) from None
+    batches = RATES[name](photos)
+    for _ in range(3):
+        next(batches)
     seen, began = 0, time.process_time()
     while (taken := time.process_time() - began) < (0.5 if settings.quick else SECONDS):
         seen += next(batches)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -182,8 +181,6 @@ def cudnn_attention(rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
 
 def lightly_loss(queue: Tensor) -> Loss:
     """lightly's NTXentLoss with its memory bank holding the queue; updates the bank, as it does."""
-    if importlib.util.find_spec("lightly") is None:
-        raise NotAvailable("lightly is not installed")
     from lightly.loss import NTXentLoss
 
     module = NTXentLoss(temperature=TEMPERATURE, memory_bank_size=tuple(queue.shape))

@@ -69,7 +69,7 @@ class Run:
                     continue
                 try:
                     told = step(what)
-                except NotAvailable as reason:
+                except (NotAvailable, ImportError) as reason:
                     told = self.results["skipped"][name] = str(reason)
                 write(self._out, self.results)
                 print(f"{name}: {told}", flush=True)
@@ -81,14 +81,14 @@ class Run:
         """What the worker's function returns. A worker that hangs or fails is ended.
 
         Raises:
-            NotAvailable: why there is no answer.
+            NotAvailable, ImportError: why there is no answer.
         """
         left, over = self._end - time.monotonic(), f"the {self._options.seconds:.0f} s were over"
         if left <= 0:
             raise NotAvailable(f"not run: {over}")
         try:
             return self._worker.call(min(limit, max(left, 15.0)), function, *given, self._settings)
-        except NotAvailable:
+        except (NotAvailable, ImportError):
             raise
         except Lost as error:
             late = time.monotonic() > self._end

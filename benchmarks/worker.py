@@ -55,8 +55,8 @@ def run_row(row: Row, settings: Settings) -> dict[str, Any]:
                 "work": of.work, "traffic": of.traffic, "images": of.images,
                 "peak_bytes": peak(device, before) if gpu else None,
             }  # fmt: skip
-        except NotAvailable as reason:
-            info["absent"][name] = str(reason)
+        except (NotAvailable, ImportError) as reason:
+            info["absent"][name] = first_line(reason)
         except AssertionError as error:
             info["absent"][name] = f"wrong: {first_line(error)}"
         except Exception as error:

@@ -9,6 +9,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,6 +39,7 @@ from benchmarks.losses import (
     info_nce,
 )
 from benchmarks.rows import Row
+from benchmarks.step import step
 from densecl_ext import reference
 from python_tests import faulty_rows
 
@@ -102,6 +104,21 @@ def test_ours_under_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     isa = "neon" if "x86" in os.uname().machine else "avx2"
     with pytest.raises(NotAvailable, match=f"this machine lacks {isa}"):
         candidate_of(case, f"ours [DENSECL_CPU_ISA={isa}]")
+
+
+def test_a_library_that_is_missing_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network of timm's, lightly's loss: their columns say so."""
+    monkeypatch.setitem(sys.modules, "timm", None)
+    monkeypatch.setitem(sys.modules, "lightly.loss", None)
+    vit = partial(step, batch=1, backbone="timm/vit_tiny_patch16_224", size=32, precision="fp32")
+    exact = partial(info_nce, rows=8, queue_length=16)
+    found = []
+    for row in (Row("vit", vit), Row("nce", exact, ("lightly",))):
+        settings = worker.Settings(CPU, threads=1)
+        found.append(worker.run_row(replace(row, seconds=0.0), settings))
+    assert "timm" in found[0]["absent"]["ours"] and "lightly" in found[1]["absent"]["lightly"]
+    assert list(found[1]["candidates"]) == ["ours"]
+    assert not verdicts.failures({"skipped": {}, "rows": found})
 
 
 def test_rows_are_complete_and_survive_the_pipe() -> None:
