@@ -17,7 +17,7 @@ from benchmarks.cases import (
     Results,
     compiled,
     normal_numbers,
-    relative,  # fmt: skip
+    relative,
 )
 from densecl_ext import ops, reference
 
