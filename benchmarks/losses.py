@@ -94,12 +94,12 @@ def in_chunks(query: Tensor, positive: Tensor, queue: Tensor, logits: int = 2**2
     """The published formula in float32, few enough rows at a time for the logits to fit."""
     queue, count = queue.float(), len(query)
     chunk = max(1, logits // len(queue))
-    loss, gradients = 0.0, []
+    loss, gradients = torch.zeros((), dtype=torch.float64, device=queue.device), []
     for rows, others in zip(query.detach().split(chunk), positive.split(chunk), strict=True):
         rows.requires_grad_()
         part = reference.info_nce(rows, others, queue, reduction="sum")
         gradients.append(torch.autograd.grad(part, rows)[0] / count)
-        loss = loss + part.detach().double() / count
+        loss += part.detach().double() / count
     return loss.float(), torch.cat(gradients)
 
 

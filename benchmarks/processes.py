@@ -37,7 +37,12 @@ class Worker:
                 ended.
         """
         process, late = self._started(), threading.Event()
-        timer = threading.Timer(limit, lambda: (late.set(), kill(process)))
+
+        def give_up() -> None:
+            late.set()
+            kill(process)
+
+        timer = threading.Timer(limit, give_up)
         timer.start()
         try:
             self._pipe.send((function, given))
@@ -100,8 +105,9 @@ def serve(pipe: Connection) -> None:
     with contextlib.suppress(EOFError):
         while True:
             function, given = pipe.recv()
+            value, raised = None, None
             try:
-                answer = function(*given), None
+                value = function(*given)
             except Exception as error:
-                answer = None, error
-            pipe.send(answer)
+                raised = error
+            pipe.send((value, raised))

@@ -166,7 +166,9 @@ def measure(
         By candidate {"modes": {mode: seconds of one call, a sample a round}, "missing": {mode: why
         there is none}}; and why a candidate has no times.
     """
-    ready, timed, failed = {}, {}, {}
+    ready: dict[str, dict[str, Callable[[], float]]] = {}
+    timed: dict[str, dict[str, Any]] = {}
+    failed: dict[str, str] = {}
     broken, cost = "", 0.0
     for name, candidate in candidates.items():
         waits = candidate.waits or broken

@@ -70,9 +70,10 @@ def run_row(row: Row, settings: Settings) -> dict[str, Any]:
     )  # fmt: skip
     info["absent"] |= failed
     info["candidates"] = {name: made | info["candidates"][name] for name, made in timed.items()}
-    for name in timed if case.parts else ():
-        with contextlib.suppress(RuntimeError):  # the times are there already
-            info["parts"][name] = case.parts(name, ready[name].run)
+    if parts := case.parts:
+        for name in timed:
+            with contextlib.suppress(RuntimeError):  # the times are there already
+                info["parts"][name] = parts(name, ready[name].run)
     return info
 
 

@@ -16,6 +16,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from scenes import CLASS_NAMES, write_scenes
@@ -32,8 +33,8 @@ from densecl_ext.train import PretrainConfig, pretrain
 from densecl_ext.train.progress import ConsoleProgress
 from densecl_ext.visualize import plot_losses, plot_matches
 
-NETWORK = {"output_stride": 8, "truncate": True}
-PRETRAINING = {
+NETWORK: dict[str, Any] = {"output_stride": 8, "truncate": True}
+PRETRAINING: dict[str, Any] = {
     "backbone": "resnet18",
     **NETWORK,
     "image_size": 64,
@@ -153,7 +154,7 @@ def one_seed(
 ) -> dict[str, dict[str, float]]:
     """Pre-train and export every arm; measure them and the network before."""
     torch.manual_seed(seed)  # as pre-training does: the weights that every arm starts from
-    networks = {BEFORE: build_backbone(PRETRAINING["backbone"], **NETWORK)}
+    networks: dict[str, nn.Module] = {BEFORE: build_backbone(PRETRAINING["backbone"], **NETWORK)}
     for name, own in ARMS.items():
         say(f"2. {name}: pre-training on the images alone, seed {seed}")
         run = folder / name.lower().replace(" ", "_")

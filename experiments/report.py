@@ -86,9 +86,9 @@ def groups(found: Iterable[dict[str, Any]]) -> dict[Group, Rows]:
         told = [of] if of else []
         told += [f"{k}={v}" for k, v in shared.items()]
         out[split, name, steps, ", ".join(told)] = rows
-    for (split, name, of), rows in without.items():
-        if rows and not any((key[0], key[1]) == (split, name) for key in out):
-            out[split, name, 0, of] = {"random": rows}  # a study of random weights alone
+    for (split, name, of), seeds in without.items():
+        if seeds and not any((key[0], key[1]) == (split, name) for key in out):
+            out[split, name, 0, of] = {"random": seeds}  # a study of random weights alone
     return out
 
 

@@ -250,8 +250,8 @@ class Training:
                 group["lr"] = rate
         self.arm.telling = telling  # type: ignore[assignment]
         # the first steps are not captured anyway, and a graph could not tell
-        eager = self.captured is None or (telling and step > 0)
-        take = self.one if eager else self.captured
+        eager = telling and step > 0
+        take = self.captured if self.captured and not eager else self.one
         return take(views.view_q, views.view_k, views.crop_q, views.crop_k).loss
 
 
@@ -273,7 +273,7 @@ def pretrain(
         return backbone.to(device), None, {}
     method, options, _ = ARMS[run.arm]
     arm = method(backbone, run.steps, **{**options, **json.loads(run.options)})
-    arm.to(device=device, memory_format=torch.channels_last).train()
+    arm.to(device=device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     training = Training(run, arm, device, graph=graph)
     said: dict[str, Any] = {}
     seconds, clock = time.process_time(), time.perf_counter()

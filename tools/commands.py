@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO
 
@@ -28,14 +28,14 @@ def call(
     *,
     log: IO[bytes] | None = None,
     tick: Callable[[], None] = lambda: None,
-    **settings: str,
+    settings: Mapping[str, str] | None = None,
 ) -> int:
     """Exit status of a command in the repository's root, 124 where it was ended at its limit.
 
     `tick` is called every 20 seconds meanwhile. Nothing of the command's group runs afterwards.
     """
     process = subprocess.Popen(
-        command, cwd=ROOT, env=os.environ | {"PYTHONUNBUFFERED": "1"} | settings,
+        command, cwd=ROOT, env=os.environ | {"PYTHONUNBUFFERED": "1"} | dict(settings or {}),
         start_new_session=True, stdin=subprocess.DEVNULL, stdout=log,
         stderr=subprocess.STDOUT if log else None,
     )  # fmt: skip

@@ -81,11 +81,11 @@ class Run:
         print("$", " ".join(command), flush=True)
         settings = {"PYTHONPATH": str(ROOT)} | settings
         if not log:
-            return call(command, limit, tick=self.pack, **settings)
+            return call(command, limit, tick=self.pack, settings=settings)
         path = self.out / log
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("wb") as file:
-            return call(command, limit, log=file, **settings)
+            return call(command, limit, log=file, settings=settings)
 
     def build(self) -> int:
         """The extension modules, in place, for this GPU alone."""

@@ -67,7 +67,7 @@ def with_gradients(function: Callable[..., Any], count: int) -> Callable[..., Ou
         leaves = [x.requires_grad_() for x in given[:count]]
         losses = function(*leaves, *given[count:], **options)
         losses = losses if isinstance(losses, tuple) else (losses,)
-        return [*losses, *torch.autograd.grad(sum(losses), leaves)]
+        return [*losses, *torch.autograd.grad(torch.stack(losses).sum(), leaves)]
 
     return call
 
@@ -187,7 +187,9 @@ def split_batch_norm(device: Device) -> None:
             def normalise(x: Tensor) -> Outputs:
                 layer = SplitBatchNorm(x.shape[1], groups=4).to(x.device)
                 with torch.no_grad():
-                    return layer(x), layer.running_mean, layer.running_var
+                    out = layer(x)
+                statistics = layer.running_mean, layer.running_var
+                return [out, *(x for x in statistics if x is not None)]
 
             bound = 1e-2 if dtype in HALF else 1e-5
             as_on_cpu(f"split_batch_norm {dtype} {shape}", normalise, (x,), device, bound, 1e-5)

@@ -18,6 +18,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 FOLDERS, BATCH, SIZE = 1000, 64, 32
@@ -76,13 +77,14 @@ def measure(folder: str, batches: int) -> None:
         f"{more:.0f} MB more resident",
         flush=True,
     )
-    with build_loader(
+    loader = build_loader(
         OneImage(images, range(len(images))),
         batch_size=BATCH,
         size=SIZE,
         backend="torchvision",
         workers=2,
-    ) as loader:
+    )
+    with closing(loader):
         for number, _ in enumerate(loader, 1):
             if number in (5, batches):
                 told = [memory(pid) for pid in children()]
