@@ -77,8 +77,9 @@ class Case:
         errors = self.errors(got, expected)
         for what, error in errors.items():
             if not error <= self.bound:
-                far = f"{what} is off by {error:.2e}, allowed {self.bound:.0e}"
-                raise AssertionError(f"{name}: {far}")
+                far = f"is off by {error:.2e}, allowed {self.bound:.0e}"
+                told = "is not finite" if math.isnan(error) else far
+                raise AssertionError(f"{name}: {what} {told}")
         return errors
 
 

@@ -54,8 +54,9 @@ class Worker:
         except Exception as error:  # it ends, or somebody ended it, or this is no answer
             status, words = self.close(), f"answered nonsense: {type(error).__name__}: {error}"
             if isinstance(error, (OSError, EOFError)):
-                name = signal.Signals(-status).name if status and status < 0 else f"status {status}"
-                words = f"the process ended: {name}"
+                words = f"the process ended: exit status {status}"
+                if status is not None and status < 0:
+                    words = f"the process ended: {signal.Signals(-status).name}"
             raise Lost(f"no answer within {limit:.0f} s" if late.is_set() else words) from error
         finally:
             timer.cancel()

@@ -75,7 +75,7 @@ def cpu_rows() -> list[Row]:
     """A CPU's: the loss, other feature sizes beside D = 128, the other ops, the charts' sizes."""
     both = {t: partial(info_nce, rows=M, queue_length=K, dtype=t) for t in ("float32", "bfloat16")}
     exact, half = both.values()
-    most, like_half = ("eager", "torch.compile", FLASH, "lightly"), {"M=1,568": half}
+    most = ("eager", "torch.compile", FLASH, "lightly")
     found = [
         Row("nce-f32", exact, most, (faster("eager", 7.0), faster(FLASH, 2.3)), 16.0),
         Row("nce-bf16", half, ("eager", "eager autocast", FLASH),
@@ -87,7 +87,7 @@ def cpu_rows() -> list[Row]:
         Row("nce-m256-f32", partial(exact, rows=256), most, (faster("eager", 3.0),), 6.0),
         Row("nce-m12544-bf16", partial(half, rows=12544), (),
             (Asked("extra", "", 60 * MB), Asked("time", "M=1,568", 8 * 1.1)), 6.0,
-            beside=like_half),
+            beside={"M=1,568": half}),
         Row("nce-k1048576-bf16", partial(half, queue_length=2**20), (),
             (Asked("time", "K=65,536", 16 * 1.1), Asked("memory", "K=65,536", 1.1)), 10.0,
             beside={"K=65,536": half}),

@@ -115,7 +115,7 @@ class Run:
         if any(reason.startswith(("failed", CAPTURE_FAILED)) for reason in reasons):
             self._worker.close()  # the device may take, and capture, nothing more
         for name in made if self._settings.device.type == "cpu" else ():
-            if "compile" not in name and "[" not in name:
+            if "compile" not in name:  # the compiler's own memory would be counted
                 build, who = (row.beside[name], "ours") if name in row.beside else (row.case, name)
                 given = worker.peak_of, build, who, self._settings
                 with contextlib.suppress(Exception):

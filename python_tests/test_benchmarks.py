@@ -243,15 +243,19 @@ def test_after_a_failure_the_next_row_gets_a_new_process(
     graph: str, absent: str, closed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured_run = run.Run(tmp_path, options())
-    candidates = {"ours": {"missing": {"graph": graph}, "images": 0, "modes": {"calls": [1.0]}}}
+    made = {"missing": {"graph": graph}, "images": 0, "modes": {"calls": [1.0]}}
+    names = ("ours", "ours [A=1]", "torch.compile")
+    candidates: dict[str, dict[str, Any]] = {name: dict(made) for name in names}
     answer = {"row": "", "title": "", "case": {}, "device": "cpu", "absent": {"eager": absent},
               "candidates": candidates}  # fmt: skip
     measured_run.ask = lambda *_, **__: answer  # type: ignore[method-assign]
     closings: list[int] = []
     monkeypatch.setattr(measured_run._worker, "close", lambda: closings.append(1))
     monkeypatch.setattr(measured_run, "_memory", SimpleNamespace(call=lambda *_: 3))
-    assert measured_run._row(rows.rows("gpu")[0]) == "measured, ours 1,000,000.0 us"
-    assert len(closings) == closed and candidates["ours"]["peak_bytes"] == 3
+    told = measured_run._row(rows.rows("gpu")[0])
+    assert told.startswith("measured, ours 1,000,000.0 us, ours [A=1] 1,000,000.0 us")
+    assert len(closings) == closed
+    assert [candidates[name].get("peak_bytes") for name in names] == [3, 3, None]
 
 
 @pytest.mark.parametrize(("suite", "words"), [("cpu", "enqueue"), ("step", "step-32")])

@@ -46,10 +46,10 @@ def worker() -> Iterator[Worker]:
     [
         (faulty_worker.hang, 1.0, "no answer within 1 s"),
         (faulty_worker.half, 1.0, "no answer within 1 s"),
-        (faulty_worker.leave, 30.0, "the process ended: status 3"),
+        (faulty_worker.leave, 30.0, "the process ended: exit status 3"),
         (faulty_worker.fault, 30.0, "the process ended: SIGSEGV"),
         (faulty_worker.garbage, 30.0, "answered nonsense: UnpicklingError"),
-        (faulty_worker.orphan, 30.0, "the process ended: status 3"),
+        (faulty_worker.orphan, 30.0, "the process ended: exit status 3"),
     ],
 )
 def test_a_lost_worker_is_named_and_the_next_one_answers(

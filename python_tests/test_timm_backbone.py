@@ -321,5 +321,8 @@ def test_the_step_stores_no_logits() -> None:
         process = Worker()
         peaks.append(process.call(600.0, worker.peak_of, build, name, settings))
         process.close()
+    case = build(torch.device("cpu"))
+    losses = [float(case.candidate(name).results()[0]) for name in ("ours", "reference")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     copy = 4 * 10 * 10 * 65537 * 4  # of the logits
     assert peaks[0] < copy < peaks[1] / 2
